@@ -1,0 +1,326 @@
+"""LoRA adapters by peft: attach to a transformer, save, load back strictly, merge.
+
+A saved adapter is a folder: adapter_model.safetensors and adapter_config.json, which plain peft reads,
+pixart_ft.json (what it was trained on and how) and null_caption.safetensors (the embedding that stands for no
+caption).
+"""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pixart_ft.errors import UserError
+from pixart_ft.files import write_folder
+from pixart_ft.models import PredictionType, VarianceState, fingerprint
+from pixart_ft.randomness import generator
+
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+# Where a finished run keeps its adapters: the one to use, and the last weights if that one is an average.
+FINAL_ADAPTERS = {"ema": "final/adapter", "raw": "final/adapter_raw"}
+
+_METADATA, _WEIGHTS, _CONFIG = "pixart_ft.json", "adapter_model.safetensors", "adapter_config.json"
+_NULL_CAPTION = "null_caption.safetensors"
+_PEFT_PREFIX = "base_model.model."
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """W becomes W + (alpha / rank) B A in every Linear or Conv2d whose name is, or ends in, one of `targets`.
+
+    A is (rank, inputs), B is (outputs, rank); `dropout` is the share of the inputs of A zeroed in training.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What an adapter was trained on and how; the content of pixart_ft.json.
+
+    base               as given in model.base
+    base_fingerprint   `models.fingerprint` of that base
+    prediction_type    what the network predicts
+    schedule           the noise schedule it was trained with, in the words of a diffusers scheduler config
+    variance           the state of the learned variance after this training
+    rank, alpha        of the LoRA
+    max_tokens         longest caption, in tokens
+    text_preparation   how captions were prepared before the tokenizer
+    weights            whether these are the averaged or the last weights
+    samples_seen       pictures drawn in training, repeats included
+    """
+
+    base: str
+    base_fingerprint: str
+    prediction_type: PredictionType
+    schedule: Mapping[str, object]
+    variance: VarianceState
+    rank: int
+    alpha: float
+    max_tokens: int
+    text_preparation: str
+    weights: Literal["ema", "raw"]
+    samples_seen: int
+
+
+def attach(transformer: PixArtTransformer2DModel, settings: LoraSettings, *, seed: int) -> None:
+    """Put a LoRA into `transformer`, in place, freeze everything else, and keep the LoRA in float32.
+
+    A is uniform in +-1/sqrt(inputs) as a function of (seed, layer name), B is zero, so the network's output
+    is unchanged. The global random state is left as it was. Raises UserError naming each target that matches
+    no layer.
+    """
+    assert not list(_layers(transformer)), "an adapter is attached already"
+    _check_targets(transformer, settings.targets)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.targets),
+        lora_dropout=settings.dropout,
+        bias="none",
+    )
+    training = transformer.training
+    with torch.random.fork_rng(devices=[]):  # peft draws an initial A, which is replaced below
+        inject_adapter_in_model(config, transformer, adapter_name=_ADAPTER)
+    transformer.train(training)  # peft's new layers come in training mode, with their dropout on
+    for name, parameter in _parameters(transformer).items():
+        parameter.data = parameter.data.to(torch.float32)
+        parameter.requires_grad_(True)
+        if ".lora_A." in name:
+            bound = 1 / math.sqrt(parameter[0].numel())
+            draw = torch.rand(parameter.shape, generator=generator(seed, 0, f"lora init {name}"), dtype=torch.float32)
+            parameter.data.copy_((2 * draw - 1) * bound)
+        else:
+            parameter.data.zero_()
+
+
+def save_adapter(
+    folder: Path,
+    transformer: PixArtTransformer2DModel,
+    metadata: AdapterMetadata,
+    null_caption: Tensor,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter attached to `transformer` as a folder, whole or not at all, replacing an earlier one.
+
+    `null_caption` is (1,D). `state` gives other values for the adapter's parameters by their names in
+    `transformer`, such as an average's shadows.
+    """
+    parameters = _parameters(transformer)
+    assert parameters, "no adapter is attached"
+    state = parameters if state is None else state
+    assert state.keys() == parameters.keys(), "the state is not that of the attached adapter"
+    settings: LoraConfig = transformer.peft_config[_ADAPTER]
+    assert (settings.r, settings.lora_alpha) == (metadata.rank, metadata.alpha), "metadata of another adapter"
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        base_model_name_or_path=metadata.base,
+        inference_mode=True,
+    )
+    config.target_modules = sorted(settings.target_modules)  # peft makes it a set, whose order would vary in the file
+
+    def write(aside: Path) -> None:
+        weights = {_file_key(name): value.detach().cpu().contiguous() for name, value in state.items()}
+        save_file(weights, str(aside / _WEIGHTS), metadata={"format": "pt"})
+        config.save_pretrained(str(aside))
+        (aside / _METADATA).write_text(json.dumps(asdict(metadata), indent=2) + "\n", encoding="utf-8")
+        save_file({"null_caption": null_caption.detach().cpu().contiguous()}, str(aside / _NULL_CAPTION))
+
+    write_folder(folder, write)
+
+
+def find_adapter(path: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> Path:
+    """The adapter folder behind `path`: itself, or the final one of a run folder; UserError if there is none.
+
+    `weights` chooses between a run's averaged and last weights; a run without an average has only the last
+    ones.
+    """
+    path = Path(path).expanduser()
+    if (path / _METADATA).is_file():
+        return path
+    main, raw = (path / place for place in FINAL_ADAPTERS.values())
+    if (main / _METADATA).is_file():
+        if weights == "raw" and (raw / _METADATA).is_file():
+            return raw
+        if weights == "raw" and read_metadata(main).weights == "ema":
+            raise UserError(f"adapter: the run {path} kept only its averaged weights; use --weights ema")
+        return main
+    if not path.exists():
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean {path.with_name(near[0])}?" if near else "give an adapter folder or a run folder"
+        raise UserError(f"adapter: there is no {path}; {hint}")
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"adapter: the run {path} has no final adapter yet; finish it with --resume auto")
+    if (path / _CONFIG).is_file():
+        raise UserError(f"adapter: {path} has no {_METADATA}, so it was not made here and its base is unknown")
+    raise UserError(f"adapter: {path} is neither an adapter folder nor a run folder (with {FINAL_ADAPTERS['ema']})")
+
+
+def load_adapter(
+    transformer: PixArtTransformer2DModel,
+    path: str | Path,
+    *,
+    scale: float = 1.0,
+    weights: Literal["ema", "raw"] = "ema",
+) -> tuple[AdapterMetadata, Tensor]:
+    """Attach the adapter at `path` to its base, frozen, and return its metadata and null caption (1,D).
+
+    The update is multiplied by `scale`; path and `weights` as in `find_adapter`. Raises UserError if this is
+    not the base it was trained on, or unless every weight in the file found its place and every place its
+    weight.
+    """
+    folder = find_adapter(path, weights=weights)
+    metadata = _metadata_for(transformer, folder)
+    attach(transformer, read_settings(folder), seed=0)
+    _fill(transformer, folder)
+    for parameter in _parameters(transformer).values():
+        parameter.requires_grad_(False)
+    for _, layer in _layers(transformer):
+        layer.scaling[_ADAPTER] *= scale
+    return metadata, _read_tensors(folder / _NULL_CAPTION)["null_caption"]
+
+
+def fill_adapter(transformer: PixArtTransformer2DModel, path: str | Path) -> AdapterMetadata:
+    """Give the attached adapter the weights saved at `path`, to train them on; returns their metadata.
+
+    Raises UserError as `load_adapter` does; the rank and the targets must be the same, alpha may differ.
+    """
+    folder = find_adapter(path)
+    metadata = _metadata_for(transformer, folder)
+    _fill(transformer, folder)
+    return metadata
+
+
+def merge(transformer: PixArtTransformer2DModel) -> None:
+    """Add the adapter's scaled update to the weights, in place: a plain transformer again."""
+    layers = list(_layers(transformer))
+    assert layers, "no adapter is attached"
+    for name, layer in layers:
+        layer.merge(safe_merge=True)
+        parent, _, leaf = name.rpartition(".")
+        setattr(transformer.get_submodule(parent), leaf, layer.get_base_layer())
+    del transformer.peft_config
+
+
+def read_metadata(folder: Path) -> AdapterMetadata:
+    """The content of an adapter folder's pixart_ft.json; UserError if it is damaged or of another version."""
+    path = folder / _METADATA
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
+    strange = content.keys() ^ {field.name for field in fields(AdapterMetadata)}
+    if strange:
+        raise UserError(f"adapter: {path} is of another version of pixart_ft (fields {_some(strange)}); train again")
+    return AdapterMetadata(**content)
+
+
+def read_settings(folder: Path) -> LoraSettings:
+    """Rank, alpha, targets and dropout from an adapter folder's adapter_config.json."""
+    path = folder / _CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return LoraSettings(
+            rank=content["r"],
+            alpha=content["lora_alpha"],
+            targets=tuple(content["target_modules"]),
+            dropout=content["lora_dropout"],
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
+
+
+def _metadata_for(transformer: PixArtTransformer2DModel, folder: Path) -> AdapterMetadata:
+    """The adapter's metadata, or UserError if it was trained on another base than `transformer`."""
+    metadata, present = read_metadata(folder), fingerprint(transformer)
+    if present != metadata.base_fingerprint:
+        given = transformer.config.get("_name_or_path") or "the base given"
+        raise UserError(
+            f"adapter: {folder} was trained on the base {metadata.base} ({metadata.base_fingerprint}), "
+            f"not on {given} ({present}); use --model {metadata.base}"
+        )
+    return metadata
+
+
+def _fill(transformer: PixArtTransformer2DModel, folder: Path) -> None:
+    """Copy the saved weights into the attached adapter: all of them and no other, or UserError with lists."""
+    saved = _read_tensors(folder / _WEIGHTS)
+    places = {_file_key(name): parameter for name, parameter in _parameters(transformer).items()}
+    shared = saved.keys() & places.keys()
+    faults = {
+        "in the file but not in the model": saved.keys() - places.keys(),
+        "in the model but not in the file": places.keys() - saved.keys(),
+        "of another shape (another lora.rank?)": {k for k in shared if saved[k].shape != places[k].shape},
+    }
+    if any(faults.values()):
+        lines = [f"  - {len(keys)} {what}: {_some(keys)}" for what, keys in faults.items() if keys]
+        raise UserError(f"adapter: the weights in {folder} do not fit:\n" + "\n".join(lines))
+    with torch.no_grad():
+        for key, parameter in places.items():
+            parameter.copy_(saved[key])
+
+
+def _layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    return ((name, module) for name, module in transformer.named_modules() if isinstance(module, LoraLayer))
+
+
+def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by their names in the transformer."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
+
+
+def _file_key(name: str) -> str:
+    """transformer_blocks.0.attn1.to_q.lora_A.default.weight under the name that peft gives it in a file."""
+    return _PEFT_PREFIX + name.replace(f".{_ADAPTER}.", ".")
+
+
+def _check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
+    layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    faults = []
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            endings = {_ending(name) for name in layers}
+            near = difflib.get_close_matches(target, sorted(endings), n=3, cutoff=0.5) or sorted(endings)
+            faults.append(f"{target!r} matches no layer; near: {', '.join(near)}")
+    if faults:
+        raise UserError("lora.targets: " + "; ".join(faults))
+
+
+def _ending(name: str) -> str:
+    """The shortest ending of a layer's name that says something: to_q, to_out.0, net.0.proj."""
+    parts = name.split(".")
+    count = 1
+    while count < len(parts) and (parts[-count].isdigit() or parts[-count] in ("proj", "linear")):
+        count += 1
+    return ".".join(parts[-count:])
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
+
+
+def _some(names: Any) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,252 @@
+"""The folder of one training run and the checkpoints in it.
+
+runs/NAME/
+    config.yaml             the resolved configuration
+    log.jsonl               one line per logged step
+    checkpoints/step-000030 everything needed to continue; written aside, checked by a manifest
+    samples/step-000030     pictures of the fixed prompts
+    final/                  the result
+"""
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import safetensors
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from pixart_ft.errors import UserError
+from pixart_ft.files import write_folder
+
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run lives. Making this object touches nothing; `create` makes the folder."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints, named by optimizer step."""
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        """The folder of the sample pictures."""
+        return self.path / "samples"
+
+    def samples_at(self, step: int) -> Path:
+        """The folder of the pictures drawn after `step` optimizer steps."""
+        return self.samples / _step_name(step)
+
+    @property
+    def final(self) -> Path:
+        """The folder of the result; present once the run has ended."""
+        return self.path / "final"
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def log_file(self) -> Path:
+        """One JSON record per line."""
+        return self.path / "log.jsonl"
+
+    @classmethod
+    def create(cls, path: Path, *, resume: bool) -> Self:
+        """Make the folder, as the last act before training; UserError as in `check_new`."""
+        run = cls(path)
+        run.check_new(resume=resume)
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.samples.mkdir(exist_ok=True)
+        return run
+
+    def check_new(self, *, resume: bool) -> None:
+        """Raise UserError if the folder holds a run and this is not its continuation. Touches nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run.folder: {self.path} is a file; choose another run.name")
+        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(
+                f"run.folder: {self.path} exists already; choose another run.name, continue it with "
+                "--resume auto, or delete it"
+            )
+
+    def save(self, step: int, write: Callable[[Path], None], *, keep: int = 2) -> Path:
+        """Save the state after `step` optimizer steps: `write` fills a folder, which appears whole or not.
+
+        Then only the newest `keep` checkpoints stay. Ones of later steps go too: they belong to a course that
+        the run left when it was resumed from before them. The one just written always stays. Raises UserError
+        when the disk is full; earlier checkpoints are then as they were.
+        """
+        assert keep >= 1
+        folder = self.checkpoints / _step_name(step)
+
+        def write_and_describe(aside: Path) -> None:
+            write(aside)
+            _write_manifest(aside)
+
+        try:
+            write_folder(folder, write_and_describe)
+        except (OSError, SafetensorError) as error:
+            if not _disk_is_full(error):
+                raise
+            free = shutil.disk_usage(self.checkpoints).free / 2**20
+            raise UserError(
+                f"the disk is full: no room for {folder} ({free:.0f} MiB free). Earlier checkpoints "
+                "are intact; free some space and continue with --resume auto, or lower train.keep_checkpoints"
+            ) from error
+        earlier = [old for old_step, old in self._by_step() if old_step < step and _fault(old, sizes_only=True) is None]
+        kept = {folder, *earlier[: keep - 1]}
+        for _, old in self._by_step():
+            if old not in kept:
+                shutil.rmtree(old)
+        return folder
+
+    def newest(self) -> Path | None:
+        """The latest whole checkpoint, or None; broken ones are passed over with a warning."""
+        for _, folder in self._by_step():
+            fault = _fault(folder)
+            if fault is None:
+                return folder
+            warnings.warn(f"passed over a broken checkpoint: {fault}", stacklevel=2)
+        return None
+
+    def resolve_resume(self, resume: str) -> Path | None:
+        """The checkpoint `--resume` means: "auto" is the newest whole one (None: begin), else that folder.
+
+        Raises UserError if the path is no whole checkpoint of this run.
+        """
+        if resume == "auto":
+            return self.newest()
+        folder = Path(resume)
+        if folder.resolve().parent != self.checkpoints.resolve() or _step_of(folder) is None:
+            known = ", ".join(path.name for _, path in self._by_step()) or "none"
+            raise UserError(
+                f"--resume {resume}: not a checkpoint of the run {self.path} (it has: {known}); give auto or "
+                f"{self.checkpoints}/step-XXXXXX. To start another run from these weights use --init-from"
+            )
+        if not folder.is_dir():
+            raise UserError(f"--resume {resume}: there is no such folder; give auto for the newest checkpoint")
+        fault = _fault(folder)
+        if fault is not None:
+            raise UserError(f"--resume {resume}: the checkpoint is broken: {fault}; give auto for the newest whole one")
+        return folder
+
+    def cut_log(self, step: int) -> None:
+        """Drop the records after `step`, and a last line cut short: a resumed run writes them again."""
+        if not self.log_file.is_file():
+            return
+        kept = []
+        for line in self.log_file.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] <= step and line.endswith("\n"):
+                    kept.append(line)
+            except ValueError:  # half a line, from a run that was killed in it
+                continue
+        part = self.log_file.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(self.log_file)
+
+    def _by_step(self) -> list[tuple[int, Path]]:
+        """Every checkpoint folder, whole or not, newest first."""
+        paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        found = [(step, path) for path in paths if (step := _step_of(path)) is not None]
+        return sorted(found, reverse=True)
+
+
+def save_nested(path: Path, tree: Any) -> None:
+    """Write dicts, lists and tuples of tensors and plain values, such as an optimizer's state.
+
+    The shape of the tree is kept as JSON in the file's header; keys may be strings or integers.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def describe(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            name = f"{len(tensors):06d}"
+            tensors[name] = node.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": name}
+        if isinstance(node, dict):
+            assert all(type(key) in (str, int) for key in node), "keys must be strings or integers"
+            return {"dict": [[key, describe(value)] for key, value in node.items()]}
+        if isinstance(node, list | tuple):
+            return {type(node).__name__: [describe(value) for value in node]}
+        assert node is None or type(node) in (str, int, float, bool), f"cannot save a {type(node).__name__}"
+        return node
+
+    tree_json = json.dumps(describe(tree))
+    safetensors.torch.save_file(tensors, str(path), metadata={"tree": tree_json})
+
+
+def load_nested(path: Path) -> Any:
+    """Read what `save_nested` wrote; tensors come on the CPU, bit for bit."""
+    with safetensors.safe_open(str(path), framework="pt") as file:
+
+        def build(node: Any) -> Any:
+            if not isinstance(node, dict):
+                return node
+            (kind, content), *_ = node.items()
+            if kind == "tensor":
+                return file.get_tensor(content)
+            if kind == "dict":
+                return {key: build(value) for key, value in content}
+            items = [build(value) for value in content]
+            return tuple(items) if kind == "tuple" else items
+
+        return build(json.loads(file.metadata()["tree"]))
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step_of(path: Path) -> int | None:
+    match = re.fullmatch(r"step-(\d{6,})", path.name)
+    return int(match[1]) if match else None
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {str(path.relative_to(folder)): [path.stat().st_size, _sha256(path)] for path in files}
+    (folder / _MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
+
+
+def _fault(folder: Path, *, sizes_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint, naming the file, or None."""
+    manifest = folder / _MANIFEST
+    try:
+        entries = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{manifest} is missing or unreadable"
+    for name, (size, digest) in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes instead of {size}"
+        if not sizes_only and _sha256(path) != digest:
+            return f"the contents of {path} have changed"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _disk_is_full(error: Exception) -> bool:
+    # safetensors reports the system's error as text
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)

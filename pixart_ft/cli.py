@@ -1,0 +1,180 @@
+"""The command line: `pixart-ft train` and `pixart-ft generate`. Parse, build, call.
+
+Every key of a configuration is an option, `--optim.learning_rate 2e-4` or `--optim.learning_rate=2e-4`;
+dashes and underscores are the same. Torch is imported only by a command that runs, so help is instant.
+"""
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pixart_ft.config import GenerateConfig, TrainConfig
+from pixart_ft.errors import UserError
+from pixart_ft.settings import Config, default, expected, keys, load, shipped_configs, to_yaml, unknown_key
+
+WIDTH = 110
+SWITCHES = {
+    "dry_run": "print the resolved configuration as YAML and stop; no folder is touched",
+    "help": "this text",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its configuration, and its own options beside the configuration's keys."""
+
+    summary: str
+    usage: str
+    config: type[Config]
+    options: Mapping[str, str]  # name -> description; each takes a value
+    run: Callable[[Any, Mapping[str, str]], object]  # of the configuration and the options given
+
+
+def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
+    from pixart_ft.training_run import run_training
+
+    run_training(config, options.get("resume"), options.get("init_from"))
+
+
+def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
+    from pixart_ft.generation import run_generation
+
+    run_generation(config)
+
+
+COMMANDS = {
+    "train": Command(
+        "fine-tune on a folder of captioned pictures",
+        "pixart-ft train --config NAME|FILE [--section.key value ...]",
+        TrainConfig,
+        {
+            "config": "YAML file or shipped name; without it the defaults below",
+            "resume": "continue this run: auto = from its newest whole checkpoint, or a checkpoint folder",
+            "init_from": "start a new run from the weights of an adapter or run folder",
+        },
+        _train,
+    ),
+    "generate": Command(
+        "draw pictures",
+        'pixart-ft generate --prompt "..." [--lora RUN] [--key value ...]',
+        GenerateConfig,
+        {
+            "config": "YAML file with the keys below",
+            "prompt": "one prompt; give it again for more",
+        },
+        _generate,
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview())
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name}; choose from {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    given, problems = split_options(rest, [*keys(command.config), *command.options, *SWITCHES])
+    if "help" in given:
+        print(help_text(command))
+        return
+    config = _config(command, given, problems)
+    if "dry_run" in given:
+        print(to_yaml(config), end="")
+    else:
+        command.run(config, {option: given[option][-1] for option in command.options if option in given})
+
+
+def split_options(arguments: Iterable[str], known: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The values given to each known option, in order, and what could not be understood. Dashes become _."""
+    known = list(known)
+    given: dict[str, list[str]] = {}
+    problems = []
+    words = ["--help" if word == "-h" else word for word in arguments]
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            problems.append(f"{word}: not an option; options begin with --")
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        is_switch, has_value = name in SWITCHES, bool(words) and not words[0].startswith("--")
+        if not equals and not is_switch and has_value:
+            value = words.pop(0)
+        if name not in known:
+            problems.append(unknown_key(name, known))
+        elif is_switch and equals:
+            problems.append(f"{word}: takes no value")
+        elif not (is_switch or equals or has_value):
+            problems.append(f"{word}: needs a value")
+        else:
+            given.setdefault(name, []).append(value)
+    return given, problems
+
+
+def _config(command: Command, given: Mapping[str, list[str]], problems: list[str]) -> Config:
+    """The configuration that the command line describes; every mistake of line and file in one report."""
+    overrides: dict[str, str | list[str]] = {k: v[-1] for k, v in given.items() if k in keys(command.config)}
+    if "prompt" in given:
+        overrides["prompts"] = given["prompt"]
+    for one, other in (("prompt", "prompts"), ("resume", "init_from")):
+        if one in given and other in given:
+            problems.append(f"--{one} and --{other.replace('_', '-')} exclude each other; give one")
+    source: Any = given["config"][-1] if "config" in given else {}
+    return load(command.config, source, overrides, problems=problems)
+
+
+def overview() -> str:
+    """The commands."""
+    lines = [f"  pixart-ft {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        ["Fine-tune PixArt-Sigma, and generate with it.", "", *lines, "", "COMMAND --help lists its keys."]
+    )
+
+
+def help_text(command: Command) -> str:
+    """Usage, options, and every key with its meaning, what it accepts and its default."""
+    lines = [f"{command.summary}\n\n  {command.usage}\n\noptions"]
+    for name, description in {**command.options, **SWITCHES}.items():
+        lines += _entry(f"--{name.replace('_', '-')}", description)
+    lines += ["", f"shipped configurations: {', '.join(shipped_configs()) or 'none'}"]
+    section = None
+    for key, field in keys(command.config).items():
+        if (place := key.rpartition(".")[0]) != section:
+            section = place
+            part = command.config.model_fields[section].annotation if section else None
+            lines += ["", f"{section}: {part.__doc__}" if part else "keys"]
+        flag = key.replace("_", "-") if not section else key
+        given = "required" if field.is_required() else f"default {_plain(default(field))}"
+        lines += _entry(f"--{flag}", f"{field.description} ({expected(field)}; {given})")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _entry(flag: str, text: str) -> list[str]:
+    return textwrap.wrap(f"  {flag:<32}{text}", WIDTH, subsequent_indent=" " * 34, break_on_hyphens=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

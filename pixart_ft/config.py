@@ -1,0 +1,211 @@
+"""The two configurations: every key, its type, default, meaning, and the rules between keys.
+
+The command line, the YAML files and the help all read the fields below, so a key is described once.
+`settings.py` reads a configuration and reports every mistake in it. No torch here: help is instant.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from pixart_ft.settings import Config, Section, load
+
+HUB_BASE = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Sampler = Literal["ddim", "ddpm"]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+Source = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a name such as "demo" or a Hub id
+
+
+class Run(Section):
+    """where the run lives"""
+
+    name: str = Field("run", min_length=1, description="name of the run")
+    folder: Folder = Field(
+        default_factory=lambda valid: Path("runs") / valid["name"],
+        description="folder of everything the run writes; must not exist yet unless resumed",
+    )
+    seed: int = Field(0, ge=0, description="seed of every random draw")
+
+
+class Model(Section):
+    """what is fine-tuned"""
+
+    base: Source = Field(HUB_BASE, min_length=1, description='"demo", a diffusers folder, or a Hub id')
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
+    dtype: Precision = Field("auto", description="frozen weights; auto = as train.mixed_precision")
+    text_encoder_dtype: Precision = Field("auto", description="T5 while encoding captions; auto likewise")
+    gradient_checkpointing: bool = Field(False, description="less memory, about 30 % slower")
+
+
+class Data(Section):
+    """what it learns from"""
+
+    folder: Source = Field(min_length=1, description='folder of pictures with captions, or "demo"')
+    held_out: Source | None = Field(None, min_length=1, description='folder only measured on, or "demo"')
+    held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of data.folder set aside for it")
+    resolution: int = Field(512, ge=16, multiple_of=16, description="side of the square pictures, pixels")
+    cache: Folder = Field(Path(".cache/pixart_ft"), description="folder of encoded captions and pictures")
+    max_tokens: int = Field(300, ge=1, description="longest caption, tokens; the rest is cut")
+
+
+class Diffusion(Section):
+    """the noise and the loss"""
+
+    schedule: Literal["base", "linear", "cosine"] = Field("base", description="base = the model's own")
+    objective: Literal["epsilon", "hybrid"] = Field(
+        "hybrid", description="hybrid also trains the learned variance; epsilon leaves it stale"
+    )
+    vlb_scale: float = Field(1.0, gt=0, description="weight of the hybrid VLB term, per bit/dim")
+    timesteps: Literal["uniform", "stratified"] = Field(
+        "uniform", description="law of the training timesteps; stratified spreads them over each global batch"
+    )
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of draws that see the null caption")
+
+
+class Lora(Section):
+    """the adapter"""
+
+    rank: int = Field(16, ge=1, description="inner width of each pair of matrices")
+    alpha: float = Field(16.0, gt=0, description="strength: the update is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="layers to adapt, by the end of their names",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs zeroed in training")
+
+
+class Optim(Section):
+    """how it steps"""
+
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8 bit: extra `quantized`")
+    learning_rate: float = Field(1e-4, gt=0, description="peak step size")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled decay per unit of learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1, description="memory of the mean gradient")
+    beta2: float = Field(0.999, ge=0, lt=1, description="memory of the squared gradient")
+    epsilon: float = Field(1e-8, gt=0, description="added to Adam's denominator")
+    clip_norm: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 = no clipping")
+    warmup_steps: int = Field(0, ge=0, description="linear warm-up, optimizer steps")
+    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+
+
+class Train(Section):
+    """how long and how large"""
+
+    steps: int = Field(1000, ge=1, description="length of the run, optimizer steps")
+    batch_size: int = Field(4, ge=1, description="pictures per process and forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("bf16", description="no = float32")
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights per step; 0 = off")
+    checkpoint_every: int = Field(250, ge=0, description="steps between checkpoints; 0 = only the last")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class Validation(Section):
+    """what is measured and drawn on the way"""
+
+    every: int = Field(100, ge=0, description="steps between held-out losses; 0 = before and after")
+    pictures: int = Field(64, ge=1, description="most held-out pictures used")
+    timesteps: int = Field(8, ge=1, le=1000, description="size of the fixed grid of timesteps")
+    prompts: tuple[str, ...] = Field((), description="prompts of the sample grid; [] = no samples")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="seeds of the sample grid")
+    sampler: Sampler = Field("ddim", description="sampler of the grid")
+    steps: int = Field(25, ge=1, le=1000, description="sampler steps")
+    guidance: float = Field(4.5, ge=1, description="classifier-free guidance scale; 1 = off")
+    samples_every: int = Field(250, ge=0, description="steps between sample grids; 0 = before and after")
+
+
+class Logging(Section):
+    """what is written down"""
+
+    every: int = Field(10, ge=1, description="optimizer steps between log lines")
+    tensorboard: bool = Field(True, description="also write TensorBoard files into the run folder")
+
+
+class TrainConfig(Config):
+    """Everything a training run is told."""
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data
+    diffusion: Diffusion = Diffusion()
+    lora: Lora = Lora()
+    optim: Optim = Optim()
+    train: Train = Train()
+    validation: Validation = Validation()
+    logging: Logging = Logging()
+
+    unused = (
+        ("model.revision", "model.base", lambda base: base != "demo"),
+        ("data.held_out_fraction", "data.held_out", lambda folder: folder is None),
+        ("diffusion.vlb_scale", "diffusion.objective", lambda objective: objective == "hybrid"),
+    )
+    rules = (
+        (
+            ("optim.warmup_steps", "train.steps"),
+            lambda warmup, steps: warmup > steps,
+            "optim.warmup_steps ({}) is more than train.steps ({}): the warm-up would never end; lower it",
+        ),
+    )
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> TrainConfig:
+    """A training configuration from a YAML file, a shipped name (`quickstart`) or a mapping.
+
+    overrides: dotted key -> text, as {"train.steps": "60"}. Raises UserError with all mistakes together.
+    """
+    return load(TrainConfig, source, overrides)
+
+
+class GenerateConfig(Config):
+    """Everything a generation is told."""
+
+    model: Source | None = Field(
+        None,
+        min_length=1,
+        description=f'"demo", a diffusers folder, or a Hub id; null = what the adapter was trained on, else {HUB_BASE}',
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
+    lora: Folder | None = Field(None, description="adapter folder or run folder; null = the base alone")
+    lora_scale: float = Field(1.0, description="strength of the adapter; 1 = as trained")
+    weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights of the run")
+    prompts: tuple[str, ...] = Field((), description="what to draw")
+    prompts_file: Folder | None = Field(None, description="text file with one prompt a line")
+    negative_prompt: str = Field("", description="what to steer away from")
+    sampler: Sampler = Field("ddim", description="sampler")
+    steps: int = Field(30, ge=1, le=1000, description="sampler steps")
+    guidance: float = Field(4.5, ge=1, description="classifier-free guidance scale; 1 = off")
+    eta: float = Field(0.0, ge=0, le=1, description="noise DDIM adds back; 0 = deterministic")
+    spacing: Literal["iddpm", "trailing", "leading"] = Field("iddpm", description="timesteps visited")
+    variance: Literal["auto", "beta_tilde", "beta", "learned"] = Field(
+        "auto", description="step variance of DDPM; auto = learned where it is trained, else beta_tilde"
+    )
+    seed: int = Field(0, ge=0, description="seed of the first picture of each prompt; the next has seed + 1")
+    images_per_prompt: int = Field(1, ge=1, description="pictures per prompt")
+    width: int | None = Field(None, ge=16, multiple_of=16, description="pixels; null = the model's own")
+    height: int | None = Field(None, ge=16, multiple_of=16, description="pixels; null = the model's own")
+    batch_size: int = Field(4, ge=1, description="pictures drawn at once; does not change them")
+    dtype: Precision = Field("auto", description="weights; auto = bfloat16 on a GPU, float32 on a CPU")
+    device: str = Field("auto", min_length=1, description="cpu, cuda, cuda:1, mps; auto = the best there is")
+    out: Folder = Field(Path("pictures"), description="folder for the pictures and their grid")
+
+    unused = (
+        ("revision", "model", lambda model: model != "demo"),
+        ("lora_scale", "lora", lambda lora: lora is not None),
+        ("weights", "lora", lambda lora: lora is not None),
+        ("negative_prompt", "guidance", lambda guidance: guidance > 1),
+        ("eta", "sampler", lambda sampler: sampler == "ddim"),
+        ("variance", "sampler", lambda sampler: sampler == "ddpm"),
+    )
+    rules = (
+        (
+            ("prompts", "prompts_file"),
+            lambda prompts, file: not prompts and file is None,
+            'nothing to draw: give --prompt "..." (as often as you like) or --prompts-file FILE',
+        ),
+    )

@@ -1,0 +1,301 @@
+"""Latents and text embeddings, encoded once and kept on disk under a key that names all they depend on.
+
+Shapes: C latent channels, H W latent size, L tokens, D text width.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from diffusers.models import AutoencoderKL
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from pixart_ft.data.captions import TEXT_PREPARATION, encode_each, prepare_text
+from pixart_ft.data.datasets import TRANSFORM, Row, load_picture, verify_pictures
+from pixart_ft.errors import UserError
+
+_SHARD_ITEMS = 256
+_SHARD_BYTES = 64 * 2**20
+_STALE_SECONDS = 24 * 3600
+
+
+class TensorStore:
+    """Tensors by key in a folder of safetensors shards, each named by the SHA-256 of its bytes.
+
+    A shard is written aside, fsynced and renamed, so an interrupted run leaves only whole shards; on
+    opening, one whose bytes do not match its name is removed with a warning, and its keys are missing
+    again. Tensors are read from open memory-mapped files. Several processes may read and write, since a key
+    has only one possible value.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"the cache folder {self.folder} is a file; remove it or choose another folder")
+        self._shards: dict[str, Any] = {}
+        for path in sorted(self.folder.glob("*.part")):
+            with suppress(FileNotFoundError):  # a young one may be another process's, and gone by now
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    path.unlink()
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                whole = hashlib.file_digest(file, "sha256").hexdigest() == path.stem
+            if whole:
+                self._open(path)
+            else:
+                warnings.warn(f"the cache file {path} is damaged: removed, to be encoded again", stacklevel=2)
+                path.unlink(missing_ok=True)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._shards
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys not held, each once, in the order given."""
+        return [key for key in dict.fromkeys(keys) if key not in self._shards]
+
+    def get(self, key: str) -> Tensor:
+        """The tensor under a key, on the CPU; KeyError if it is missing."""
+        mapped: Tensor = self._shards[key].get_tensor(key)
+        return mapped.clone()  # writing into the mapped tensor would change what the next reader gets
+
+    def add(self, items: Mapping[str, Tensor]) -> None:
+        """Write one shard; when this returns it is on the disk."""
+        data = safetensors.torch.save({key: tensor.contiguous().cpu() for key, tensor in items.items()})
+        path = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
+        _write_whole(path, data)
+        self._open(path)
+
+    def fill(self, items: Iterable[tuple[str, Tensor]]) -> None:
+        """Store items as they are made, a shard at a time; what was made before an interruption is kept."""
+        pending: dict[str, Tensor] = {}
+        size = 0
+        try:
+            for key, tensor in items:
+                pending[key] = tensor
+                size += tensor.nbytes
+                if len(pending) == _SHARD_ITEMS or size >= _SHARD_BYTES:
+                    self.add(pending)
+                    pending, size = {}, 0
+        finally:
+            if pending:
+                self.add(pending)
+
+    def _open(self, path: Path) -> None:
+        shard: Any = safetensors.safe_open(path, framework="pt")
+        self._shards.update(dict.fromkeys(shard.keys(), shard))
+
+
+@dataclass(frozen=True)
+class CachedPictures:
+    """The training data as indices into a store: item i is latent_keys[i] with text_keys[i]."""
+
+    store: TensorStore
+    latent_keys: Sequence[str]
+    text_keys: Sequence[str]
+
+    def __post_init__(self) -> None:
+        assert len(self.latent_keys) == len(self.text_keys)
+        assert not self.store.missing([*self.latent_keys, *self.text_keys])
+
+    def __len__(self) -> int:
+        return len(self.latent_keys)
+
+    def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation, each (N, C, H, W) float32, as the VAE gives them.
+
+        A latent is (mean + std * noise) * scaling_factor, or mean * scaling_factor for the mode.
+        """
+        mean, std = torch.stack([self.store.get(self.latent_keys[index]) for index in indices]).unbind(1)
+        return mean, std
+
+    def texts(self, indices: Sequence[int]) -> list[Tensor]:
+        """The caption embeddings, each (L_i, D) in the text encoder's dtype."""
+        return [self.store.get(self.text_keys[index]) for index in indices]
+
+
+def cache_captions(
+    store: TensorStore,
+    captions: Sequence[str],
+    *,
+    load_text_encoder: Callable[[], tuple[PreTrainedTokenizerBase, T5EncoderModel]],
+    encoder_id: str,
+    max_tokens: int = 300,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[str]:
+    """Encode the captions that the store misses; returns the key of each. "" is a caption too.
+
+    load_text_encoder   gives tokenizer and encoder; called only if something is missing, and its result freed
+    encoder_id          names tokenizer, encoder and dtype: see `component_id`
+    """
+    texts = [prepare_text(caption) for caption in captions]
+    about = {"preparation": TEXT_PREPARATION, "encoder": encoder_id, "max_tokens": max_tokens}
+    keys = [_key(about, text) for text in texts]
+    text_of = dict(zip(keys, texts, strict=True))
+    if missing := store.missing(keys):
+        tokenizer, text_encoder = load_text_encoder()
+        wanted = [text_of[key] for key in missing]
+        found = encode_each(text_encoder, tokenizer, wanted, max_tokens=max_tokens, batch_size=batch_size)
+        pairs = ((missing[index], embedding) for index, embedding in found)
+        store.fill(tqdm(pairs, "captions encoded", len(missing), disable=not progress))
+        del tokenizer, text_encoder, found, pairs
+        _free_memory()
+    return keys
+
+
+def cache_pictures(
+    store: TensorStore,
+    rows: Sequence[Row],
+    *,
+    load_vae: Callable[[], AutoencoderKL],
+    vae_id: str,
+    size: int,
+    batch_size: int = 4,
+    progress: bool = True,
+) -> list[str]:
+    """Encode the pictures that the store misses, at size x size pixels; returns the key of each.
+
+    load_vae   called only if something is missing and all of that can be read; its result is freed
+    vae_id     names the VAE and its dtype: see `component_id`
+
+    Raises UserError listing the pictures that cannot be read, or for which the VAE gives NaN or infinity.
+    """
+    about = {"transform": TRANSFORM, "size": size, "vae": vae_id}
+    keys = [_key(about, _sha256(row.path)) for row in rows]
+    row_of = dict(zip(keys, rows, strict=True))
+    if missing := store.missing(keys):
+        verify_pictures([row_of[key] for key in missing], size, progress=progress)
+        vae = load_vae()
+        bad: list[Path] = []
+        pairs = _encode_pictures(vae, {key: row_of[key].path for key in missing}, size, batch_size, bad)
+        store.fill(tqdm(pairs, "pictures encoded", len(missing), disable=not progress))
+        if bad:
+            listed = "".join(f"\n    {path}" for path in bad[:10]) + ("\n    ..." if len(bad) > 10 else "")
+            raise UserError(
+                f"the VAE ({vae.dtype}) gave NaN or infinity for {len(bad)} of {len(missing)} pictures; "
+                f"load it in float32 or bfloat16:{listed}"
+            )
+        del vae, pairs
+        _free_memory()
+    return keys
+
+
+def _encode_pictures(
+    vae: AutoencoderKL, paths: Mapping[str, Path], size: int, batch_size: int, bad: list[Path]
+) -> Iterator[tuple[str, Tensor]]:
+    """Key and (2, C, H, W), posterior mean and standard deviation; paths that fail are appended to `bad`."""
+    keys = list(paths)
+    with ThreadPoolExecutor(batch_size) as pool:
+        for start in range(0, len(keys), batch_size):
+            batch = keys[start : start + batch_size]
+            pixels = torch.stack(list(pool.map(lambda key: load_picture(paths[key], size), batch)))
+            for key, moments in zip(batch, encode_pixels(vae, pixels), strict=True):
+                if moments.isfinite().all():
+                    yield key, moments
+                else:
+                    bad.append(paths[key])
+
+
+def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """Mean and standard deviation of the VAE's posterior, (N, 2, C, H, W) float32 on the CPU, unscaled.
+
+    pixels   (N, 3, height, width) in [-1, 1]
+    """
+    with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    return torch.stack([posterior.mean.float(), (posterior.logvar.float() / 2).exp()], dim=1).cpu()
+
+
+def component_id(
+    base: str | Path,
+    *subfolders: str,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    memo: Path | None = None,
+) -> str:
+    """A name for models and the dtype they run in that changes when they do, found without loading weights.
+
+    A local folder is named by the SHA-256 of all files of the subfolders; a Hub id, whose files may not be
+    here yet, by id and revision (pin one: "main" may move).
+
+    memo   a JSON file that remembers each file's hash by path, size and time, since hashing T5-XXL takes long
+    """
+    folder = Path(base)
+    if not folder.is_dir():
+        return f"{base}/{'+'.join(subfolders)}@{revision or 'main'} {dtype}"
+    known: dict[str, list[object]] = _read_memo(memo)
+    before = dict(known)
+    digest = hashlib.sha256()
+    for subfolder in subfolders:
+        if not (folder / subfolder).is_dir():
+            raise UserError(f"the model folder {folder} has no subfolder {subfolder}")
+        for path in sorted((folder / subfolder).rglob("*")):
+            if path.is_file():
+                digest.update(f"{path.relative_to(folder).as_posix()} {_remembered(path, known)}\n".encode())
+    if memo and known != before:
+        _write_whole(memo, json.dumps(known, indent=1).encode())
+    return f"{'+'.join(subfolders)} {digest.hexdigest()[:32]} {dtype}"
+
+
+def _remembered(path: Path, known: dict[str, list[object]]) -> object:
+    status = path.stat()
+    stamp = [status.st_size, status.st_mtime_ns]
+    name = str(path.resolve())
+    if known.get(name, [])[:2] != stamp:
+        known[name] = [*stamp, _sha256(path)]
+    return known[name][2]
+
+
+def _read_memo(memo: Path | None) -> dict[str, list[object]]:
+    try:
+        found: dict[str, list[object]] = json.loads(memo.read_text()) if memo else {}
+        return found
+    except (OSError, ValueError):  # absent or damaged: it is only a memory
+        return {}
+
+
+def _key(about: Mapping[str, object], content: str) -> str:
+    return hashlib.sha256(json.dumps([dict(about), content], sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write aside, fsync, rename: after a crash the file is there in full or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk; Windows has no such call
+        directory = os.open(path.parent, os.O_RDONLY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

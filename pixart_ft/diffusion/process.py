@@ -1,0 +1,218 @@
+"""The forward process q, its posterior, and conversions between everything a network may predict.
+
+All functions take x_t (N, C, H, W) and t (N,) and return tensors of x_t's shape. Every conversion is linear
+and inverts exactly, except that at zero SNR (alpha_bar = 0) eps, score and step noise do not determine x0:
+asking for it raises ValueError. Symbols: `pixart_ft.diffusion`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pixart_ft.diffusion.schedules import NoiseSchedule
+
+# The names of diffusers' scheduler_config.json: eps, v and x0.
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+Kind = Literal["epsilon", "v_prediction", "sample", "posterior_mean", "score", "step_noise"]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A diagonal normal distribution; the fields broadcast against each other.
+
+    mean          (N, C, H, W)
+    variance      zero for the posterior at t = 0
+    log_variance  finite everywhere: clipped where the variance is zero
+    """
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network's output says at x_t, at least float32.
+
+    x0            (N, C, H, W) its guess of the data
+    eps           (N, C, H, W) its guess of the noise
+    log_variance  (N, C, H, W) of p(x_{t-1} | x_t), or None for a network without variance channels
+    """
+
+    x0: Tensor
+    eps: Tensor
+    log_variance: Tensor | None
+
+
+def promoted(x: Tensor) -> Tensor:
+    """x in float32, or float64 if it is that already: the least that the arithmetic here is done in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Entries t (N,) of a float64 table, shaped (N, 1, 1, 1), in the promoted dtype and device of `like`.
+
+    The one place where tables leave float64; cast before the move, since some devices have no float64.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    # Asynchronous on CUDA, so that the host does not wait there for the network's forward pass.
+    moved = table.to(dtype=dtype).to(like.device, non_blocking=like.is_cuda)
+    return moved[t].view(-1, *[1] * (like.ndim - 1))
+
+
+def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4), at least float32."""
+    a, s = _signal_and_noise(schedule, t, x0)
+    return a * x0 + s * eps
+
+
+def q_posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
+    """q(x_{t-1} | x_t, x0) (Ho et al. 2020, eqs. 6 and 7). At t = 0 its mean is x0 and its variance 0.
+
+    mean [sqrt(alpha_bar_prev) beta x0 + sqrt(alpha) (1 - alpha_bar_prev) x_t] / (1 - alpha_bar),
+    variance beta (1 - alpha_bar_prev) / (1 - alpha_bar)
+    """
+    weight_x0, weight_xt = _posterior_weights(schedule, t, x_t)
+    return Gaussian(
+        mean=weight_x0 * x0 + weight_xt * x_t,
+        variance=at(schedule.posterior_variance, t, x_t),
+        log_variance=at(schedule.posterior_log_variance, t, x_t),
+    )
+
+
+def velocity(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, sec. 4)."""
+    a, s = _signal_and_noise(schedule, t, x0)
+    return a * eps - s * x0
+
+
+def to_x0(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+    """x0 from `value`, a quantity of the given kind at x_t."""
+    value = promoted(value)
+    if kind == "sample":
+        return value
+    a, s = _signal_and_noise(schedule, t, x_t)
+    if kind == "v_prediction":
+        return a * x_t - s * value
+    if kind == "posterior_mean":
+        weight_x0, weight_xt = _posterior_weights(schedule, t, x_t)
+        return (value - weight_xt * x_t) / weight_x0
+    # Only such schedules are looked into: on a GPU, reading t waits for everything queued before.
+    if schedule.has_zero_snr and bool((t == schedule.num_steps - 1).any()):
+        raise ValueError(
+            f"{kind} cannot determine x0 at t = {schedule.num_steps - 1}, where this schedule leaves "
+            "no signal; use v_prediction or sample"
+        )
+    return (x_t - s * to_eps(schedule, value, x_t, t, kind)) / a
+
+
+def to_eps(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+    """The accumulated noise eps from `value`, a quantity of the given kind at x_t."""
+    value = promoted(value)
+    a, s = _signal_and_noise(schedule, t, x_t)
+    if kind == "epsilon":
+        return value
+    if kind == "score":
+        return -s * value
+    if kind == "step_noise":
+        return value * s / at(schedule.betas.sqrt(), t, x_t)
+    if kind == "v_prediction":
+        return a * value + s * x_t
+    if kind in ("sample", "posterior_mean"):
+        return (x_t - a * to_x0(schedule, value, x_t, t, kind)) / s
+    raise ValueError(f"unknown kind {kind!r}; choose {', '.join(get_args(Kind))}")
+
+
+def to_v(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+    """v from `value`, a quantity of the given kind at x_t."""
+    if kind == "v_prediction":
+        return promoted(value)
+    x0, eps = to_x0(schedule, value, x_t, t, kind), to_eps(schedule, value, x_t, t, kind)
+    return velocity(schedule, x0, eps, t)
+
+
+def to_posterior_mean(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+    """The mean of q(x_{t-1} | x_t, x0) from `value`, a quantity of the given kind at x_t."""
+    return q_posterior(schedule, to_x0(schedule, value, x_t, t, kind), x_t, t).mean
+
+
+def to_score(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+    """The score -eps / sqrt(1 - alpha_bar) from `value`, a quantity of the given kind at x_t."""
+    _, s = _signal_and_noise(schedule, t, x_t)
+    return -to_eps(schedule, value, x_t, t, kind) / s
+
+
+def to_step_noise(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+    """Su's step noise sqrt(beta / (1 - alpha_bar)) eps (his eq. 1.15) from a quantity of the given kind."""
+    _, s = _signal_and_noise(schedule, t, x_t)
+    return at(schedule.betas.sqrt(), t, x_t) / s * to_eps(schedule, value, x_t, t, kind)
+
+
+def merge_noises(schedule: NoiseSchedule, eps_before: Tensor, step_noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the noises of x_{t-1} and of the step to x_t into (eps, w), independent again (Su, eq. 1.11).
+
+    eps is the accumulated noise of x_t; w is the rest, of which x_t says nothing.
+    """
+    _, s = _signal_and_noise(schedule, t, eps_before)
+    from_before = at((schedule.alphas * (1 - schedule.alpha_bar_prev)).sqrt(), t, eps_before) / s
+    from_step = at(schedule.betas.sqrt(), t, eps_before) / s
+    return (
+        from_before * eps_before + from_step * step_noise,
+        from_step * eps_before - from_before * step_noise,
+    )
+
+
+def split_output(model_output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """The prediction half and the variance half of a network output (N, C or 2C, H, W) for C = `channels`.
+
+    The second is None for C channels. Raises ValueError for any other number.
+    """
+    if model_output.shape[1] == channels:
+        return model_output, None
+    if model_output.shape[1] != 2 * channels:
+        raise ValueError(
+            f"a network on {channels} channels must give {channels} or {2 * channels}, got {model_output.shape[1]}"
+        )
+    mean_half, variance_half = model_output.chunk(2, dim=1)
+    return mean_half, variance_half
+
+
+def learned_log_variance(schedule: NoiseSchedule, learned_range: Tensor, t: Tensor) -> Tensor:
+    """f log beta + (1 - f) log beta tilde for f = (r + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
+
+    r is the network's variance half: -1 gives beta tilde (clipped at t = 0), 1 gives beta. It is not clamped:
+    outside it extrapolates.
+    """
+    fraction = (promoted(learned_range) + 1) / 2
+    high = at(schedule.betas.log(), t, learned_range)
+    low = at(schedule.posterior_log_variance, t, learned_range)
+    return fraction * high + (1 - fraction) * low
+
+
+def predict(
+    schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType
+) -> Prediction:
+    """Read a network's output (N, C or 2C, H, W) at x_t (N, C, H, W), whatever it was trained to predict.
+
+    Raises ValueError for another number of channels, and for epsilon at zero SNR.
+    """
+    mean_half, variance_half = split_output(model_output, x_t.shape[1])
+    x_t = promoted(x_t)
+    return Prediction(
+        x0=to_x0(schedule, mean_half, x_t, t, prediction_type),
+        eps=to_eps(schedule, mean_half, x_t, t, prediction_type),
+        log_variance=None if variance_half is None else learned_log_variance(schedule, variance_half, t),
+    )
+
+
+def _signal_and_noise(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    return at(schedule.alpha_bar.sqrt(), t, like), at((1 - schedule.alpha_bar).sqrt(), t, like)
+
+
+def _posterior_weights(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    noise = 1 - schedule.alpha_bar
+    weight_x0 = schedule.alpha_bar_prev.sqrt() * schedule.betas / noise
+    weight_xt = schedule.alphas.sqrt() * (1 - schedule.alpha_bar_prev) / noise
+    return at(weight_x0, t, like), at(weight_xt, t, like)

@@ -1,0 +1,254 @@
+"""Noise schedules: how much noise each step of the forward process adds. Symbols: `pixart_ft.diffusion`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+Spacing = Literal["iddpm", "trailing", "leading"]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """The tables of one forward process, each (T,), float64, on the CPU. Index 0 is the least noise.
+
+    betas                   variance that the step adds
+    alpha_bar               cumulative product of 1 - betas
+    alpha_bar_prev          the same one step earlier, starting with 1
+    posterior_variance      beta tilde = betas (1 - alpha_bar_prev) / (1 - alpha_bar) (Ho et al. 2020, eq. 7)
+    posterior_log_variance  its logarithm, with entry 1 in place of entry 0, where the variance is 0
+    snr                     alpha_bar / (1 - alpha_bar)
+    sigmas                  sqrt((1 - alpha_bar) / alpha_bar); infinite where alpha_bar is 0
+    timesteps               int64: what the network receives for each index, in the original process's count
+    """
+
+    betas: Tensor
+    alpha_bar: Tensor
+    alpha_bar_prev: Tensor
+    posterior_variance: Tensor
+    posterior_log_variance: Tensor
+    snr: Tensor
+    sigmas: Tensor
+    timesteps: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """T, the number of steps of this process."""
+        return len(self.betas)
+
+    @property
+    def alphas(self) -> Tensor:
+        """1 - betas: the variance of the signal that each step keeps."""
+        return 1 - self.betas
+
+    @property
+    def has_zero_snr(self) -> bool:
+        """Whether the last step leaves no signal at all, so that noise cannot be told from x0 there."""
+        return bool(self.alpha_bar[-1] == 0)
+
+    @classmethod
+    def from_betas(cls, betas: Tensor | Sequence[float], timesteps: Tensor | None = None) -> Self:
+        """Derive all tables from the betas; `timesteps` defaults to 0..T-1.
+
+        Raises ValueError unless every beta lies in (0, 1); the last alone may be 1 (zero terminal SNR).
+        """
+        betas = torch.as_tensor(betas, dtype=torch.float64)
+        if betas.ndim != 1 or len(betas) == 0:
+            raise ValueError(f"betas must be a non-empty list of numbers, got shape {tuple(betas.shape)}")
+        if not bool(((betas > 0) & (betas <= 1)).all()) or bool((betas[:-1] == 1).any()):
+            low, high = betas.min().item(), betas.max().item()
+            raise ValueError(f"betas must lie between 0 and 1 (only the last may be 1), got {low:g} .. {high:g}")
+        alpha_bar = torch.cumprod(1 - betas, dim=0)
+        alpha_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        variance = betas * (1 - alpha_bar_prev) / (1 - alpha_bar)
+        # A process of one step has no entry 1 to borrow; beta is then the only variance there is.
+        first = variance[1:2] if len(betas) > 1 else betas
+        return cls(
+            betas=betas,
+            alpha_bar=alpha_bar,
+            alpha_bar_prev=alpha_bar_prev,
+            posterior_variance=variance,
+            posterior_log_variance=torch.cat([first, variance[1:]]).log(),
+            snr=alpha_bar / (1 - alpha_bar),
+            sigmas=((1 - alpha_bar) / alpha_bar).sqrt(),
+            timesteps=torch.arange(len(betas)) if timesteps is None else timesteps.to(torch.int64),
+        )
+
+    @classmethod
+    def linear(
+        cls, num_steps: int = 1000, *, beta_start: float = 1e-4, beta_end: float = 0.02, rescale: bool = False
+    ) -> Self:
+        """Betas in a straight line (Ho et al. 2020, sec. 4): PixArt-Sigma's own schedule.
+
+        `rescale` multiplies both ends by 1000 / num_steps: about the same noise in all, whatever num_steps.
+        """
+        scale = _rescaling(num_steps, beta_end) if rescale else 1.0
+        return cls.from_betas(
+            torch.linspace(beta_start * scale, beta_end * scale, _checked(num_steps), dtype=torch.float64)
+        )
+
+    @classmethod
+    def scaled_linear(cls, num_steps: int = 1000, *, beta_start: float = 0.00085, beta_end: float = 0.012) -> Self:
+        """Square roots of the betas in a straight line (latent diffusion, Rombach et al. 2022)."""
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, _checked(num_steps), dtype=torch.float64)
+        return cls.from_betas(roots**2)
+
+    @classmethod
+    def cosine(cls, num_steps: int = 1000, *, offset: float = 0.008, max_beta: float = 0.999) -> Self:
+        """alpha_bar along cos^2(((t/T + offset) / (1 + offset)) pi/2) (Nichol & Dhariwal 2021, eq. 17).
+
+        The betas are capped and alpha_bar recomputed from them, so it does not reach 0.
+        """
+        t = torch.arange(_checked(num_steps) + 1, dtype=torch.float64) / num_steps
+        f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+        return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=max_beta))
+
+    @classmethod
+    def su_linear(cls, num_steps: int = 1000, *, rescale: bool = False) -> Self:
+        """Amplitude sqrt(1 - 0.02 t/T) per step (Su, eq. 1.17), so beta = 0.02 t/T for t = 1..T.
+
+        `rescale` as in `linear`.
+        """
+        scale = _rescaling(num_steps, 0.02) if rescale else 1.0
+        t = torch.arange(1, _checked(num_steps) + 1, dtype=torch.float64)
+        return cls.from_betas(0.02 * scale * t / num_steps)
+
+    @classmethod
+    def from_diffusers_config(cls, config: Mapping[str, object]) -> Self:
+        """The process that a diffusers scheduler_config.json describes; absent keys as diffusers has them.
+
+        Only the keys that define the process are read: num_train_timesteps, beta_schedule, beta_start,
+        beta_end, trained_betas, rescale_betas_zero_snr. Raises ValueError for any other beta_schedule than
+        linear, scaled_linear and squaredcos_cap_v2.
+        """
+        num_steps = int(_number(config, "num_train_timesteps", 1000))
+        start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
+        trained, name = config.get("trained_betas"), config.get("beta_schedule", "linear")
+        if trained is not None:
+            if not isinstance(trained, Sequence):
+                raise ValueError(f"trained_betas must be a list of numbers, got {trained!r}")
+            schedule = cls.from_betas(trained)
+        elif name == "linear":
+            schedule = cls.linear(num_steps, beta_start=start, beta_end=end)
+        elif name == "scaled_linear":
+            schedule = cls.scaled_linear(num_steps, beta_start=start, beta_end=end)
+        elif name == "squaredcos_cap_v2":
+            schedule = cls.cosine(num_steps)
+        else:
+            raise ValueError(f"unknown beta_schedule {name!r}; choose linear, scaled_linear or squaredcos_cap_v2")
+        return schedule.zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
+
+    def zero_terminal_snr(self) -> Self:
+        """Shift and scale sqrt(alpha_bar): the last becomes 0, the first stays (Lin et al. 2023, Alg. 1).
+
+        At the last step x0 cannot be computed from eps, so train it with v or x0 prediction only.
+        Raises ValueError for a process of one step.
+        """
+        if self.num_steps == 1:
+            raise ValueError("a process of one step cannot keep its first and zero its last signal; use more steps")
+        a = self.alpha_bar.sqrt()
+        return self._with_alpha_bar(((a - a[-1]) * a[0] / (a[0] - a[-1])) ** 2, self.timesteps)
+
+    def respaced(self, spec: int | str | Sequence[int]) -> Self:
+        """Keep some steps: same alpha_bar there, new betas, old timesteps (Nichol & Dhariwal 2021, sec. 4).
+
+        `spec` is a count (20 or "20", both ends kept), counts for equal sections of the process ("10,10,10"),
+        "ddim20" (the integer stride from 0 that gives 20 steps), or the kept indices themselves, increasing.
+        A count of 1 keeps index 0, as the authors' code does. Raises ValueError for what cannot be kept.
+        """
+        kept = torch.tensor(_kept_indices(self.num_steps, spec))
+        return self._with_alpha_bar(self.alpha_bar[kept], self.timesteps[kept])
+
+    @classmethod
+    def _with_alpha_bar(cls, alpha_bar: Tensor, timesteps: Tensor) -> Self:
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        return cls.from_betas(1 - alpha_bar / previous, timesteps)
+
+
+def spaced_indices(num_steps: int, count: int, spacing: Spacing = "iddpm") -> list[int]:
+    """`count` increasing indices into a process of `num_steps`, for a sampler that takes `count` steps.
+
+    iddpm: both ends included (Nichol & Dhariwal 2021), except that a single step is T-1, where sampling
+    starts; trailing: every (T/count)-th counted from T-1, as diffusers' DDIM has it; leading: every
+    (T//count)-th from 0, which stops short of T-1. Raises ValueError when count is not in 1..T.
+    """
+    if not 1 <= count <= num_steps:
+        raise ValueError(f"cannot take {count} steps of a process of {num_steps}; choose 1 to {num_steps}")
+    if spacing == "iddpm":
+        return _section_indices(num_steps, [count]) if count > 1 else [num_steps - 1]
+    if spacing == "trailing":
+        # diffusers calls numpy.arange, which rounds its step so; a plain T/count breaks some ties otherwise.
+        stride = num_steps - (num_steps - num_steps / count)
+        return [round(num_steps - i * stride) - 1 for i in reversed(range(count))]
+    if spacing == "leading":
+        return [i * (num_steps // count) for i in range(count)]
+    raise ValueError(f"unknown spacing {spacing!r}; choose iddpm, trailing or leading")
+
+
+def _kept_indices(num_steps: int, spec: int | str | Sequence[int]) -> list[int]:
+    if isinstance(spec, int):
+        return _section_indices(num_steps, [spec])
+    if not isinstance(spec, str):
+        kept = [int(index) for index in spec]
+        if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= num_steps:
+            raise ValueError(f"kept indices must increase within 0..{num_steps - 1}, got {kept}")
+        return kept
+    try:
+        if spec.startswith("ddim"):
+            return _stride_indices(num_steps, int(spec.removeprefix("ddim")))
+        counts = [int(part) for part in spec.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"cannot respace {num_steps} steps by {spec!r} ({error}); write '20', '10,10,10' or 'ddim20'"
+        ) from error
+    return _section_indices(num_steps, counts)
+
+
+def _section_indices(num_steps: int, counts: list[int]) -> list[int]:
+    kept: list[int] = []
+    start = 0
+    for section, count in enumerate(counts):
+        size = num_steps // len(counts) + (section < num_steps % len(counts))
+        if not 1 <= count <= size:
+            raise ValueError(f"cannot keep {count} of the {size} steps of section {section + 1}; choose 1 to {size}")
+        stride = (size - 1) / (count - 1) if count > 1 else 1.0
+        position = 0.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            # The authors' code accumulates the stride; exact multiples round differently for some counts.
+            position += stride
+        start += size
+    return kept
+
+
+def _stride_indices(num_steps: int, count: int) -> list[int]:
+    for stride in range(1, num_steps + 1):
+        if len(range(0, num_steps, stride)) == count:
+            return list(range(0, num_steps, stride))
+    raise ValueError(f"no integer stride gives exactly {count} steps")
+
+
+def _checked(num_steps: int) -> int:
+    if num_steps < 1:
+        raise ValueError(f"a process needs at least one step, got num_steps {num_steps}")
+    return num_steps
+
+
+def _rescaling(num_steps: int, beta_end: float) -> float:
+    scale = 1000 / _checked(num_steps)
+    if beta_end * scale >= 1:
+        raise ValueError(
+            f"rescaled to {num_steps} steps the last beta would be {beta_end * scale:g}, not below 1; "
+            f"use more than {1000 * beta_end:g} steps"
+        )
+    return scale
+
+
+def _number(config: Mapping[str, object], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if not isinstance(value, int | float):
+        raise ValueError(f"{key} must be a number, got {value!r}")
+    return value

@@ -1,0 +1,92 @@
+"""Training samples as functions of the draw index, and the numbers of a run that they depend on.
+
+A draw is one training sample; the DRAW INDEX counts draws since the run began, over epochs and processes. Picture,
+posterior sample, noise, t and caption dropout are functions of (seed, draw index), so that a resumed run continues
+bit for bit, and another number of processes or accumulation steps sees the same samples.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pixart_ft.data.cache import CachedPictures
+from pixart_ft.data.captions import drop_captions, pad_text
+from pixart_ft.diffusion.weighting import stratified_timesteps, uniform_timesteps
+from pixart_ft.randomness import epoch_order, normal, uniform
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run. Steps are optimizer steps; `every` fields of 0 mean never."""
+
+    steps: int
+    batch_size: int  # pictures per process and micro-batch
+    accumulation: int
+    seed: int
+    caption_dropout: float
+    timesteps: Literal["uniform", "stratified"]
+    learning_rate: float
+    warmup_steps: int
+    decay: Literal["constant", "linear", "cosine"]  # after the warm-up
+    clip_norm: float  # 0: no clipping
+    log_every: int
+    validate_every: int
+    samples_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of optimizer step number `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.decay]
+        return self.learning_rate * factor
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Cached pictures with what is needed to read them."""
+
+    pictures: CachedPictures
+    scaling_factor: float  # the VAE's
+    null_caption: Tensor  # (1, D), takes the place of dropped captions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the CPU: scaled latents and noise (N, C, H, W), t (N,), text (N, L, D) and mask (N, L)."""
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    embeds: Tensor
+    mask: Tensor
+
+
+def draw_batch(data: TrainingSet, draws: Sequence[int], plan: Plan, *, global_batch: int, num_steps: int) -> Batch:
+    """The training samples with these draw indices; each depends on (seed, draw index) alone."""
+    count = len(data.pictures)
+    orders = {epoch: epoch_order(plan.seed, epoch, count) for epoch in {d // count for d in draws}}
+    rows = [orders[d // count][d % count] for d in draws]
+    mean, std = data.pictures.latents(rows)
+    shape = tuple(mean.shape[1:])
+    u = uniform(plan.seed, draws, "timestep")
+    if plan.timesteps == "stratified":
+        t = stratified_timesteps(u, torch.tensor(draws), global_batch, num_steps)
+    else:
+        t = uniform_timesteps(u, num_steps)
+    dropped = uniform(plan.seed, draws, "caption dropout") < plan.caption_dropout
+    texts = drop_captions(data.pictures.texts(rows), dropped.tolist(), data.null_caption)
+    embeds, mask = pad_text(texts)
+    return Batch(
+        x0=(mean + std * normal(plan.seed, draws, "posterior", shape)) * data.scaling_factor,
+        eps=normal(plan.seed, draws, "noise", shape),
+        t=t,
+        embeds=embeds,
+        mask=mask,
+    )

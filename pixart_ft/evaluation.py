@@ -1,0 +1,125 @@
+"""What training minimises, and the same loss on held-out pictures at fixed timesteps and fixed noise."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+
+from pixart_ft.data.captions import pad_text
+from pixart_ft.denoiser import denoise
+from pixart_ft.diffusion.objectives import hybrid_loss, simple_loss
+from pixart_ft.diffusion.process import PredictionType, q_sample
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.randomness import normal
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss on a process: the noise error alone, or the hybrid one that also trains the learned variance."""
+
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    kind: Literal["epsilon", "hybrid"]
+    vlb_scale: float = 1.0
+
+    def terms(
+        self,
+        transformer: PixArtTransformer2DModel,
+        x0: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        embeds: Tensor,
+        mask: Tensor,
+    ) -> dict[str, Tensor]:
+        """Per-sample named terms, each (N,) float32, of one network call at x_t.
+
+        `x0` and `eps` are (N, C, H, W) float32, `t` (N,) int64 indices into the schedule, text (N, L, D) and (N, L).
+        """
+        x_t = q_sample(self.schedule, x0, t, eps)
+        timesteps = self.schedule.timesteps.to(t.device)[t]
+        output = denoise(transformer, x_t, timesteps, embeds, mask)
+        if self.kind == "hybrid":
+            return hybrid_loss(self.schedule, output, x0, x_t, eps, t, self.prediction_type, vlb_scale=self.vlb_scale)
+        return simple_loss(self.schedule, output, x0, x_t, eps, t, self.prediction_type)
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside, each submodule's own mode restored after."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Held-out pictures as the loss sees them: scaled posterior means (P, C, H, W) and texts [(L_i, D)]."""
+
+    x0: Tensor
+    texts: Sequence[Tensor]
+    timestep_count: int  # size of the fixed grid of t
+    seed: int
+
+
+def timestep_grid(num_steps: int, count: int) -> Tensor:
+    """`count` indices in the middles of equal strata of 0..num_steps-1, (count,) int64."""
+    return ((torch.arange(count, dtype=torch.float64) + 0.5) * num_steps / count).long()
+
+
+def held_out_loss(
+    transformer: PixArtTransformer2DModel,
+    objective: Objective,
+    held_out: HeldOutSet,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Every term for every picture and t of the grid, (P, G) float64 on the CPU.
+
+    Picture p at grid point g always meets the same noise, a function of (seed, p * G + g), so that two
+    measurements differ by the network alone. No global random state is read; the modes of all modules are kept.
+    """
+    grid = timestep_grid(objective.schedule.num_steps, held_out.timestep_count)
+    cells = [(p, g) for p in range(len(held_out.x0)) for g in range(len(grid))]
+    found: dict[str, list[Tensor]] = {}
+    with evaluating(transformer):
+        for start in range(0, len(cells), batch_size):
+            part = cells[start : start + batch_size]
+            pictures = [p for p, _ in part]
+            numbers = [p * len(grid) + g for p, g in part]
+            eps = normal(held_out.seed, numbers, "held-out noise", tuple(held_out.x0.shape[1:]))
+            embeds, mask = pad_text([held_out.texts[p] for p in pictures])
+            batch = (held_out.x0[pictures], eps, grid[[g for _, g in part]], embeds, mask)
+            terms = objective.terms(transformer, *(x.to(device) for x in batch))
+            for name, value in terms.items():
+                found.setdefault(name, []).append(value.double().cpu())
+    return {name: torch.cat(values).view(-1, len(grid)) for name, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over pictures and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+def mean_over_pictures(losses: Tensor) -> Estimate:
+    """Mean of (P, G) losses, each picture first averaged over the grid of t; the error is over pictures."""
+    per_picture = losses.mean(1)
+    error = per_picture.std(correction=1) / len(per_picture) ** 0.5 if len(per_picture) > 1 else torch.tensor(0.0)
+    return Estimate(per_picture.mean().item(), error.item())
+
+
+def paired_difference(before: Tensor, after: Tensor) -> Estimate:
+    """after - before per picture: the pictures' own spread cancels, so that small changes show. Both (P, G)."""
+    return mean_over_pictures(after - before)

@@ -1,0 +1,152 @@
+"""The generate command: prompts times seeds to PNG files that hold their recipe, and a grid of them."""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from pixart_ft.adapters import find_adapter, read_metadata
+from pixart_ft.config import HUB_BASE, GenerateConfig
+from pixart_ft.errors import UserError
+from pixart_ft.pictures import grid, read_recipe, save_png
+from pixart_ft.samplers import SAMPLERS
+from pixart_ft.text_to_image import Settings, TextToImage
+
+GRID_PIXELS = 8192  # longest side of grid.png, labels not counted
+
+
+def run_generation(config: GenerateConfig) -> list[Path]:
+    """Draw every prompt of `config` with every seed into its folder, and a grid; returns the pictures' paths.
+
+    A picture that is there with the same recipe is kept. Raises UserError, before drawing, when a file that
+    would be written is there with another recipe, or none.
+    """
+    started = time.perf_counter()
+    prompts = _prompts(config)
+    seeds = range(config.seed, config.seed + config.images_per_prompt)
+    device = _device(config.device)
+    model = TextToImage.load(
+        _base(config),
+        lora=config.lora,
+        lora_scale=config.lora_scale,
+        weights=config.weights,
+        revision=config.revision,
+        dtype=_dtype(config.dtype, device),
+        device=device,
+    )
+    keys = [field.name for field in fields(Settings)]
+    settings = model.settled(Settings(**{key: getattr(config, key) for key in keys}))
+    jobs = {
+        config.out / _file_name(number, prompt, seed): (prompt, seed)
+        for number, prompt in enumerate(prompts)
+        for seed in seeds
+    }
+    recipes = {path: model.recipe(prompt, seed, settings) for path, (prompt, seed) in jobs.items()}
+    todo = _missing(recipes)
+    with tqdm(total=len(todo) * settings.steps, desc="generating", unit=" steps", dynamic_ncols=True) as bar:
+        drawn = model.draw([jobs[path] for path in todo], settings, batch_size=config.batch_size, progress=bar.update)
+        for path, picture in zip(todo, drawn, strict=True):
+            save_png(picture, path, recipes[path])
+    sheet = _save_grid(config.out, list(jobs), prompts, seeds, max(settings.width or 0, settings.height or 0))
+    calls = settings.steps * SAMPLERS[settings.sampler].calls_per_step
+    both = "" if settings.guidance == 1 else ", with and without the prompt"
+    took = time.perf_counter() - started
+    print(f"pictures drawn: {len(todo)} in {took:.1f} s; there already: {len(jobs) - len(todo)}")
+    print(f"each batch: {settings.steps} {settings.sampler} steps, {calls} network calls{both}")
+    print(f"pictures: {config.out}\nall of them on one sheet: {sheet}")
+    return list(jobs)
+
+
+def _base(config: GenerateConfig) -> str:
+    """The base asked for; without one, what the adapter was trained on; without either, the Hub's."""
+    if config.model is not None:
+        return config.model
+    return HUB_BASE if config.lora is None else read_metadata(find_adapter(config.lora)).base
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    """The prompts of the configuration, then those of its file."""
+    prompts = list(config.prompts)
+    if config.prompts_file is not None:
+        try:
+            lines = config.prompts_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompts_file: cannot read {config.prompts_file} as UTF-8 text ({error})") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"nothing to draw: no prompts, and prompts_file ({config.prompts_file}) holds none")
+    return prompts
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device: {name!r} cannot be used here ({reason}); choose auto, cpu, cuda or mps") from error
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _file_name(number: int, prompt: str, seed: int) -> str:
+    """Such as 000-a-red-apple-seed0.png; the number tells apart prompts whose words in ASCII are the same."""
+    words = "-".join(re.findall("[a-z0-9]+", prompt.lower()))[:40].strip("-")
+    return f"{number:03d}-{words or 'prompt'}-seed{seed}.png"
+
+
+def _missing(recipes: Mapping[Path, Mapping[str, object]]) -> list[Path]:
+    """The paths at which nothing is yet. Raises UserError naming files that another recipe made."""
+    missing, faults = [], []
+    for path, recipe in recipes.items():
+        if not path.exists():
+            missing.append(path)
+            continue
+        try:
+            there = read_recipe(path)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        changed = [key for key in (*recipe, *there) if recipe.get(key) != there.get(key)]
+        if changed:
+            shown = [_difference(key, there.get(key), recipe.get(key)) for key in dict.fromkeys(changed)]
+            faults.append(f"{path} was made by another recipe: {', '.join(shown)}")
+    if faults:
+        more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
+        remedy = "nothing was drawn; choose another folder (--out) or delete these files"
+        raise UserError("\n".join([*faults[:5], *more, remedy]))
+    return missing
+
+
+def _difference(key: str, there: object, now: object) -> str:
+    long = isinstance(there, dict) or isinstance(now, dict)
+    return f"another {key}" if long else f"{key} {there!r} (now {now!r})"
+
+
+def _save_grid(folder: Path, paths: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], side: int) -> Path:
+    """grid.png, drawn anew on every run: a row for each prompt, a column for each seed.
+
+    side: the longer side in pixels of the pictures, which are shown no larger than that.
+    """
+    cell = max(32, min(256, side, GRID_PIXELS // max(len(prompts), len(seeds))))
+    cells = [_thumbnail(path, cell) for path in paths]
+    rows = [cells[start : start + len(seeds)] for start in range(0, len(cells), len(seeds))]
+    sheet = grid(rows, row_labels=prompts, column_labels=[f"seed {seed}" for seed in seeds], cell=cell)
+    save_png(sheet, folder / "grid.png", {"pictures": [path.name for path in paths]})
+    return folder / "grid.png"
+
+
+def _thumbnail(path: Path, side: int) -> Image.Image:
+    with Image.open(path) as picture:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return picture.copy()

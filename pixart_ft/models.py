@@ -1,0 +1,335 @@
+"""Load the parts of a PixArt-Sigma from a diffusers folder, the embedded demo or the Hub; each comes frozen.
+
+What is no PixArt-Sigma, or would load silently wrong, is refused by its configurations, before any weight.
+"""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers.utils.logging
+import torch
+import transformers.utils.logging
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from huggingface_hub import hf_hub_download
+from torch import nn
+from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
+
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.errors import UserError
+
+DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
+DEMO_PICTURES = Path(__file__).parent / "demo" / "pictures"
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+VarianceState = Literal["trained", "stale", "none"]
+
+_PARTS = {
+    "transformer": "transformer/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+# Buffers that older checkpoints hold and this class recomputes.
+_HARMLESS_KEYS = {"pos_embed.pos_embed"}
+# What changes a network's function without changing a weight or its shape.
+_FUNCTIONAL_KEYS = (
+    "sample_size",
+    "patch_size",
+    "interpolation_scale",
+    "num_attention_heads",
+    "num_heads",
+    "num_layers",
+    "scaling_factor",
+    "shift_factor",
+    "norm_num_groups",
+)
+
+
+def resolve_base(name: str) -> str:
+    """The folder or Hub id behind `model.base`: "demo", an existing diffusers folder, or "owner/name".
+
+    Raises UserError for anything else. A Hub id is taken at its word; loading from it asks the Hub.
+    """
+    remedy = 'set model.base to "demo", a folder in diffusers layout, or a Hub id such as "owner/name"'
+    folder = DEMO_FOLDER if name == "demo" else Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"model.base: {folder} has no model_index.json, so it is no diffusers model; {remedy}")
+        return str(folder)
+    if name == "demo":
+        raise UserError(f"model.base: this installation lacks the demo ({folder}); reinstall pixart_ft")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise UserError(f"model.base: there is no folder {name!r}; {remedy}")
+    return name
+
+
+def load_transformer(base: str, *, dtype: torch.dtype, revision: str | None = None) -> PixArtTransformer2DModel:
+    """The denoiser, frozen and in eval mode, with every weight accounted for.
+
+    `base` is what `resolve_base` returned. Weights are float32 or bfloat16; float16 is for autocast. Raises
+    UserError for another kind of model, PixArt-alpha, parts that do not fit, missing or unknown weights.
+    """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(
+            f"model.dtype: the transformer's weights are float32 or bfloat16, not {dtype}; "
+            "for float16 arithmetic use float32 weights under autocast (train.mixed_precision fp16)"
+        )
+    check_base(base, revision=revision)
+    with _quiet(base), _readable(base, "transformer"):
+        transformer, report = PixArtTransformer2DModel.from_pretrained(
+            base, subfolder="transformer", revision=revision, torch_dtype=dtype, output_loading_info=True
+        )
+    _check_keys(base, "transformer", report["missing_keys"], set(report["unexpected_keys"]) - _HARMLESS_KEYS)
+    return transformer.requires_grad_(False).eval()
+
+
+def load_vae(base: str, *, dtype: torch.dtype, revision: str | None = None) -> AutoencoderKL:
+    """The autoencoder, frozen and in eval mode.
+
+    One whose config says `force_upcast` overflows in float16 (as the SDXL VAE does): it is loaded in float32
+    with a warning.
+    """
+    config = _read_config(base, "vae", revision)
+    if dtype == torch.float16 and config.get("force_upcast", True):
+        warnings.warn("this VAE overflows in float16 (force_upcast): loaded in float32", stacklevel=2)
+        dtype = torch.float32
+    with _quiet(base), _readable(base, "vae"):
+        vae, report = AutoencoderKL.from_pretrained(
+            base, subfolder="vae", revision=revision, torch_dtype=dtype, output_loading_info=True
+        )
+    _check_keys(base, "vae", report["missing_keys"], report["unexpected_keys"])
+    return vae.requires_grad_(False).eval()
+
+
+def decoder_only(vae: AutoencoderKL) -> AutoencoderKL:
+    """Free the encoder's half of `vae`, in place: for runs that only turn samples into pictures."""
+    del vae.encoder, vae.quant_conv
+    return vae
+
+
+def load_text_encoder(
+    base: str, *, dtype: torch.dtype, revision: str | None = None
+) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
+    """The tokenizer and the T5 encoder, frozen and in eval mode.
+
+    Load in the dtype you want and never cast afterwards: in float16 only `from_pretrained` keeps the layers
+    that overflow (`wo`) in float32, and a T5 that was cast gives finite, wrong embeddings.
+    """
+    _read_config(base, "text_encoder", revision)
+    with _quiet(base), _readable(base, "tokenizer"):
+        tokenizer = T5Tokenizer.from_pretrained(base, subfolder="tokenizer", revision=revision or "main")
+    with _quiet(base), _readable(base, "text_encoder"):
+        loaded: Any = T5EncoderModel.from_pretrained(
+            base, subfolder="text_encoder", revision=revision or "main", dtype=dtype, output_loading_info=True
+        )
+    encoder, report = loaded
+    _check_keys(base, "text_encoder", report["missing_keys"], ())
+    overflowing = [weight for name, weight in encoder.named_parameters() if ".wo." in name]
+    assert dtype != torch.float16 or all(weight.dtype == torch.float32 for weight in overflowing)
+    return tokenizer, encoder.requires_grad_(False).eval()
+
+
+def vae_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent, along each side."""
+    return _vae_factor(vae.config)
+
+
+def load_schedule(base: str, *, revision: str | None = None) -> tuple[NoiseSchedule, PredictionType]:
+    """The noise schedule the base was trained with and what it predicts, from its scheduler_config.json."""
+    config = _read_config(base, "scheduler", revision)
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise UserError(f"{base}/{_PARTS['scheduler']}: unknown prediction_type {prediction_type!r}")
+    try:
+        return NoiseSchedule.from_diffusers_config(config), prediction_type
+    except ValueError as error:
+        raise UserError(f"{base}/{_PARTS['scheduler']}: {error}") from error
+
+
+def schedule_config(base: str, *, revision: str | None = None) -> dict[str, Any]:
+    """The content of the base's scheduler_config.json without its private keys, for an adapter's metadata."""
+    config = _read_config(base, "scheduler", revision)
+    return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def size_unit(base: str, *, revision: str | None = None) -> int:
+    """What a picture's height and width must be multiples of: patch size times VAE factor."""
+    patch: int = _read_config(base, "transformer", revision).get("patch_size", 2)
+    return patch * _vae_factor(_read_config(base, "vae", revision))
+
+
+def vae_scaling_factor(base: str, *, revision: str | None = None) -> float:
+    """What latents are multiplied with before the transformer sees them; never assumed."""
+    config = _read_config(base, "vae", revision)
+    if "scaling_factor" not in config:
+        raise UserError(f"model.base: {base}/{_PARTS['vae']} has no scaling_factor (the SDXL VAE's is 0.13025); add it")
+    return float(config["scaling_factor"])
+
+
+def check_base(base: str, *, revision: str | None = None) -> None:
+    """Raise UserError, naming every fault, unless the configurations of `base` make up a PixArt-Sigma.
+
+    Reads no weights, so it is quick and may come before everything else.
+    """
+    index = _read_json(base, "model_index.json", revision)
+    faults = _index_faults(index.get("_class_name"))
+    if not faults:
+        config = _read_config(base, "transformer", revision)
+        faults += _transformer_faults(config)
+        channels = config.get("in_channels", 4)
+        latent = _read_config(base, "vae", revision).get("latent_channels", 4)
+        if channels != latent:
+            faults.append(f"the transformer takes {channels} latent channels and the VAE makes {latent}")
+        width, text = config.get("caption_channels"), _text_width(base, index, revision)
+        if text is not None and width != text:
+            faults.append(f"the transformer takes text of width {width} and the text encoder gives {text}")
+    if faults:
+        raise UserError("\n  - ".join([f"model.base: {base} cannot be used:", *faults]))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """16 hex digits of SHA-256 over config and a few values of every parameter: tells one base from another.
+
+    The same in float32 and bfloat16, with and without an unmerged adapter, and across library versions:
+    values are rounded to bfloat16, adapter weights left out, and of the config only what changes the function
+    counts.
+    """
+    config: Mapping[str, Any] = getattr(module, "config", {})
+    config = config if isinstance(config, Mapping) else config.to_dict()
+    settings = {key: str(config.get(key)) for key in _FUNCTIONAL_KEYS}
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, parameter in sorted((n.replace(".base_layer.", "."), p) for n, p in module.named_parameters()):
+        if ".lora_" in name:
+            continue
+        values = parameter.detach().flatten()
+        few = values[:: max(1, values.numel() // 16)].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + few.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def variance_of(transformer: PixArtTransformer2DModel) -> VarianceState:
+    """The state of a stock base's learned variance: "trained" with a variance half, "none" without.
+
+    A stock 8-channel base without metadata counts as trained; an adapter's metadata may say "stale" instead.
+    """
+    config = transformer.config
+    return "trained" if config["out_channels"] == 2 * config["in_channels"] else "none"
+
+
+def _vae_factor(config: Mapping[str, Any]) -> int:
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
+def _index_faults(class_name: object) -> list[str]:
+    if class_name == "PixArtAlphaPipeline":
+        return ["it is PixArt-alpha (another VAE, 120 text tokens); this toolkit is for PixArt-Sigma"]
+    if class_name not in ("PixArtSigmaPipeline", "PixArtSigmaPAGPipeline"):
+        return [f"its model_index.json says {class_name}, not PixArtSigmaPipeline"]
+    return []
+
+
+def _transformer_faults(config: Mapping[str, Any]) -> list[str]:
+    """What in a transformer's config.json PixArt-Sigma cannot have, or diffusers would take wrongly."""
+    class_name = config.get("_class_name")
+    # Checkpoints older than the PixArt class say Transformer2DModel, and diffusers maps that one.
+    if class_name not in ("PixArtTransformer2DModel", "Transformer2DModel"):
+        return [f"its transformer is a {class_name}, not a PixArtTransformer2DModel"]
+    faults = []
+    size, patch = config.get("sample_size", 128), config.get("patch_size", 2)
+    conditions, scale = config.get("use_additional_conditions"), config.get("interpolation_scale")
+    if conditions or (conditions is None and size == 128):  # diffusers takes None at 128 for True
+        faults.append(
+            "use_additional_conditions is true, which is PixArt-alpha's embedding of the picture size; if "
+            "this is a PixArt-Sigma with an incomplete transformer/config.json, add "
+            '"use_additional_conditions": false to it'
+        )
+    used = max(size // 64, 1) if scale is None else scale  # diffusers' default for None
+    if used != size / 64 and (scale is None or size in (32, 64, 128, 256)):
+        faults.append(
+            f"interpolation_scale is {scale} (used as {used}), but a PixArt-Sigma of sample_size {size} has "
+            f'{size / 64:g}: write "interpolation_scale": {size / 64:g} into transformer/config.json'
+        )
+    if size % patch:
+        faults.append(f"sample_size {size} is no multiple of patch_size {patch}")
+    channels, output = config.get("in_channels", 4), config.get("out_channels", 8)
+    if output not in (None, channels, 2 * channels):
+        faults.append(f"out_channels {output} is neither in_channels ({channels}) nor twice that (learned variance)")
+    return faults
+
+
+def _text_width(base: str, index: Mapping[str, Any], revision: str | None) -> int | None:
+    """The width of the base's text encoder, or None if the folder comes without one (its index says null)."""
+    if index.get("text_encoder", [None, None])[1] is None:
+        return None
+    width: int | None = _read_config(base, "text_encoder", revision).get("d_model")
+    return width
+
+
+def _read_config(base: str, part: str, revision: str | None) -> dict[str, Any]:
+    return _read_json(base, _PARTS[part], revision)
+
+
+def _read_json(base: str, name: str, revision: str | None) -> dict[str, Any]:
+    path = Path(base) / name
+    if not Path(base).is_dir():
+        with _readable(base, name):
+            path = Path(hf_hub_download(base, name, revision=revision))
+    elif not path.is_file():
+        held = ", ".join(sorted(entry.name for entry in Path(base).iterdir())) or "nothing"
+        raise UserError(f"model.base: {path} is missing (the folder holds {held}); give a whole diffusers PixArt-Sigma")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"model.base: {path} is no JSON ({error}); copy or download the model again") from error
+    return content
+
+
+def _check_keys(base: str, part: str, missing: Any, unexpected: Any) -> None:
+    """Refuse weights that were not in the file (they would be random) or that found no place."""
+    faults = [
+        f"{len(keys)} {what}, such as {', '.join(sorted(keys)[:3])}"
+        for what, keys in (("weights missing", missing), ("unknown weights", unexpected))
+        if keys
+    ]
+    if faults:
+        raise UserError(f"model.base: the weights in {base}/{part} do not fit its config.json: {'; '.join(faults)}")
+
+
+@contextmanager
+def _readable(base: str, part: str) -> Iterator[None]:
+    """Turn the many errors of opening a damaged, absent or unreachable model into one message."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        if Path(base).is_dir():
+            remedy = "copy or download the model again"
+        else:
+            remedy = "check the name and the connection (HF_HUB_OFFLINE=1 leaves only what was downloaded before)"
+        if part == "tokenizer":
+            remedy += "; a tokenizer without tokenizer.json needs the packages sentencepiece and protobuf"
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.base: cannot load {part} of {base}; {remedy}. Reason: {first_line}") from error
+
+
+@contextmanager
+def _quiet(base: str) -> Iterator[None]:
+    """Silence the libraries' remarks on loading (what matters is checked here); bars stay for downloads."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logger, logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        if Path(base).is_dir():
+            logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, verbosity, had_bars in before:
+            logger.set_verbosity(verbosity)
+            if had_bars:
+                logger.enable_progress_bar()

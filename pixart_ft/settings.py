@@ -1,0 +1,255 @@
+"""How a configuration is read, whatever its keys: YAML, overrides, and ONE report of every mistake in them.
+
+`config.py` says what the keys are. A key is named by its dotted path, as `optim.learning_rate`.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
+
+from pixart_ft import yaml_text
+from pixart_ft.errors import UserError
+
+
+class Section(BaseModel):
+    """Frozen keys and values: unknown keys, wrong types, nan and inf are refused; an integer is a number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Config(Section):
+    """A whole configuration: its sections or keys, and what they may not say together.
+
+    unused  (key, other, used): key may differ from its default only where `used(value of other)` is true,
+            since a setting is used or refused, never ignored
+    rules   (keys, broken, message): `broken(*values of keys)` must be false
+    """
+
+    unused: ClassVar[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = ()
+    rules: ClassVar[tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...]] = ()
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def keys(kind: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key of a configuration by its dotted path, sections opened, in the order of definition."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in kind.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, Section):
+            found |= keys(section, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def default(field: FieldInfo) -> Any:
+    """The default of a key, plain as YAML has it. One derived from the run's name shows NAME."""
+    value = field.get_default(call_default_factory=True, validated_data={"name": "NAME"})
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+
+def expected(field: FieldInfo) -> str:
+    """What a key accepts, in words: `integer >= 1`, `ddim | ddpm`, `[text, ...]`, `path or null`."""
+    limits = ((sign, getattr(bound, name, None)) for bound in field.metadata for name, sign in _SIGNS.items())
+    bounds = ", ".join(sign.format(limit) for sign, limit in limits if limit is not None)
+    words = _type_words(field.annotation)
+    if not bounds:
+        return words
+    plain = words.removesuffix(" or null")
+    return f"{plain} {bounds}" + (", or null" if plain != words else "")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The report of a key that does not exist, with the nearest of those that do.
+
+    Its last word must resemble, or be the initials of (`lr`), theirs; of several the whole path decides.
+    """
+    known = list(known)
+    if key in known:  # a dotted path used as one word of a file
+        return f"{key}: write it nested, as {{{key.replace('.', ': {')}: ...}}}}"
+    if inside := [k for k in known if k.startswith(f"{key}.")]:
+        return f"{key}: a section, not a key; its keys are {', '.join(inside)}"
+    last = {k: k.rpartition(".")[2] for k in [key, *known]}
+    alike = difflib.get_close_matches(last[key], {last[k] for k in known})
+    kin = [k for k in known if last[k] in alike or _initials(last[k]) == last[key]]
+    near = difflib.get_close_matches(key, kin, 1, cutoff=0)
+    return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
+
+
+def load(
+    kind: type[AnyConfig],
+    source: str | Path | Mapping[str, Any],
+    overrides: Mapping[str, str] | Mapping[str, str | list[str]] | None = None,
+    *,
+    problems: Sequence[str] = (),
+) -> AnyConfig:
+    """Reads a configuration, applies the overrides and checks everything.
+
+    source     YAML file, name of a shipped configuration, or a mapping
+    overrides  dotted key -> text as typed (YAML, or plain text where the key is text), or a list itself
+    problems   mistakes the caller found already, reported together with those found here
+
+    Raises UserError with every unknown key, wrong type, missing key and contradiction in one report.
+    """
+    origin, values = _read(source)
+    fields = keys(kind)
+    problems = list(problems)
+    for name in kind.model_fields:  # an absent or empty section has its defaults
+        if name not in fields and values.get(name) is None:
+            values[name] = {}
+    problems += _override(values, overrides or {}, fields)
+    config = None
+    wrong: set[str] = set()
+    try:
+        config = kind.model_validate_json(json.dumps(values))  # JSON: a list fills a tuple
+    except ValidationError as error:
+        for key, problem in _explain(error, fields):
+            wrong.add(key)
+            problems.append(problem)
+    problems += _contradictions(kind, dict(_flat(values)), wrong)
+    if problems or config is None:
+        raise UserError(_report(origin, problems))
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `load` reads back to an equal one."""
+    return yaml_text.dump(config.model_dump(mode="json"))
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that come with the package, by name: a wheel has them inside, a clone beside it."""
+    package = Path(__file__).parent
+    folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "configuration", json.loads(json.dumps(source, default=str))
+    path = Path(source).expanduser()
+    path = path if path.is_file() else shipped_configs().get(str(source), path)
+    try:
+        values = yaml_text.parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        names = ", ".join(shipped_configs()) or "none"
+        raise UserError(f"no configuration file {path}; give a path or a shipped name: {names}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the configuration {path}: {error}") from None
+    if not isinstance(values, dict | None):
+        raise UserError(f"cannot read the configuration {path}: {_show(values)} is not keys and values")
+    return str(path), json.loads(json.dumps(values or {}, default=str))
+
+
+def _override(values: dict[str, Any], overrides: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> Iterator[str]:
+    """Puts the overrides into `values`; yields what is wrong with them."""
+    for key, text in overrides.items():
+        if key not in fields:
+            yield unknown_key(key, fields)
+            continue
+        section, _, name = key.rpartition(".")
+        target = values[section] if section else values
+        try:
+            value = _parse_override(text, fields[key])
+        except ValueError as error:
+            yield f"{key} is {_show(text)}; expected {expected(fields[key])} ({error})"
+            continue
+        if isinstance(target, dict):  # else the whole section is wrong, which pydantic finds
+            target[name] = value
+
+
+def _parse_override(text: str | list[str], field: FieldInfo) -> Any:
+    optional = NoneType in get_args(field.annotation)
+    if isinstance(text, list) or (optional and text == "null"):
+        return text if isinstance(text, list) else None
+    words = _type_words(field.annotation).removesuffix(" or null")
+    return text if words in ("text", "path") else yaml_text.parse(text)
+
+
+def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterator[tuple[str, str]]:
+    """(dotted key, what is wrong) of each of pydantic's findings."""
+    for finding in error.errors(include_url=False, include_context=False):
+        words = [part for part in finding["loc"] if isinstance(part, str)]
+        items = [f"[{part}]" for part in finding["loc"] if isinstance(part, int)]
+        key, value = ".".join(words), finding["input"]
+        if finding["type"] == "extra_forbidden":
+            yield from ((k, unknown_key(k, fields)) for k, _ in _flat({key: value}))
+        elif finding["type"] == "missing":
+            yield key, f"{key} is required: {fields[key].description}"
+        elif key not in fields:
+            yield key, f"{key} is {_show(value)}; expected a section of keys"
+        elif finding["type"] != "default_factory_not_called":  # another key is wrong, and reported
+            hint = "; put it in quotes" if finding["type"] == "string_type" and value is not None else ""
+            yield key, f"{key}{''.join(items)} is {_show(value)}; expected {expected(fields[key])}{hint}"
+
+
+def _contradictions(kind: type[Config], given: Mapping[str, Any], wrong: set[str]) -> Iterator[str]:
+    """What the keys may not say together; where a key, or its section, is wrong by itself, that is enough."""
+    fields = keys(kind)
+    value = {key: given.get(key, default(field)) for key, field in fields.items()}
+
+    def judged(*names: str) -> bool:
+        return not any(name == bad or name.startswith(bad + ".") for name in names for bad in wrong)
+
+    for key, other, used in kind.unused:
+        if judged(key, other) and value[key] != default(fields[key]) and not used(value[other]):
+            yield f"{key} is {_show(value[key])}, unused while {other} is {_show(value[other])}; change one"
+    for names, broken, message in kind.rules:
+        values = [value[name] for name in names]
+        if judged(*names) and broken(*values):
+            yield message.format(*map(_show, values))
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
+
+
+def _report(origin: str, problems: Sequence[str]) -> str:
+    if len(problems) == 1:
+        return f"{origin}: {problems[0]}"
+    return f"{origin}: {len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_SIGNS = {
+    "gt": "> {}",
+    "ge": ">= {}",
+    "lt": "< {}",
+    "le": "<= {}",
+    "multiple_of": "a multiple of {}",
+    "min_length": "(not empty)",
+}
+_WORDS = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path", NoneType: "null"}
+
+
+def _type_words(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_words(inner[0])
+    if origin is Literal:
+        return " | ".join(inner)
+    if origin is tuple:
+        return f"[{_type_words(inner[0])}, ...]"
+    if inner:  # a union with None
+        return " or ".join(_type_words(part) for part in inner)
+    return _WORDS[annotation]

@@ -1,0 +1,105 @@
+"""The data of a run: rows from the folders, everything that T5 and the VAE are needed for encoded once."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from pixart_ft import models
+from pixart_ft.config import TrainConfig
+from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
+from pixart_ft.data.datasets import Row, read_folder, split
+from pixart_ft.errors import UserError
+from pixart_ft.evaluation import HeldOutSet
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compute_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype that train.mixed_precision computes in."""
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
+
+
+def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
+    """Training and held-out pictures; every problem of the two folders is reported by `read_folder`."""
+    demo = {"train": models.DEMO_PICTURES / "train", "held_out": models.DEMO_PICTURES / "held_out"}
+    rows = read_folder(demo["train"] if config.data.folder == "demo" else config.data.folder)
+    if config.data.held_out is not None:
+        held = read_folder(demo["held_out"] if config.data.held_out == "demo" else config.data.held_out)
+    else:
+        rows, held = split(rows, config.data.held_out_fraction, config.run.seed)
+    if not rows:
+        raise UserError(f"data.held_out_fraction {config.data.held_out_fraction} leaves nothing to train on; lower it")
+    return rows, held[: config.validation.pictures]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Everything that T5 and the VAE are needed for, made before the transformer is loaded."""
+
+    train: CachedPictures
+    held_out: HeldOutSet | None
+    null_caption: Tensor
+    prompts: list[Tensor]
+    scaling_factor: float
+
+
+def encode_once(config: TrainConfig, base: str, rows: list[Row], held: list[Row], accelerator: Accelerator) -> Encoded:
+    """Fill the cache on the main process, then read it on all; what it holds already is not encoded again."""
+    text_dtype = DTYPES.get(config.model.text_encoder_dtype) or compute_dtype(config)
+    revision, device = config.model.revision, accelerator.device
+    memo = config.data.cache / "files.json"
+
+    def text_encoder() -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
+        tokenizer, encoder = models.load_text_encoder(base, dtype=text_dtype, revision=revision)
+        return tokenizer, encoder.to(device)
+
+    def vae() -> AutoencoderKL:
+        return models.load_vae(base, dtype=torch.float32, revision=revision).to(device)
+
+    def fill() -> tuple[TensorStore, list[str], list[str]]:
+        show = accelerator.is_main_process
+        store = TensorStore(config.data.cache)
+        texts = [row.caption for row in rows + held] + list(config.validation.prompts) + [""]
+        text_keys = cache_captions(
+            store,
+            texts,
+            load_text_encoder=text_encoder,
+            encoder_id=component_id(base, "tokenizer", "text_encoder", dtype=text_dtype, revision=revision, memo=memo),
+            max_tokens=config.data.max_tokens,
+            progress=show,
+        )
+        picture_keys = cache_pictures(
+            store,
+            rows + held,
+            load_vae=vae,
+            vae_id=component_id(base, "vae", dtype=torch.float32, revision=revision, memo=memo),
+            size=config.data.resolution,
+            progress=show,
+        )
+        return store, text_keys, picture_keys
+
+    with accelerator.main_process_first():
+        store, text_keys, picture_keys = fill()
+    count = len(rows)
+    scaling_factor = models.vae_scaling_factor(base, revision=revision)
+    measured = CachedPictures(store, picture_keys[count:], text_keys[count : len(rows + held)])
+    held_out = None
+    if held:
+        everything = list(range(len(held)))
+        held_out = HeldOutSet(
+            x0=measured.latents(everything)[0] * scaling_factor,
+            texts=measured.texts(everything),
+            timestep_count=config.validation.timesteps,
+            seed=config.run.seed,
+        )
+    return Encoded(
+        train=CachedPictures(store, picture_keys[:count], text_keys[:count]),
+        held_out=held_out,
+        null_caption=store.get(text_keys[-1]),
+        prompts=[store.get(key) for key in text_keys[len(rows + held) : -1]],
+        scaling_factor=scaling_factor,
+    )

@@ -1,0 +1,259 @@
+"""From a configuration to a finished run: check, encode once, build the parts, train, leave adapter and pictures.
+
+What a user can get wrong is found before the run folder is made, and what is cheap to check before what is not.
+"""
+
+import importlib
+import importlib.util
+import json
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from pixart_ft import models
+from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, fill_adapter
+from pixart_ft.attention import use_plain_attention
+from pixart_ft.checkpoint import RunFolder
+from pixart_ft.config import TrainConfig
+from pixart_ft.data.captions import TEXT_PREPARATION, pad_text
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.draws import Plan, TrainingSet
+from pixart_ft.ema import Ema
+from pixart_ft.environment import versions
+from pixart_ft.errors import UserError
+from pixart_ft.evaluation import Objective
+from pixart_ft.report import finish
+from pixart_ft.sampling import decode_latents, sample_latents
+from pixart_ft.settings import to_yaml
+from pixart_ft.trainer import Trainer
+from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once, read_rows
+
+
+def run_training(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Path:
+    """Train as `config` says and return the run folder.
+
+    resume: "auto" or a checkpoint folder, continues the run in config.run.folder with all its state. init_from: an
+    adapter or run folder whose weights start a new run. Raises UserError for whatever the user can mend.
+    """
+    accelerator = _accelerator(config)
+    base = models.resolve_base(config.model.base)
+    models.check_base(base, revision=config.model.revision)
+    folder = RunFolder(config.run.folder)
+    folder.check_new(resume=resume is not None)
+    checkpoint = folder.resolve_resume(resume) if resume else None
+    rows, held_rows = read_rows(config)
+    _check_resolution(config, base)
+    encoded = encode_once(config, base, rows, held_rows, accelerator)
+
+    transformer = models.load_transformer(base, dtype=_weights_dtype(config), revision=config.model.revision)
+    native, prediction_type = models.load_schedule(base, revision=config.model.revision)
+    schedule, schedule_config = _schedule(config, base, native)
+    objective = Objective(schedule, prediction_type, config.diffusion.objective, config.diffusion.vlb_scale)
+    _check_objective(objective, transformer)
+    fingerprint = models.fingerprint(transformer)
+    lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
+    attach(transformer, lora, seed=config.run.seed)
+    if init_from:
+        fill_adapter(transformer, init_from)
+    if config.model.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    use_plain_attention(transformer)
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    transformer.to(accelerator.device).train()
+    optimizer = _optimizer(config, list(trained.values()))
+    ema = Ema(trained, config.train.ema_decay) if config.train.ema_decay else Ema.off()
+
+    trainer = Trainer(
+        accelerator=accelerator,
+        transformer=transformer,
+        objective=objective,
+        data=TrainingSet(encoded.train, encoded.scaling_factor, encoded.null_caption),
+        optimizer=optimizer,
+        ema=ema,
+        plan=_plan(config),
+        folder=folder,
+        held_out=encoded.held_out,
+        draw_samples=_sampler(config, encoded, base, transformer, objective, accelerator),
+    )
+    environment = json.dumps(_environment(accelerator), indent=1) + "\n"
+    if accelerator.is_main_process:
+        RunFolder.create(folder.path, resume=resume is not None)
+        folder.config_file.write_text(to_yaml(config), encoding="utf-8")
+        (folder.path / "environment.json").write_text(environment)
+    accelerator.wait_for_everyone()
+    if config.logging.tensorboard:
+        accelerator.init_trackers("tensorboard")
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+    result = trainer.run()
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        metadata = AdapterMetadata(
+            base=config.model.base,
+            base_fingerprint=fingerprint,
+            prediction_type=prediction_type,
+            schedule=schedule_config,
+            variance=_variance_after(objective, transformer),
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            max_tokens=config.data.max_tokens,
+            text_preparation=TEXT_PREPARATION,
+            weights="raw",
+            samples_seen=result.samples_seen,
+        )
+        finish(folder, transformer, ema, metadata, encoded.null_caption, result, config.validation.prompts)
+    return folder.path
+
+
+# The steps of it
+
+
+def _accelerator(config: TrainConfig) -> Accelerator:
+    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
+    if config.optim.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            'optim.optimizer adamw8bit needs bitsandbytes: pip install "pixart_ft[quantized]", or use adamw'
+        )
+    AcceleratorState._reset_state()  # a program may train twice, in another precision
+    return Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with="tensorboard" if config.logging.tensorboard else None,
+        project_dir=str(config.run.folder),
+    )
+
+
+def _check_resolution(config: TrainConfig, base: str) -> None:
+    unit = models.size_unit(base, revision=config.model.revision)
+    if config.data.resolution % unit:
+        near = max(unit, round(config.data.resolution / unit) * unit)
+        raise UserError(
+            f"data.resolution {config.data.resolution} does not fit {config.model.base}: it must be a multiple of "
+            f"{unit} (patch size times VAE factor); try {near}"
+        )
+
+
+def _schedule(config: TrainConfig, base: str, native: NoiseSchedule) -> tuple[NoiseSchedule, Mapping[str, object]]:
+    """The schedule to train on, and the diffusers keys that describe it to whoever loads the adapter."""
+    if config.diffusion.schedule == "base":
+        return native, models.schedule_config(base, revision=config.model.revision)
+    kind = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[config.diffusion.schedule]
+    described = {"num_train_timesteps": native.num_steps, "beta_schedule": kind, "beta_start": 1e-4, "beta_end": 0.02}
+    return NoiseSchedule.from_diffusers_config(described), described
+
+
+def _variance_after(objective: Objective, transformer: torch.nn.Module) -> models.VarianceState:
+    """The learned variance after training: the noise error alone leaves it to a network that has moved on."""
+    if models.variance_of(transformer) == "none":
+        return "none"
+    return "trained" if objective.kind == "hybrid" else "stale"
+
+
+def _check_objective(objective: Objective, transformer: torch.nn.Module) -> None:
+    if objective.kind == "hybrid" and models.variance_of(transformer) == "none":
+        raise UserError(
+            "diffusion.objective hybrid trains a learned variance, and this base has no variance channels; "
+            "set diffusion.objective epsilon"
+        )
+    if objective.prediction_type != "epsilon":
+        raise UserError(
+            f"this base predicts {objective.prediction_type}; training is offered for bases that predict epsilon"
+        )
+
+
+def _weights_dtype(config: TrainConfig) -> torch.dtype:
+    if config.model.dtype != "auto":
+        return DTYPES[config.model.dtype]
+    # float16 weights would overflow; under float16 autocast float32 weights do not.
+    return torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
+
+
+def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    AdamW: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    if config.optim.optimizer == "adamw8bit":
+        AdamW = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    return AdamW(
+        parameters,
+        lr=config.optim.learning_rate,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.epsilon,
+        weight_decay=config.optim.weight_decay,
+    )
+
+
+def _plan(config: TrainConfig) -> Plan:
+    return Plan(
+        steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        accumulation=config.train.accumulation,
+        seed=config.run.seed,
+        caption_dropout=config.diffusion.caption_dropout,
+        timesteps=config.diffusion.timesteps,
+        learning_rate=config.optim.learning_rate,
+        warmup_steps=config.optim.warmup_steps,
+        decay=config.optim.decay,
+        clip_norm=config.optim.clip_norm,
+        log_every=config.logging.every,
+        validate_every=config.validation.every,
+        samples_every=config.validation.samples_every,
+        checkpoint_every=config.train.checkpoint_every,
+        keep_checkpoints=config.train.keep_checkpoints,
+    )
+
+
+def _sampler(
+    config: TrainConfig,
+    encoded: Encoded,
+    base: str,
+    transformer: torch.nn.Module,
+    objective: Objective,
+    accelerator: Accelerator,
+) -> Callable[[], list[Image.Image]] | None:
+    """Draws the fixed prompts with the network as it stands, one picture for every prompt and seed."""
+    if not encoded.prompts or not accelerator.is_main_process:
+        return None if not encoded.prompts else list
+    choice, device = config.validation, accelerator.device
+    vae = models.decoder_only(models.load_vae(base, dtype=torch.float32, revision=config.model.revision)).to(device)
+    side = config.data.resolution // models.vae_factor(vae)
+    half = None if config.train.mixed_precision == "no" else compute_dtype(config)
+    learned = choice.sampler == "ddpm" and objective.kind == "hybrid"
+
+    def draw() -> list[Image.Image]:
+        pictures = []
+        for text in encoded.prompts:
+            embeds, mask = pad_text([text] * len(choice.seeds))
+            latents = sample_latents(
+                transformer,
+                objective.schedule,
+                objective.prediction_type,
+                embeds.to(device),
+                mask.to(device),
+                encoded.null_caption.to(device),
+                sampler=choice.sampler,
+                steps=choice.steps,
+                guidance=choice.guidance,
+                generators=[torch.Generator("cpu").manual_seed(seed) for seed in choice.seeds],
+                shape=(vae.config.latent_channels, side, side),
+                variance="learned" if learned else "beta_tilde",
+                autocast=half,
+            )
+            pictures += decode_latents(vae, latents)
+        return pictures
+
+    return draw
+
+
+def _environment(accelerator: Accelerator) -> dict[str, object]:
+    return {
+        "python": platform.python_version(),
+        "versions": versions(),
+        "device": str(accelerator.device),
+        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }

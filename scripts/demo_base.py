@@ -1,0 +1,238 @@
+"""Trains the demo's PixArt-Sigma transformer, and its small T5 with it, on the latents of the Noto pictures.
+
+The loss is the hybrid one of Nichol & Dhariwal (2021): min-SNR weighted noise error (on the simple term alone)
+plus the learned-range bound, with captions dropped to the null caption. Muon moves the matrices of the blocks,
+AdamW the rest. Resumable: every step draws from a generator seeded by its index.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from pixart_ft.attention import use_plain_attention
+from pixart_ft.denoiser import denoise
+from pixart_ft.diffusion.objectives import hybrid_loss
+from pixart_ft.diffusion.process import q_sample
+from pixart_ft.diffusion.schedules import NoiseSchedule
+
+BATCH = 64
+CAPTION_DROPOUT = 0.1
+MIN_SNR_GAMMA = 5.0
+EMA_DECAY = 0.9995
+CHECKPOINT_STEPS = 250
+MUON_RATE, ADAMW_RATE = 2e-3, 1e-3  # peaks
+DECAY_SHARE = 0.25  # the last quarter of the steps takes the learning rate linearly to zero
+EXTRA_IDS = 100
+
+
+def build_tokenizer(captions: Sequence[str], vocabulary: int = 2000) -> T5Tokenizer:
+    """A Unigram vocabulary in T5's conventions (pad 0, end 1, unknown 2), learnt from the captions."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    printable = [chr(c) for c in range(33, 127)]
+    tokenizer.train_from_iterator(
+        captions,
+        trainers.UnigramTrainer(
+            vocab_size=vocabulary,
+            special_tokens=["<pad>", "</s>", "<unk>"],
+            unk_token="<unk>",
+            initial_alphabet=printable,
+        ),
+    )
+    pieces = [(token, score) for token, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+    extra = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(EXTRA_IDS))]
+    return T5Tokenizer(vocab=pieces + extra, extra_ids=EXTRA_IDS)
+
+
+def build_text_encoder(vocabulary: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def build_transformer(width: int = 256, layers: int = 8, caption_channels: int = 128) -> PixArtTransformer2DModel:
+    """PixArt-Sigma's own configuration at 256 pixels, narrow, shallow and with 4 x 4 patches: 64 image tokens."""
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=width // 64,
+        attention_head_dim=64,
+        num_layers=layers,
+        in_channels=4,
+        out_channels=8,
+        patch_size=4,
+        sample_size=32,
+        cross_attention_dim=width,
+        caption_channels=caption_channels,
+        interpolation_scale=0.5,
+        use_additional_conditions=False,
+    )
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    for block in transformer.transformer_blocks:  # the network starts as if it had no captions, and predicts zero
+        torch.nn.init.zeros_(block.attn2.to_out[0].weight)
+    torch.nn.init.normal_(transformer.adaln_single.linear.weight, std=0.02)
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    return transformer
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, std) of every picture's posterior, times the scaling factor; kept in `path`."""
+    if not path.is_file():
+        means, stds = [], []
+        for start in range(0, len(pictures), 8):
+            x = torch.from_numpy(pictures[start : start + 8].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+            posterior = vae.encode(x).latent_dist
+            means.append(posterior.mean)
+            stds.append(posterior.std)
+        torch.save((torch.cat(means), torch.cat(stds)), path)
+    mean, std = torch.load(path, weights_only=True)
+    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+
+
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Warm-up over 200 steps, constant, then linear to zero over the last quarter."""
+    decay = (steps - step) / max(1, round(DECAY_SHARE * steps))
+    return min(1.0, (step + 1) / 200, decay)
+
+
+class BaseTraining:
+    """Transformer, text encoder, their average and optimizers; `run` trains them, resuming from a checkpoint."""
+
+    def __init__(
+        self,
+        transformer: PixArtTransformer2DModel,
+        text_encoder: T5EncoderModel,
+        tokenizer: T5Tokenizer,
+        latents: tuple[torch.Tensor, torch.Tensor],
+        captions: Sequence[str],
+        folder: Path,
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.transformer, self.text_encoder = transformer, text_encoder
+        self.mean, self.std = latents
+        tokens = tokenizer([*captions, ""], padding="longest", return_tensors="pt")  # the null caption is last
+        self.ids, self.mask = tokens.input_ids, tokens.attention_mask
+        self.schedule = NoiseSchedule.linear()
+        self.modules = torch.nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
+        self.average = {name: p.detach().clone() for name, p in self.modules.named_parameters()}
+        matrices = [p for p in transformer.transformer_blocks.parameters() if p.ndim == 2 and min(p.shape) > 6]
+        taken = {id(p) for p in matrices}
+        others = [p for p in self.modules.parameters() if id(p) not in taken]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"), MUON_RATE),
+            (torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), ADAMW_RATE),
+        ]
+        self.step, self.checkpoint = 0, folder / "state.pt"
+        if self.checkpoint.is_file():
+            self._load()
+
+    def _load(self) -> None:
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.modules.load_state_dict(state["weights"])
+        self.average, self.step = state["average"], state["step"]
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def _save(self) -> None:
+        state = {
+            "weights": self.modules.state_dict(),
+            "average": self.average,
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "step": self.step,
+        }
+        torch.save(state, self.checkpoint.with_suffix(".part"))
+        self.checkpoint.with_suffix(".part").rename(self.checkpoint)
+
+    def _rows(self, step: int) -> torch.Tensor:
+        """The pictures of one step: consecutive entries of one shuffled order an epoch."""
+        count = len(self.mean)
+        draws = range(step * BATCH, (step + 1) * BATCH)
+        orders = {e: torch.randperm(count, generator=torch.Generator().manual_seed(e))
+                  for e in {d // count for d in draws}}  # fmt: skip
+        return torch.stack([orders[d // count][d % count] for d in draws])
+
+    def loss(self, step: int) -> dict[str, torch.Tensor]:
+        """The step's terms, each averaged over the batch: the weighted "loss", "simple" and "vlb"."""
+        g = torch.Generator().manual_seed(step)
+        rows = self._rows(step)
+        x0 = self.mean[rows] + self.std[rows] * torch.randn(self.mean[rows].shape, generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        # one t from each of BATCH equal strata, in an order unrelated to the pictures'
+        u = (torch.randperm(BATCH, generator=g) + torch.rand(BATCH, generator=g)) / BATCH
+        t = (u * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1)
+        null = len(self.mean)
+        texts = torch.where(torch.rand(BATCH, generator=g) < CAPTION_DROPOUT, null, rows)
+        x_t = q_sample(self.schedule, x0, t, eps)
+        length = int(self.mask[texts].sum(1).max())
+        mask = self.mask[texts, :length]
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = self.text_encoder(self.ids[texts, :length], attention_mask=mask).last_hidden_state
+            output = denoise(self.transformer, x_t, t, embeds, mask)
+        terms = hybrid_loss(self.schedule, output, x0, x_t, eps, t, "epsilon", vlb_scale=1.0)
+        weight = (MIN_SNR_GAMMA / self.schedule.snr[t]).clamp(max=1.0).float()
+        return {
+            "loss": (weight * terms["simple"] + terms["vlb"]).mean(),
+            "simple": terms["simple"].mean(),
+            "vlb": terms["vlb"].mean(),
+        }
+
+    def _update(self, loss: torch.Tensor, factor: float) -> None:
+        for optimizer, peak in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        for optimizer, _ in self.optimizers:
+            optimizer.step()
+        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.modules.parameters()], 1 - decay)
+
+    def run(self, steps: int, *, compiled: bool = True) -> None:
+        """Train up to `steps`, with a line of averaged losses every 25 steps and a checkpoint now and then."""
+        use_plain_attention(self.transformer)
+        if compiled:
+            for block in self.transformer.transformer_blocks:
+                block.compile()
+        self.modules.train()
+        began, start = time.monotonic(), self.step
+        running: dict[str, float] = {}
+        while self.step < steps:
+            terms = self.loss(self.step)
+            self._update(terms["loss"], learning_rate_factor(self.step, steps))
+            self.step += 1
+            for name, value in terms.items():
+                running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
+            if self.step % 25 == 0:
+                rate = (self.step - start) / (time.monotonic() - began)
+                parts = "  ".join(f"{name} {value:.4f}" for name, value in running.items())
+                print(f"base {self.step}/{steps}  {parts}  {rate:.2f} steps/s", flush=True)
+            if self.step % CHECKPOINT_STEPS == 0 or self.step == steps:
+                self._save()
+
+    def use_average(self) -> None:
+        """Put the average in place of the last weights: this is what is shipped."""
+        with torch.no_grad():
+            for name, p in self.modules.named_parameters():
+                p.copy_(self.average[name])
+        self.modules.eval()

@@ -1,0 +1,336 @@
+"""The cache on disk: what is encoded again and what is not, damage, interruption, agreement with live models.
+
+Oracles: encoding the same thing directly; loaders that raise when they should not be called.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+from diffusers.models import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+import pixart_ft.data.cache as cache
+from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
+from pixart_ft.data.captions import encode_captions, null_caption
+from pixart_ft.data.datasets import Row, load_picture, read_folder
+from pixart_ft.errors import UserError
+
+
+def refuse() -> NoReturn:
+    raise AssertionError("a model was loaded though nothing was missing")
+
+
+@pytest.fixture(scope="module")
+def text_models(tiny: Path) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
+    encoder = T5EncoderModel.from_pretrained(str(tiny / "text_encoder"), dtype=torch.float32).eval()
+    return AutoTokenizer.from_pretrained(str(tiny / "tokenizer")), encoder
+
+
+@pytest.fixture(scope="module")
+def vae(tiny: Path) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(str(tiny / "vae"), dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def folder(pictures: Path, tmp_path: Path) -> Path:
+    """A picture folder of one's own to spoil."""
+    return Path(shutil.copytree(pictures, tmp_path / "pictures"))
+
+
+def cached_pictures(
+    store: Path | TensorStore,
+    rows: list[Row],
+    load: Callable[[], AutoencoderKL] = refuse,
+    vae_id: str = "vae",
+    size: int = 32,
+    batch_size: int = 4,
+) -> tuple[TensorStore, list[str]]:
+    store = store if isinstance(store, TensorStore) else TensorStore(store)
+    keys = cache_pictures(store, rows, load_vae=load, vae_id=vae_id, size=size, batch_size=batch_size, progress=False)
+    return store, keys
+
+
+def latents_alone(vae: AutoencoderKL, row: Row, size: int = 32) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        posterior = vae.encode(load_picture(row.path, size)[None]).latent_dist
+    return posterior.mean[0], posterior.std[0]
+
+
+# The store
+
+
+def tensors() -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return {f"key{index}": torch.randn(index + 1, 3, generator=draw) for index in range(7)}
+
+
+def test_what_is_stored_comes_back_after_reopening(tmp_path: Path) -> None:
+    items = tensors() | {"half": torch.ones(2, dtype=torch.bfloat16), "view": torch.arange(6.0).view(2, 3).T}
+    store = TensorStore(tmp_path / "new" / "store")
+    assert not (tmp_path / "new").exists()
+    store.add(items)
+    for opened in (store, TensorStore(store.folder)):
+        assert opened.missing(["key1", "none", "half", "none"]) == ["none"]
+        for key, value in items.items():
+            assert key in opened and opened.get(key).dtype == value.dtype and torch.equal(opened.get(key), value)
+    with pytest.raises(KeyError):
+        store.get("none")
+
+
+def test_writing_into_a_tensor_does_not_change_the_store(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    store.add({"a": torch.ones(3)})
+    store.get("a").zero_()
+    assert store.get("a").tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("damage", ["byte", "header", "truncated", "empty"])
+def test_a_damaged_shard_is_named_and_forgotten(tmp_path: Path, damage: str) -> None:
+    store = TensorStore(tmp_path)
+    store.add({"good": torch.ones(3)})
+    (good,) = tmp_path.iterdir()
+    store.add(tensors())
+    (bad,) = set(tmp_path.iterdir()) - {good}
+    content = bytearray(bad.read_bytes())
+    if damage in ("byte", "header"):
+        content[-5 if damage == "byte" else 12] ^= 1
+    bad.write_bytes(content[: {"truncated": len(content) - 1, "empty": 0}.get(damage)])
+    with pytest.warns(UserWarning, match=f"{bad} is damaged"):
+        opened = TensorStore(tmp_path)
+    assert "good" in opened and opened.missing(tensors()) == list(tensors())
+    opened.add(tensors())
+    assert all(torch.equal(TensorStore(tmp_path).get(key), value) for key, value in tensors().items())
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_an_interruption_keeps_what_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    monkeypatch.setattr(cache, "_SHARD_ITEMS", 2)
+
+    def until_interrupted() -> Iterator[tuple[str, Tensor]]:
+        yield from list(tensors().items())[:stop]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        TensorStore(tmp_path).fill(until_interrupted())
+    opened = TensorStore(tmp_path)
+    assert opened.missing(tensors()) == list(tensors())[stop:]
+    assert len(list(tmp_path.iterdir())) == (stop + 1) // 2
+
+
+def test_large_tensors_make_small_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_SHARD_BYTES", 1000)
+    TensorStore(tmp_path).fill((f"key{index}", torch.full((100,), float(index))) for index in range(9))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # 3 x 400 bytes pass the limit
+    assert TensorStore(tmp_path).get("key8")[0] == 8
+
+
+def test_a_file_in_the_way_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match=r"cache folder .*cache is a file"):
+        TensorStore(tmp_path / "cache")
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 16])
+def test_cached_latents_are_the_live_ones(tmp_path: Path, pictures: Path, vae: AutoencoderKL, batch_size: int) -> None:
+    rows = read_folder(pictures)
+    _, keys = cached_pictures(tmp_path, rows, lambda: vae, batch_size=batch_size)
+    data = CachedPictures(TensorStore(tmp_path), keys, keys)
+    indices = [7, 0, 11, 7]
+    mean, std = data.latents(indices)
+    assert len(data) == 12 and mean.shape == std.shape == (4, 4, 4, 4) and mean.dtype == std.dtype == torch.float32
+    for place, index in enumerate(indices):
+        live_mean, live_std = latents_alone(vae, rows[index])
+        torch.testing.assert_close(mean[place], live_mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(std[place], live_std, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_run_loads_nothing_and_a_copy_counts_as_the_same(
+    tmp_path: Path, folder: Path, vae: AutoencoderKL
+) -> None:
+    rows = read_folder(folder)
+    _, keys = cached_pictures(tmp_path / "store", rows, lambda: vae)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
+    folder.rename(tmp_path / "renamed")
+    moved = [Row(tmp_path / "renamed" / row.name, "another caption", "x") for row in rows[::-1]]
+    assert cached_pictures(tmp_path / "store", moved)[1] == keys[::-1]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()} == files
+
+
+def test_an_edited_picture_alone_is_encoded_again(tmp_path: Path, folder: Path, vae: AutoencoderKL) -> None:
+    rows = read_folder(folder)
+    store, before = cached_pictures(tmp_path / "store", rows, lambda: vae)
+    edited = Image.open(rows[3].path)
+    edited.putpixel((0, 0), (1, 2, 3))
+    edited.save(rows[3].path)
+    held = sum(1 for key in before if key in store)
+    store, after = cached_pictures(store, rows, lambda: vae)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [index != 3 for index in range(12)]
+    assert held == 12 and len(store._shards) == 13
+    torch.testing.assert_close(store.get(after[3])[0], latents_alone(vae, rows[3])[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"size": 48}, {"vae_id": "other"}])
+def test_another_size_or_vae_is_another_encoding(
+    tmp_path: Path, pictures: Path, vae: AutoencoderKL, change: dict[str, Any]
+) -> None:
+    rows = read_folder(pictures)
+    store, before = cached_pictures(tmp_path, rows, lambda: vae)
+    store, after = cached_pictures(store, rows, lambda: vae, **change)
+    assert not set(before) & set(after)
+    assert store.get(after[0]).shape[-1] == change.get("size", 32) // 8
+    assert cached_pictures(tmp_path, rows)[1] == before
+    assert cached_pictures(tmp_path, rows, **change)[1] == after
+
+
+def test_another_transform_is_another_encoding(
+    tmp_path: Path, pictures: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = read_folder(pictures)
+    _, before = cached_pictures(tmp_path, rows, lambda: vae)
+    monkeypatch.setattr(cache, "TRANSFORM", "another")
+    assert not set(before) & set(cached_pictures(tmp_path, rows, lambda: vae)[1])
+
+
+def test_killed_in_the_middle_the_next_run_completes_it(
+    tmp_path: Path, pictures: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_SHARD_ITEMS", 4)
+    rows = read_folder(pictures)
+    whole, keys = cached_pictures(tmp_path / "whole", rows, lambda: vae)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    first, second, third = sorted((tmp_path / "killed").iterdir())
+    first.rename(first.with_name(f"{first.name}.123.part"))  # killed before the rename
+    second.write_bytes(second.read_bytes()[:-100])  # a disk that lost the end
+    with pytest.warns(UserWarning, match="damaged"):
+        store, again = cached_pictures(tmp_path / "killed", rows, lambda: vae)
+    assert again == keys and third.exists()
+    assert all(torch.equal(store.get(key), whole.get(key)) for key in keys)
+    assert cached_pictures(tmp_path / "killed", rows)[1] == keys
+
+
+def test_unreadable_pictures_are_reported_before_a_model_is_loaded(tmp_path: Path, folder: Path) -> None:
+    rows = read_folder(folder)
+    for row in rows[:2]:
+        row.path.write_bytes(row.path.read_bytes()[:-40])
+    with pytest.raises(UserError) as caught:
+        cached_pictures(tmp_path / "store", rows)
+    assert all((str(row.path) in str(caught.value)) == (index < 2) for index, row in enumerate(rows))
+    assert not (tmp_path / "store").exists()
+
+
+def test_pictures_that_give_nan_are_named_and_the_others_kept(tmp_path: Path, tiny: Path) -> None:
+    """A VAE in float16 whose first layer overflows on pure black alone, and is then ignored."""
+    fragile = AutoencoderKL.from_pretrained(str(tiny / "vae"), dtype=torch.float16).eval()
+    with torch.no_grad():
+        fragile.encoder.conv_in.weight[0] = -3333  # 27 taps of -1 make 89991, 9 make 29997; the limit is 65504
+        fragile.encoder.down_blocks[0].downsamplers[0].conv.weight[:, 0] = 0
+    rows = [Row(tmp_path / f"{colour}.png", "a colour", colour) for colour in ("red", "black", "grey", "blue")]
+    for row in rows:
+        Image.new("RGB", (32, 32), row.name).save(row.path)
+    with pytest.raises(UserError) as caught:
+        cached_pictures(tmp_path / "store", rows, lambda: fragile, batch_size=3)
+    message = str(caught.value)
+    assert "float16) gave NaN or infinity for 1 of 4 pictures; load it in float32 or bfloat16" in message
+    assert str(rows[1].path) in message and message.count(".png") == 1
+    _, keys = cached_pictures(tmp_path / "store", [rows[0], *rows[2:]])
+    assert len(set(keys)) == 3
+
+
+# Captions
+
+CAPTIONS = ["A red circle", "a blue square on the pink picture", "", "a red circle "]
+
+
+def test_cached_captions_are_the_live_ones(
+    tmp_path: Path, text_models: tuple[PreTrainedTokenizerBase, T5EncoderModel]
+) -> None:
+    tokenizer, encoder = text_models
+    store = TensorStore(tmp_path)
+    options: dict[str, Any] = {"encoder_id": "t5", "progress": False}
+    keys = cache_captions(store, CAPTIONS, load_text_encoder=lambda: text_models, **options)
+    assert keys[0] == keys[3] and len(set(keys)) == 3
+    found = CachedPictures(TensorStore(tmp_path), keys, keys).texts([1, 0, 2])
+    live = encode_captions(encoder, tokenizer, CAPTIONS)
+    for embedding, index in zip(found, [1, 0, 2], strict=True):
+        torch.testing.assert_close(embedding, live[index], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[2], null_caption(encoder, tokenizer))
+    assert cache_captions(TensorStore(tmp_path), CAPTIONS, load_text_encoder=refuse, **options) == keys
+
+
+def test_only_what_changed_is_encoded_again(
+    tmp_path: Path,
+    text_models: tuple[PreTrainedTokenizerBase, T5EncoderModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = TensorStore(tmp_path)
+
+    def keys_of(captions: list[str], encoder_id: str = "t5", max_tokens: int = 300) -> list[str]:
+        return cache_captions(
+            store,
+            captions,
+            load_text_encoder=lambda: text_models,
+            encoder_id=encoder_id,
+            max_tokens=max_tokens,
+            progress=False,
+        )
+
+    first = keys_of(CAPTIONS)
+    edited = keys_of([CAPTIONS[0], "a blue square on the grey picture", ""])
+    assert edited[0] == first[0] and edited[2] == first[2] and edited[1] not in first
+    assert len(store._shards) == 4
+    assert not set(first) & set(keys_of(CAPTIONS, max_tokens=30))
+    assert not set(first) & set(keys_of(CAPTIONS, encoder_id="other"))
+    with pytest.warns(UserWarning, match="1 of 3 captions exceed max_tokens 5"):
+        short = keys_of(CAPTIONS, max_tokens=5)
+    assert len(store.get(short[1])) == 5
+    monkeypatch.setattr(cache, "TEXT_PREPARATION", "another")
+    assert not set(first) & set(keys_of(CAPTIONS))
+
+
+# Names of models
+
+
+def test_a_local_model_is_named_by_its_files(tiny: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    memo = tmp_path / "memo.json"
+    name = component_id(base, "vae", dtype=torch.float32, memo=memo)
+    assert name == component_id(tiny, "vae", dtype=torch.float32)
+    assert name == component_id(str(base), "vae", dtype=torch.float32, memo=memo)
+    assert name != component_id(base, "vae", dtype=torch.bfloat16, memo=memo)
+    both = component_id(base, "tokenizer", "text_encoder", dtype=torch.float32, memo=memo)
+    assert both != component_id(base, "text_encoder", dtype=torch.float32, memo=memo)
+    weights = base / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    changed = component_id(base, "vae", dtype=torch.float32, memo=memo)
+    assert changed not in (name, both) and changed == component_id(base, "vae", dtype=torch.float32)
+    memo.write_text("damaged")
+    assert component_id(base, "vae", dtype=torch.float32, memo=memo) == changed
+    with pytest.raises(UserError, match="has no subfolder unet"):
+        component_id(base, "unet", dtype=torch.float32)
+
+
+def test_the_memo_spares_reading_unchanged_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memo = tmp_path / "memo.json"
+    name = component_id(tiny, "vae", dtype=torch.float32, memo=memo)
+    monkeypatch.setattr(cache, "_sha256", refuse)
+    assert component_id(tiny, "vae", dtype=torch.float32, memo=memo) == name
+
+
+def test_a_hub_model_is_named_by_its_revision() -> None:
+    names = {
+        component_id("owner/name", "vae", dtype=dtype, revision=revision)
+        for dtype in (torch.float32, torch.bfloat16)
+        for revision in (None, "abc")
+    }
+    assert len(names) == 4 and "owner/name/vae@abc torch.bfloat16" in names

@@ -1,0 +1,134 @@
+"""The process and its conversions. Oracles: closed forms, round trips in float64. See also test_golden.py."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixart_ft.diffusion import process
+from pixart_ft.diffusion.schedules import NoiseSchedule
+
+CONVERSIONS: dict[process.Kind, Callable[[NoiseSchedule, Tensor, Tensor, Tensor, process.Kind], Tensor]] = {
+    "epsilon": process.to_eps,
+    "sample": process.to_x0,
+    "v_prediction": process.to_v,
+    "posterior_mean": process.to_posterior_mean,
+    "score": process.to_score,
+    "step_noise": process.to_step_noise,
+}
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "scaled_linear", "su_linear"])
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(CONVERSIONS, 2)))
+def test_round_trip_over_every_ordered_pair(name: str, source: process.Kind, target: process.Kind) -> None:
+    schedule = getattr(NoiseSchedule, name)()
+    t = torch.tensor([0, schedule.num_steps // 2, schedule.num_steps - 1])
+    x0, eps = draw(3, 4, 2, 2), draw(3, 4, 2, 2, seed=1)
+    x_t = process.q_sample(schedule, x0, t, eps)
+    value = CONVERSIONS[source](schedule, eps, x_t, t, "epsilon")
+    there = CONVERSIONS[target](schedule, value, x_t, t, source)
+    back = CONVERSIONS[source](schedule, there, x_t, t, target)
+    # Values pass through divisions by as little as 5e-5 on the way: four of sixteen digits may go.
+    torch.testing.assert_close(back, value, rtol=1e-10, atol=1e-10)
+    direct = CONVERSIONS[target](schedule, x0, x_t, t, "sample")
+    torch.testing.assert_close(there, direct, rtol=1e-10, atol=1e-10)
+
+
+def test_posterior_is_consistent_with_the_marginals() -> None:
+    """Averaged over x_t, q(x_{t-1} | x_t, x0) is q(x_{t-1} | x0): in mean and in variance, at every t."""
+    schedule = NoiseSchedule.linear(100, rescale=True)
+    t, one = torch.arange(100), torch.ones(100, 1, dtype=torch.float64)
+    posterior = process.q_posterior(schedule, one, schedule.alpha_bar.sqrt()[:, None] * one, t)
+    slope = process.q_posterior(schedule, 0 * one, one, t).mean
+    previous = schedule.alpha_bar_prev[:, None]
+    torch.testing.assert_close(posterior.mean, previous.sqrt(), rtol=1e-12, atol=0)
+    spread = posterior.variance + slope**2 * (1 - schedule.alpha_bar[:, None])
+    torch.testing.assert_close(spread, 1 - previous, rtol=1e-10, atol=1e-15)
+
+
+def test_posterior_of_two_given_steps() -> None:
+    """Bayes' rule with the numbers worked out by hand: signal 0.9 before, step 0.8, so alpha_bar 0.72."""
+    schedule = NoiseSchedule.from_betas([0.1, 0.2])
+    x0, x_t = (
+        torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64),
+        torch.full((1, 1, 1, 1), 1.0, dtype=torch.float64),
+    )
+    posterior = process.q_posterior(schedule, x0, x_t, torch.tensor([1]))
+    precision = 1 / 0.1 + 0.8 / 0.2
+    assert posterior.variance.item() == pytest.approx(1 / precision, rel=1e-12)
+    assert posterior.mean.item() == pytest.approx((0.9**0.5 * 2 / 0.1 + 0.8**0.5 * 1 / 0.2) / precision, rel=1e-12)
+
+
+def test_merged_noises_are_an_orthogonal_rotation_that_keeps_x_t() -> None:
+    schedule, t = NoiseSchedule.linear(), torch.tensor([0, 500, 999])
+    before, step, x0 = draw(3, 4, 2, 2), draw(3, 4, 2, 2, seed=1), draw(3, 4, 2, 2, seed=2)
+    eps, w = process.merge_noises(schedule, before, step, t)
+    torch.testing.assert_close(eps**2 + w**2, before**2 + step**2, rtol=1e-10, atol=1e-12)
+    alpha, alpha_bar_prev, beta = (
+        process.at(table, t, x0) for table in (schedule.alphas, schedule.alpha_bar_prev, schedule.betas)
+    )
+    two_steps = alpha.sqrt() * (alpha_bar_prev.sqrt() * x0 + (1 - alpha_bar_prev).sqrt() * before) + beta.sqrt() * step
+    torch.testing.assert_close(process.q_sample(schedule, x0, t, eps), two_steps, rtol=1e-10, atol=1e-12)
+
+
+def test_learned_range_ends_and_middle() -> None:
+    schedule, t = NoiseSchedule.linear(), torch.tensor([0, 1, 999])
+    low = schedule.posterior_log_variance[t].view(3, 1, 1, 1)
+    high = schedule.betas[t].log().view(3, 1, 1, 1)
+    for value, expected in ((-1.0, low), (0.0, (low + high) / 2), (1.0, high), (3.0, 2 * high - low)):
+        learned_range = torch.full((3, 1, 1, 1), value, dtype=torch.float64)
+        ours = process.learned_log_variance(schedule, learned_range, t)
+        torch.testing.assert_close(ours, expected, rtol=1e-14, atol=0)
+
+
+def test_predict_splits_the_output_and_knows_its_type() -> None:
+    schedule, t = NoiseSchedule.linear(), torch.tensor([3, 700])
+    x0, eps, learned_range = draw(2, 4, 2, 2), draw(2, 4, 2, 2, seed=1), draw(2, 4, 2, 2, seed=2)
+    x_t = process.q_sample(schedule, x0, t, eps)
+    outputs: dict[process.PredictionType, Tensor] = {
+        "epsilon": eps,
+        "sample": x0,
+        "v_prediction": process.velocity(schedule, x0, eps, t),
+    }
+    for prediction_type, output in outputs.items():
+        both = torch.cat([output, learned_range], dim=1)
+        prediction = process.predict(schedule, both, x_t, t, prediction_type)
+        torch.testing.assert_close(prediction.x0, x0, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(prediction.eps, eps, rtol=1e-10, atol=1e-10)
+        expected = process.learned_log_variance(schedule, learned_range, t)
+        torch.testing.assert_close(prediction.log_variance, expected)
+        assert process.predict(schedule, output, x_t, t, prediction_type).log_variance is None
+    with pytest.raises(ValueError, match="must give 4 or 8, got 6"):
+        process.predict(schedule, torch.zeros(2, 6, 2, 2), x_t, t, "epsilon")
+    with pytest.raises(ValueError, match="unknown kind 'eps'; choose epsilon, "):
+        process.predict(schedule, eps, x_t, t, "eps")  # type: ignore[arg-type]
+
+
+def test_zero_snr_refuses_what_noise_cannot_tell() -> None:
+    schedule, last = NoiseSchedule.linear().zero_terminal_snr(), torch.tensor([5, 999])
+    x_t, output = draw(2, 4, 2, 2), draw(2, 4, 2, 2, seed=1)
+    for kind in ("epsilon", "score", "step_noise"):
+        with pytest.raises(ValueError, match=f"{kind} cannot determine x0 at t = 999"):
+            process.to_x0(schedule, output, x_t, last, kind)
+        assert process.to_x0(schedule, output, x_t, last - 1, kind).isfinite().all()
+    # With no signal left, v is -x0 and x_t is the noise.
+    prediction = process.predict(schedule, output, x_t, last, "v_prediction")
+    assert torch.equal(prediction.x0[1], -output[1]) and torch.equal(prediction.eps[1], x_t[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_half_types_are_promoted_and_float64_stays(dtype: torch.dtype) -> None:
+    schedule, t = NoiseSchedule.linear(), torch.tensor([0, 999])
+    x, output = draw(2, 4, 2, 2, dtype=dtype), draw(2, 8, 2, 2, seed=1, dtype=dtype)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    prediction = process.predict(schedule, output, x, t, "epsilon")
+    results = [prediction.x0, prediction.eps, prediction.log_variance, process.q_sample(schedule, x, t, x)]
+    assert {result.dtype for result in results if result is not None} == {expected}
+    in_float64 = process.predict(schedule, output.double(), x.double(), t, "epsilon")
+    torch.testing.assert_close(prediction.x0.double(), in_float64.x0, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,224 @@
+"""The run folder: whole checkpoints or none, the newest whole one found, nothing made when refused.
+
+Oracles: the files on disk, spoilt the way crashes, full disks and hands spoil them.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixart_ft.checkpoint import RunFolder, load_nested, save_nested
+from pixart_ft.errors import UserError
+
+
+def writer(text: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "state.txt").write_text(text)
+        (folder / "deeper").mkdir()
+        (folder / "deeper" / "more.bin").write_bytes(b"\0" * 1000)
+
+    return write
+
+
+def steps(run: RunFolder) -> list[str]:
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "runs" / "test", resume=False)
+
+
+def test_an_existing_run_is_refused_and_untouched_unless_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "one"
+    RunFolder(path).check_new(resume=False)
+    assert not path.parent.exists()  # checking makes nothing
+    run = RunFolder.create(path, resume=False)
+    run.log_file.write_text("kept")
+    with pytest.raises(
+        UserError, match=r"one exists already; choose another run\.name, continue it with --resume auto"
+    ):
+        RunFolder.create(path, resume=False)
+    RunFolder.create(path, resume=True)
+    assert run.log_file.read_text() == "kept"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file; choose another run"):
+        RunFolder.create(tmp_path / "file", resume=True)
+
+
+def test_an_empty_folder_and_auto_resume_of_nothing_begin_a_run(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    assert RunFolder.create(tmp_path / "made", resume=False).resolve_resume("auto") is None
+    assert RunFolder(tmp_path / "absent").resolve_resume("auto") is None
+
+
+def test_saves_whole_folders_and_keeps_the_newest(run: RunFolder) -> None:
+    for step in (10, 20, 30):
+        assert run.save(step, writer(str(step)), keep=2) == run.checkpoints / f"step-{step:06d}"
+    assert steps(run) == ["step-000020", "step-000030"]
+    newest = run.newest()
+    assert newest is not None and (newest / "state.txt").read_text() == "30"
+    run.save(30, writer("again"), keep=2)
+    assert (newest / "state.txt").read_text() == "again"
+    assert steps(run) == ["step-000020", "step-000030"]
+
+
+def test_steps_are_ordered_as_numbers(run: RunFolder) -> None:
+    run.save(999_999, writer(""), keep=3)
+    run.save(1_000_000, writer(""), keep=3)
+    newest = run.newest()
+    assert newest is not None and newest.name == "step-1000000"
+
+
+def test_saving_after_going_back_drops_the_abandoned_course_and_never_the_only_good_one(
+    run: RunFolder,
+) -> None:
+    for step in (10, 20, 30):
+        run.save(step, writer("old"), keep=3)
+    for broken in ("step-000010", "step-000020"):
+        (run.checkpoints / broken / "state.txt").write_text("spoilt")
+    run.save(25, writer("new"), keep=1)
+    assert steps(run) == ["step-000025"]
+    (run.checkpoints / "step-000025" / "state.txt").unlink()
+    run.save(35, writer("newer"), keep=2)  # a broken one takes no place among the kept
+    assert steps(run) == ["step-000035"]
+
+
+def spoil_size(folder: Path) -> str:
+    os.truncate(folder / "deeper" / "more.bin", 500)
+    return r"more\.bin has 500 bytes instead of 1000"
+
+
+def spoil_bytes(folder: Path) -> str:
+    (folder / "deeper" / "more.bin").write_bytes(b"\0" * 999 + b"\1")
+    return r"contents of .*more\.bin have changed"
+
+
+def spoil_presence(folder: Path) -> str:
+    (folder / "state.txt").unlink()
+    return r"state\.txt is missing"
+
+
+def spoil_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text('{"state.txt": [2,')
+    return r"manifest\.json is missing or unreadable"
+
+
+@pytest.mark.parametrize("spoil", [spoil_size, spoil_bytes, spoil_presence, spoil_manifest])
+def test_a_broken_newest_checkpoint_is_passed_over_with_a_warning(run: RunFolder, spoil: Callable[[Path], str]) -> None:
+    run.save(10, writer("10"))
+    run.save(20, writer("20"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert run.newest() == run.checkpoints / "step-000020"
+    message = spoil(run.checkpoints / "step-000020")
+    with pytest.warns(UserWarning, match=f"passed over a broken checkpoint: .*step-000020.*{message}|{message}"):
+        assert run.newest() == run.checkpoints / "step-000010"
+    with pytest.raises(UserError, match=f"the checkpoint is broken: .*{message}"):
+        run.resolve_resume(str(run.checkpoints / "step-000020"))
+    assert run.resolve_resume(str(run.checkpoints / "step-000010")) == run.checkpoints / "step-000010"
+
+
+def test_resume_takes_only_checkpoints_of_this_run(run: RunFolder, tmp_path: Path) -> None:
+    run.save(10, writer(""))
+    other = RunFolder.create(tmp_path / "runs" / "other", resume=False)
+    other.save(10, writer(""))
+    for wrong in (other.checkpoints / "step-000010", run.path, run.checkpoints, tmp_path / "typo"):
+        with pytest.raises(UserError, match=r"not a checkpoint of the run .*it has: step-000010.*--init-from"):
+            run.resolve_resume(str(wrong))
+    with pytest.raises(UserError, match="there is no such folder; give auto"):
+        run.resolve_resume(str(run.checkpoints / "step-000099"))
+
+
+def test_a_failed_save_leaves_everything_as_it_was(run: RunFolder) -> None:
+    run.save(10, writer("10"))
+
+    def fail(folder: Path) -> None:
+        writer("half")(folder)
+        raise KeyboardInterrupt
+
+    for step in (10, 20):
+        with pytest.raises(KeyboardInterrupt):
+            run.save(step, fail, keep=1)
+    assert steps(run) == ["step-000010"]
+    newest = run.newest()
+    assert newest is not None and (newest / "state.txt").read_text() == "10"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_said_clearly(run: RunFolder) -> None:
+    run.save(10, writer("10"))
+
+    def fill_up(folder: Path) -> None:
+        (folder / "state.txt").write_text("half")
+        Path("/dev/full").write_text("the rest")
+
+    with pytest.raises(UserError, match=r"the disk is full: no room for .*step-000020 \(\d+ MiB free\).*are intact"):
+        run.save(20, fill_up)
+    assert steps(run) == ["step-000010"]
+
+
+def save_and_die(path: Path) -> None:
+    def die(folder: Path) -> None:
+        writer("half")(folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    RunFolder(path).save(20, die)
+
+
+def test_a_process_killed_while_saving_leaves_the_earlier_checkpoint_the_newest(run: RunFolder) -> None:
+    run.save(10, writer("10"))
+    process = multiprocessing.get_context("fork").Process(target=save_and_die, args=(run.path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert run.newest() == run.checkpoints / "step-000010"
+    run.save(20, writer("20"))
+    assert steps(run) == ["step-000010", "step-000020"]  # and what it left aside is gone
+
+
+def test_the_log_is_cut_to_the_step_resumed_from(run: RunFolder) -> None:
+    lines = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (0, 10, 20, 30)]
+    run.log_file.write_text("".join(lines) + '{"step": 40, "lo')
+    run.cut_log(20)
+    assert run.log_file.read_text() == "".join(lines[:3])
+    run.log_file.unlink()
+    run.cut_log(20)
+    assert not run.log_file.exists()
+
+
+def test_an_optimizer_state_survives_a_file_bit_for_bit(tmp_path: Path) -> None:
+    weights = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.9, 0.99))
+    for _ in range(2):
+        torch.stack([(w**2).sum() for w in weights]).sum().backward()
+        optimizer.step()
+    tree = {
+        "optimizer": optimizer.state_dict(),
+        "scaler": None,
+        "empty": {},
+        "nested": [1, (2.5, float("inf"), 0.1 + 0.2), [], "text", True],
+        "bf16": torch.randn(5, 4).bfloat16().T,
+        "count": torch.tensor(7),
+    }
+    save_nested(tmp_path / "state.safetensors", tree)
+    loaded = load_nested(tmp_path / "state.safetensors")
+
+    def same(a: object, b: object) -> bool:
+        if isinstance(a, torch.Tensor):
+            return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+        if isinstance(a, dict) and isinstance(b, dict):
+            return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+        if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+            return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+        return type(a) is type(b) and a == b
+
+    assert same(tree, loaded)
+    torch.optim.AdamW(weights).load_state_dict(loaded["optimizer"])

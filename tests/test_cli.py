@@ -1,0 +1,188 @@
+"""The command line, in this process and, where the process matters, in another. Oracle: expected output."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pixart_ft import cli
+from pixart_ft.config import HUB_BASE, GenerateConfig, TrainConfig, load_config
+from pixart_ft.errors import UserError
+from pixart_ft.settings import keys, load
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder that has nothing in it."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def problems(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines of the report of a wrong command line."""
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    return err.strip().removeprefix("error: ").split("\n  - ")
+
+
+def test_the_bare_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        assert cli.main(arguments) == 0
+        out = capsys.readouterr().out
+        assert all(f"pixart-ft {name}" in out for name in ("train", "generate"))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("train", TrainConfig), ("generate", GenerateConfig)])
+def test_help_shows_every_key(name: str, kind: type[TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([name, "--optim.nonsense", "3", "--help"]) == 0
+    out = capsys.readouterr().out
+    shown = " ".join(out.split())
+    for key, field in keys(kind).items():
+        assert f"--{key if '.' in key else key.replace('_', '-')} {field.description} (" in shown
+    assert HUB_BASE in shown
+    assert max(map(len, out.splitlines())) <= cli.WIDTH
+    assert "(number > 0; default 0.0001)" in shown or kind is GenerateConfig
+
+
+@pytest.mark.parametrize("arguments", ["train --help", "generate -h", "train --config quickstart --dry-run"])
+def test_help_and_dry_run_are_instant(arguments: str) -> None:
+    code = (
+        f"import sys; from pixart_ft.cli import main; assert main({arguments.split()!r}) == 0; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'transformers', 'numpy')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False).returncode == 0
+
+
+def test_a_dry_run_prints_what_would_run_and_touches_nothing(
+    elsewhere: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--config",
+        "quickstart",
+        "--train.steps=70",
+        "--optim.learning-rate",
+        "2e-4",
+        "--run.name=here",
+    ]
+    assert cli.main(["train", *arguments, "--dry-run"]) == 0
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(capsys.readouterr().out)
+    overrides = {"train.steps": "70", "optim.learning_rate": "2e-4", "run.name": "here"}
+    assert load_config(resolved) == load_config("quickstart", overrides)
+    assert load_config(resolved).run.folder == Path("runs/here")
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_prompts_may_be_given_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "--prompt",
+        "a cat: on a mat",
+        "--prompt=no",
+        "--lora",
+        "run",
+        "--lora-scale",
+        "-0.5",
+        "--seed",
+        "3",
+    ]
+    assert cli.main(["generate", *arguments, "--dry-run"]) == 0
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(capsys.readouterr().out)
+    config = load(GenerateConfig, resolved)
+    assert config.prompts == ("a cat: on a mat", "no")
+    assert (config.lora, config.lora_scale, config.seed) == (Path("run"), -0.5, 3)
+
+
+def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (elsewhere / "my.yaml").write_text("lora: {rnak: 3}\ntrain: {steps: many}\n")
+    line = "train stray --config my.yaml --dryrun --optim.lr 3 --resume a --init-from=b --dry-run=1"
+    assert problems(capsys, *line.split(), "--run.seed", "--lora=8") == [
+        "my.yaml: 10 problems",
+        "stray: not an option; options begin with --",
+        "dryrun: unknown key; did you mean dry_run?",
+        "optim.lr: unknown key; did you mean optim.learning_rate?",
+        "--dry-run=1: takes no value",
+        "--run.seed: needs a value",
+        "lora: a section, not a key; its keys are lora.rank, lora.alpha, lora.targets, lora.dropout",
+        "--resume and --init-from exclude each other; give one",
+        'data.folder is required: folder of pictures with captions, or "demo"',
+        "lora.rnak: unknown key; did you mean lora.rank?",
+        'train.steps is "many"; expected integer >= 1',
+    ]
+
+
+def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert problems(capsys, "trian") == ["unknown command trian; choose from train, generate"]
+    assert "shipped name: lora_512, quickstart" in problems(capsys, "train", "--config", "nope")[0]
+    both = problems(capsys, "generate", "--prompt", "a", "--prompts", "[b]")
+    assert both == ["configuration: --prompt and --prompts exclude each other; give one"]
+
+
+def test_the_command_receives_the_configuration_and_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[object] = []
+    command = cli.COMMANDS["train"]
+    stand_in = cli.Command(
+        command.summary, command.usage, command.config, command.options, lambda *given: received.extend(given)
+    )
+    monkeypatch.setitem(cli.COMMANDS, "train", stand_in)
+    assert cli.main(["train", "--config", "quickstart", "--resume", "auto", "--run.seed", "1", "--run.seed", "2"]) == 0
+    assert received == [
+        load_config("quickstart", {"run.seed": "2"}),
+        {"config": "quickstart", "resume": "auto"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (UserError("data.folder: no pictures"), 2, "error: data.folder: no pictures\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyboardInterrupt("stopped after step 7"), 130, "stopped after step 7\n"),
+    ],
+)
+def test_exit_codes(
+    raised: BaseException,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(config: object, options: object) -> None:
+        raise raised
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("", "", TrainConfig, cli.COMMANDS["train"].options, fail))
+    assert cli.main(["train", "--config", "quickstart"]) == code
+    assert capsys.readouterr().err == message
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(config: object, options: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("", "", TrainConfig, cli.COMMANDS["train"].options, fail))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["train", "--config", "quickstart"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [("train.py", ["--config", "quickstart"]), ("generate.py", ["--prompt", "a", "--model", "demo"])],
+)
+def test_the_scripts_are_the_same_program_from_any_folder(
+    script: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments, "--dry-run"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert cli.main([script.removesuffix(".py"), *arguments, "--dry-run"]) == 0
+    assert run.stdout == capsys.readouterr().out

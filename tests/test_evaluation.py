@@ -1,0 +1,101 @@
+"""The held-out loss. Oracle: closed form for the estimates, identities for the measurement."""
+
+import pytest
+import torch
+
+from pixart_ft import models
+from pixart_ft.attention import use_plain_attention
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.evaluation import (
+    HeldOutSet,
+    Objective,
+    evaluating,
+    held_out_loss,
+    mean_over_pictures,
+    paired_difference,
+    timestep_grid,
+)
+
+OBJECTIVE = Objective(NoiseSchedule.linear(), "epsilon", "hybrid", 2.0)
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny):
+    return models.load_transformer(str(tiny), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def held_out() -> HeldOutSet:
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.randn(length, 32, generator=g) for length in (3, 1, 5)]
+    return HeldOutSet(torch.randn(3, 4, 8, 8, generator=g), texts, timestep_count=4, seed=0)
+
+
+def test_grid_is_the_middles_of_equal_strata() -> None:
+    assert timestep_grid(1000, 4).tolist() == [125, 375, 625, 875]
+    assert timestep_grid(1000, 1000).tolist() == list(range(1000))
+
+
+def test_estimates_are_those_of_the_textbook() -> None:
+    before = torch.tensor([[1.0, 3.0], [2.0, 2.0], [5.0, 9.0]])
+    after = before - torch.tensor([[0.5, 0.5], [0.1, 0.1], [0.3, 0.3]])
+    estimate = mean_over_pictures(before)
+    assert estimate.mean == pytest.approx((2 + 2 + 7) / 3)
+    assert estimate.standard_error == pytest.approx((25 / 3) ** 0.5 / 3**0.5)  # variance of (2, 2, 7) is 25/3
+    change = paired_difference(before, after)
+    assert change.mean == pytest.approx(-0.3)
+    assert change.standard_error == pytest.approx(0.04**0.5 / 3**0.5)
+
+
+def test_same_network_same_numbers_whatever_the_batch(transformer, held_out) -> None:
+    one = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
+    again = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
+    small = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=5)
+    assert one.keys() == {"simple", "vlb", "loss"} and one["loss"].shape == (3, 4)
+    for name in one:
+        assert torch.equal(one[name], again[name])
+        assert torch.allclose(one[name], small[name], rtol=1e-5, atol=1e-7)
+    assert torch.allclose(one["loss"], one["simple"] + 2.0 * one["vlb"], rtol=1e-6)
+
+
+def test_pictures_and_timesteps_meet_noise_of_their_own(transformer, held_out) -> None:
+    twice = HeldOutSet(held_out.x0[[0, 0]], [held_out.texts[0]] * 2, timestep_count=2, seed=0)
+    losses = held_out_loss(transformer, OBJECTIVE, twice, batch_size=4)["simple"]
+    assert not torch.isclose(losses[0, 0], losses[1, 0])
+
+
+def test_modes_and_random_state_survive(transformer, held_out) -> None:
+    transformer.train()
+    frozen = transformer.transformer_blocks[0].eval()
+    state = torch.get_rng_state()
+    held_out_loss(transformer, OBJECTIVE, held_out, batch_size=4)
+    assert transformer.training and transformer.transformer_blocks[1].training and not frozen.training
+    assert torch.equal(torch.get_rng_state(), state)
+    transformer.eval()
+
+
+def test_modes_come_back_after_an_error(transformer) -> None:
+    transformer.train()
+    with pytest.raises(RuntimeError), evaluating(transformer):
+        assert not transformer.training and not torch.is_grad_enabled()
+        raise RuntimeError
+    assert transformer.training and torch.is_grad_enabled()
+    transformer.eval()
+
+
+def test_timesteps_reach_the_network_as_integers(transformer, held_out) -> None:
+    seen = []
+    handle = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
+    handle.remove()
+    assert seen[0].dtype == torch.int64 and seen[0].tolist() == [125, 375, 625, 875] * 3
+
+
+def test_plain_attention_changes_nothing_beyond_rounding(tiny, held_out) -> None:
+    other = models.load_transformer(str(tiny), dtype=torch.float32)
+    expected = held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"]
+    use_plain_attention(other)
+    assert torch.allclose(held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"], expected, rtol=1e-5)

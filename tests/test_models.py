@@ -1,0 +1,240 @@
+"""Loading of a base. Oracles: the stock pipeline's weights, and a table of what would load silently wrong."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PixArtSigmaPipeline
+
+from pixart_ft import models
+from pixart_ft.errors import UserError
+from tests.tiny import build_tiny_pipeline
+
+
+@pytest.fixture
+def base(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pipeline that a test may spoil."""
+    return Path(shutil.copytree(tiny, tmp_path / "base"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; a value of ... removes the key."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def test_loads_what_the_stock_pipeline_loads_frozen_and_in_the_dtype_asked_for(tiny: Path) -> None:
+    stock = PixArtSigmaPipeline.from_pretrained(str(tiny))
+    transformer = models.load_transformer(str(tiny), dtype=torch.bfloat16)
+    vae = models.load_vae(str(tiny), dtype=torch.float32)
+    tokenizer, encoder = models.load_text_encoder(str(tiny), dtype=torch.float32)
+    for ours, theirs in ((transformer, stock.transformer), (vae, stock.vae), (encoder, stock.text_encoder)):
+        assert not ours.training and not any(p.requires_grad for p in ours.parameters())
+        for name, parameter in ours.named_parameters():
+            torch.testing.assert_close(parameter, theirs.get_parameter(name).to(parameter.dtype), rtol=0, atol=0)
+    assert {p.dtype for p in transformer.parameters()} == {torch.bfloat16}
+    assert tokenizer("SKS a red dog").input_ids == stock.tokenizer("SKS a red dog").input_ids
+    schedule, prediction_type = models.load_schedule(str(tiny))
+    assert prediction_type == "epsilon"
+    torch.testing.assert_close(schedule.alpha_bar.float(), stock.scheduler.alphas_cumprod, rtol=1e-5, atol=0)
+
+
+def test_loading_makes_no_noise_and_leaves_the_libraries_settings(
+    tiny: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
+
+    def settings() -> list[object]:
+        return [f() for m in (diffusers_log, transformers_log) for f in (m.get_verbosity, m.is_progress_bar_enabled)]
+
+    before = settings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        models.load_transformer(str(tiny), dtype=torch.float32)
+        models.load_text_encoder(str(tiny), dtype=torch.float32)
+    assert capfd.readouterr() == ("", "")
+    assert settings() == before
+
+
+def test_base_names(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models.resolve_base(str(tiny)) == str(tiny)
+    assert models.resolve_base("PixArt-alpha/PixArt-Sigma-XL-2-512-MS") == "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
+    monkeypatch.setattr(models, "DEMO_FOLDER", tiny)
+    assert models.resolve_base("demo") == str(tiny)
+    monkeypatch.setattr(models, "DEMO_FOLDER", tmp_path / "absent")
+    with pytest.raises(UserError, match=r"lacks the demo \(.*absent\); reinstall"):
+        models.resolve_base("demo")
+    for name in ("nowhere", "./no/where", "/no/where", "a/b/c", ""):
+        with pytest.raises(UserError, match=r"model\.base: .*set model.base to \"demo\", a folder"):
+            models.resolve_base(name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty has no model_index\.json"):
+        models.resolve_base(str(tmp_path / "empty"))
+
+
+def test_a_hub_base_that_is_not_here_gives_one_message_offline() -> None:
+    with pytest.raises(UserError, match=r"cannot load model_index\.json of someone/some-model; check the name and the"):
+        models.load_transformer("someone/some-model", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_size": 32, "interpolation_scale": 0.5}, None),
+        ({"sample_size": 32, "interpolation_scale": 1}, "of sample_size 32 has 0.5"),
+        ({"sample_size": 32, "interpolation_scale": ...}, "None .used as 1., but .* 32 has 0.5"),
+        ({"sample_size": 64, "interpolation_scale": ...}, None),
+        ({"sample_size": 96, "interpolation_scale": None}, "used as 1.* 96 has 1.5"),
+        (
+            {"sample_size": 96, "interpolation_scale": 1},
+            None,
+        ),  # an own size may have an own scale, if it says so
+        ({"sample_size": 128, "interpolation_scale": 1}, "128 has 2: write"),
+        ({"sample_size": 128, "interpolation_scale": 2}, None),
+        ({"sample_size": 128, "interpolation_scale": 2, "use_additional_conditions": ...}, "PixArt-alpha's"),
+        ({"sample_size": 256, "interpolation_scale": 4}, None),
+        ({"use_additional_conditions": True}, "use_additional_conditions is true, which is PixArt-alpha's"),
+        ({"out_channels": 6}, "out_channels 6 is neither"),
+        ({"patch_size": 3}, "sample_size 8 is no multiple of patch_size 3"),
+        ({"_class_name": "SD3Transformer2DModel"}, "its transformer is a SD3Transformer2DModel"),
+        ({"_class_name": "Transformer2DModel"}, None),
+        ({"caption_channels": 64}, "takes text of width 64 and the text encoder gives 32"),
+        ({"in_channels": 8, "out_channels": 16}, "takes 8 latent channels and the VAE makes 4"),
+    ],
+)
+def test_transformer_configurations(base: Path, changes: dict[str, Any], message: str | None) -> None:
+    edit(base / "transformer" / "config.json", **changes)
+    if message is None:
+        models.check_base(str(base))
+    else:
+        with pytest.raises(UserError, match=message):
+            models.load_transformer(str(base), dtype=torch.float32)
+
+
+def test_all_faults_of_a_base_come_in_one_report(base: Path) -> None:
+    edit(
+        base / "transformer" / "config.json",
+        sample_size=64,
+        use_additional_conditions=True,
+        caption_channels=4096,
+    )
+    with pytest.raises(UserError) as caught:
+        models.check_base(str(base))
+    assert [line[:8] for line in str(caught.value).splitlines()[1:]] == ["  - use_", "  - inte", "  - the "]
+
+
+def test_other_pipelines_and_incomplete_folders_are_refused(base: Path) -> None:
+    edit(base / "model_index.json", _class_name="PixArtAlphaPipeline")
+    with pytest.raises(UserError, match="it is PixArt-alpha"):
+        models.load_transformer(str(base), dtype=torch.float32)
+    edit(base / "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(UserError, match="says FluxPipeline, not PixArtSigmaPipeline"):
+        models.load_transformer(str(base), dtype=torch.float32)
+    edit(base / "model_index.json", _class_name="PixArtSigmaPipeline")
+    shutil.rmtree(base / "vae")
+    with pytest.raises(UserError, match=r"vae/config\.json is missing \(the folder holds model_index.json, sched"):
+        models.load_vae(str(base), dtype=torch.float32)
+
+
+def test_missing_unknown_and_truncated_weights_are_refused(base: Path) -> None:
+    edit(base / "transformer" / "config.json", num_layers=3)
+    with pytest.raises(UserError, match=r"\d+ weights missing, such as transformer_blocks\.2\."):
+        models.load_transformer(str(base), dtype=torch.float32)
+    edit(base / "transformer" / "config.json", num_layers=1)
+    with pytest.raises(UserError, match=r"\d+ unknown weights, such as transformer_blocks\.1\."):
+        models.load_transformer(str(base), dtype=torch.float32)
+    edit(base / "text_encoder" / "config.json", num_layers=3)
+    with pytest.raises(UserError, match=r"weights missing, such as encoder\.block\.2\."):
+        models.load_text_encoder(str(base), dtype=torch.float32)
+    file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"cannot load vae of .*copy or download the model again"):
+        models.load_vae(str(base), dtype=torch.float32)
+
+
+def test_schedule_of_another_kind_is_refused_by_name(base: Path) -> None:
+    edit(base / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid")
+    with pytest.raises(UserError, match=r"scheduler_config\.json: .*sigmoid"):
+        models.load_schedule(str(base))
+    edit(base / "scheduler" / "scheduler_config.json", beta_schedule="linear", prediction_type="flow")
+    with pytest.raises(UserError, match="unknown prediction_type 'flow'"):
+        models.load_schedule(str(base))
+
+
+def test_facts_read_without_weights(base: Path) -> None:
+    assert models.size_unit(str(base)) == 16
+    assert models.vae_factor(models.load_vae(str(base), dtype=torch.float32)) == 8
+    assert models.vae_scaling_factor(str(base)) == 0.13025
+    assert models.schedule_config(str(base))["beta_end"] == 0.02
+    edit(base / "vae" / "config.json", scaling_factor=...)
+    with pytest.raises(UserError, match="has no scaling_factor"):
+        models.vae_scaling_factor(str(base))
+
+
+def test_float16_where_it_is_safe(base: Path) -> None:
+    with pytest.raises(UserError, match="float16 arithmetic use float32 weights under autocast"):
+        models.load_transformer(str(base), dtype=torch.float16)
+    with pytest.warns(UserWarning, match="overflows in float16"):
+        assert models.load_vae(str(base), dtype=torch.float16).dtype == torch.float32
+    edit(base / "vae" / "config.json", force_upcast=False)
+    assert models.load_vae(str(base), dtype=torch.float16).dtype == torch.float16
+
+
+def test_t5_whose_wo_overflows_float16_encodes_like_float32(base: Path) -> None:
+    # The hidden activations of the feed-forward layers exceed 65504 here; only `wo` in float32 survives that.
+    _, encoder = models.load_text_encoder(str(base), dtype=torch.float32)
+    with torch.no_grad():
+        for block in encoder.encoder.block:
+            block.layer[1].DenseReluDense.wo.weight.mul_(3e5)
+            block.layer[1].DenseReluDense.wi_1.weight.mul_(10)
+    encoder.save_pretrained(str(base / "text_encoder"))
+    _, half = models.load_text_encoder(str(base), dtype=torch.float16)
+    ids, mask = torch.tensor([[98, 104, 112, 1]]), torch.ones(1, 4, dtype=torch.int64)
+    with torch.no_grad():
+        expected = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        got = half(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        cast = half.half()(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+
+    def error(x: torch.Tensor) -> float:
+        return ((x - expected).norm() / expected.norm()).item()
+
+    assert error(got) < 0.02
+    assert not error(cast) < 0.02  # what a cast T5 does, or this test would not test anything
+
+
+def test_decoder_only_decodes_the_same_without_the_encoder(tiny: Path) -> None:
+    vae = models.load_vae(str(tiny), dtype=torch.float32)
+    count = sum(p.numel() for p in vae.parameters())
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = vae.decode(latents).sample
+    assert torch.equal(models.decoder_only(vae).decode(latents).sample, expected)
+    assert sum(p.numel() for p in vae.parameters()) < 0.7 * count
+    with pytest.raises(AttributeError, match="encoder"):
+        vae.encode(expected)
+
+
+def test_fingerprint_names_the_weights_and_not_the_dtype_or_the_place(base: Path, tmp_path: Path) -> None:
+    transformer = models.load_transformer(str(base), dtype=torch.float32)
+    print_of_base = models.fingerprint(transformer)
+    assert len(print_of_base) == 16 and int(print_of_base, 16) >= 0
+    assert models.fingerprint(models.load_transformer(str(base), dtype=torch.bfloat16)) == print_of_base
+    edit(base / "transformer" / "config.json", _name_or_path="elsewhere", _diffusers_version="0.1.0")
+    assert models.fingerprint(models.load_transformer(str(base), dtype=torch.float32)) == print_of_base
+    other = build_tiny_pipeline(tmp_path / "other", seed=1)
+    assert models.fingerprint(models.load_transformer(str(other), dtype=torch.float32)) != print_of_base
+    with torch.no_grad():
+        transformer.transformer_blocks[1].attn2.to_k.bias.add_(0.01)
+    assert models.fingerprint(transformer) != print_of_base
+    edit(base / "transformer" / "config.json", interpolation_scale=1)
+    assert models.fingerprint(models.load_transformer(str(base), dtype=torch.float32)) != print_of_base
+
+
+def test_variance_of_a_stock_base(tiny: Path, tmp_path: Path) -> None:
+    assert models.variance_of(models.load_transformer(str(tiny), dtype=torch.float32)) == "trained"
+    four = build_tiny_pipeline(tmp_path / "four", out_channels=4)
+    assert models.variance_of(models.load_transformer(str(four), dtype=torch.float32)) == "none"

@@ -1,0 +1,134 @@
+"""The shape of the house: imports go down the levels of this table, files stay small, every shipped file is covered.
+
+Oracle: the table below, which is the design's. A module may import from lower levels, or from inside its own package.
+"""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "pixart_ft"
+
+LEVELS = {
+    "errors": 0,
+    "randomness": 0,
+    "yaml_text": 0,
+    "files": 0,
+    "environment": 0,
+    "samplers": 0,
+    "pictures": 1,
+    "settings": 1,
+    "config": 2,
+    "diffusion": 0,
+    "diffusion.schedules": 0,
+    "diffusion.process": 1,
+    "diffusion.weighting": 2,
+    "diffusion.objectives": 2,
+    "diffusion.solvers": 2,
+    "data": 0,
+    "data.captions": 1,
+    "data.datasets": 2,
+    "data.cache": 3,
+    "attention": 1,
+    "models": 1,
+    "ema": 1,
+    "denoiser": 2,
+    "adapters": 2,
+    "checkpoint": 2,
+    "sampling": 4,
+    "draws": 5,
+    "text_to_image": 5,
+    "evaluation": 6,
+    "generation": 6,
+    "trainer": 7,
+    "training_data": 7,
+    "report": 8,
+    "training_run": 9,
+    "cli": 10,
+}
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package -> file, the package's own __init__ as ""."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(p for p in parts if p != "__init__")] = path
+    return found
+
+
+def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Every module that a file imports; a name taken from a package of ours counts as its module if it is one."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            ours = {name for name in names if name.removeprefix("pixart_ft.") in modules()}
+            found |= ours or {node.module}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    return {name.removeprefix("pixart_ft.") for name in imported(path) if name.startswith("pixart_ft.")}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in modules() if name))
+def test_imports_go_down_the_levels(name: str) -> None:
+    assert name in LEVELS, f"give {name} a level"
+    for other in ours(modules()[name]):
+        package = name.rpartition(".")[0]
+        same_package = bool(package) and other.startswith(package)
+        below = LEVELS[other] < LEVELS[name]
+        assert below or same_package, f"{name} (level {LEVELS[name]}) imports {other} (level {LEVELS[other]})"
+
+
+def test_table_names_no_module_that_is_gone() -> None:
+    assert set(LEVELS) <= set(modules())
+
+
+def test_diffusion_knows_no_hugging_face_library_and_no_configuration() -> None:
+    for name, path in modules().items():
+        if name.startswith("diffusion"):
+            heavy = {module.partition(".")[0] for module in imported(path)}
+            assert not heavy & {"diffusers", "transformers", "accelerate", "peft", "pydantic"}, name
+            assert not ours(path) & {"config", "settings"}, name
+
+
+def test_files_of_the_command_line_import_nothing_heavy() -> None:
+    """Help must be instant: what `cli` imports at the top, and what that imports in turn, has no torch."""
+    waiting, seen = ["cli"], set()
+    while waiting:
+        name = waiting.pop()
+        seen.add(name)
+        top = imported(modules()[name], top_level_only=True)
+        assert not {module.partition(".")[0] for module in top} & HEAVY, f"{name} imports {top & HEAVY} at the top"
+        inner = {module.removeprefix("pixart_ft.") for module in top if module.startswith("pixart_ft.")}
+        waiting += [other for other in inner if other in modules() and other not in seen]
+    assert {"cli", "config"} <= seen
+
+
+def test_files_are_small() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in files}
+    assert lengths and max(lengths.values()) <= 350, {p: n for p, n in lengths.items() if n > 350}
+
+
+def test_dependencies_have_a_tested_version() -> None:
+    """Every dependency of pyproject.toml is pinned in constraints.txt."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {_name(line) for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    wanted = {_name(requirement) for requirement in project["dependencies"]}
+    assert len(wanted) > 5 and wanted <= pinned, f"no line in constraints.txt for {wanted - pinned}"
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower().replace("_", "-")

@@ -1,0 +1,248 @@
+"""Base plus adapter to pictures on the tiny pipeline.
+
+Oracles: the stock diffusers pipeline with the adapter merged into it, and the base itself.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, PixArtSigmaPipeline
+from torch import Tensor
+
+from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, load_adapter, merge, save_adapter
+from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
+from pixart_ft.errors import UserError
+from pixart_ft.models import fingerprint, load_text_encoder, load_transformer
+from pixart_ft.text_to_image import Settings, TextToImage
+from tests.tiny import build_tiny_pipeline
+
+PROMPTS = ["a red circle on grey", "A photo of the black triangle on pink "]
+SCALING_FACTOR = 0.13025
+
+
+def make_adapter(base: Path, folder: Path, *, seed: int = 0, null_scale: float = 1.0, **changes: object) -> Path:
+    """Save an adapter with a large random effect on `base`; `changes` go into its metadata."""
+    transformer = load_transformer(str(base), dtype=torch.float32)
+    mark = fingerprint(transformer)
+    attach(transformer, LoraSettings(rank=4, alpha=6.0), seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in transformer.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    tokenizer, text_encoder = load_text_encoder(str(base), dtype=torch.float32)
+    metadata = AdapterMetadata(
+        base=str(base),
+        base_fingerprint=mark,
+        prediction_type="epsilon",
+        schedule={"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        variance="trained",
+        rank=4,
+        alpha=6.0,
+        max_tokens=300,
+        text_preparation=TEXT_PREPARATION,
+        weights="raw",
+        samples_seen=80,
+    )
+    metadata = replace(metadata, **changes)  # type: ignore[arg-type]
+    save_adapter(folder, transformer, metadata, null_scale * null_caption(text_encoder, tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny, tmp_path_factory.mktemp("adapter") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Path) -> TextToImage:
+    return TextToImage.load(tiny)
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny: Path, adapter: Path) -> TextToImage:
+    return TextToImage.load(tiny, lora=adapter)
+
+
+@contextmanager
+def decoded(model: TextToImage) -> Iterator[list[Tensor]]:
+    """The latents that reach the VAE's decoder, picture by picture, in the scale of sampling."""
+    latents: list[Tensor] = []
+    hook = model.vae.post_quant_conv.register_forward_pre_hook(
+        lambda _, args: latents.append(args[0][0] * SCALING_FACTOR)
+    )
+    try:
+        yield latents
+    finally:
+        hook.remove()
+
+
+def sampled(model: TextToImage, *args: object, **settings: object) -> Tensor:
+    with decoded(model) as latents:
+        model.generate(*args, **settings)  # type: ignore[arg-type]
+    return torch.stack(latents)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("negative", ["", "a black square"])
+def test_stock_pipeline_with_the_adapter_merged_draws_the_same(
+    tiny: Path, adapter: Path, adapted: TextToImage, guidance: float, negative: str
+) -> None:
+    transformer = load_transformer(str(tiny), dtype=torch.float32)
+    load_adapter(transformer, adapter)
+    merge(transformer)
+    pipeline = PixArtSigmaPipeline.from_pretrained(str(tiny), transformer=transformer)
+    pipeline.scheduler = DDIMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing", clip_sample=False
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    stock = pipeline(
+        PROMPTS,
+        negative_prompt=negative,
+        num_inference_steps=25,
+        guidance_scale=guidance,
+        generator=[torch.Generator("cpu").manual_seed(7) for _ in PROMPTS],
+        height=64,
+        width=64,
+        clean_caption=False,
+        use_resolution_binning=False,
+        max_sequence_length=300,
+        output_type="latent",
+    ).images
+    unused = {} if guidance == 1 else {"negative_prompt": negative}
+    ours = sampled(adapted, PROMPTS, seeds=[7], steps=25, guidance=guidance, spacing="trailing", **unused)
+    # An untrained network sends the latents to some hundreds, so this is far within 1e-4 of a trained one's.
+    assert (ours - stock).abs().max() < 1e-5 * stock.abs().max()
+    assert stock.std() > 0.1
+
+
+def test_scale_zero_is_the_base_and_scale_one_is_not(tiny: Path, adapter: Path, base: TextToImage) -> None:
+    plain = sampled(base, PROMPTS, steps=4)
+    assert torch.equal(sampled(TextToImage.load(tiny, lora=adapter, lora_scale=0.0), PROMPTS, steps=4), plain)
+    full = sampled(TextToImage.load(tiny, lora=adapter), PROMPTS, steps=4) - plain
+    half = sampled(TextToImage.load(tiny, lora=adapter, lora_scale=0.5), PROMPTS, steps=4) - plain
+    assert 0 < half.norm() < full.norm()
+
+
+def test_eight_seeds_at_once_are_eight_runs_of_one(adapted: TextToImage) -> None:
+    together = sampled(adapted, PROMPTS[0], seeds=range(8), steps=4, batch_size=8)
+    alone = torch.cat([sampled(adapted, PROMPTS[0], seeds=[seed], steps=4) for seed in range(8)])
+    assert (together - alone).abs().max() < 1e-5 * alone.abs().max()
+    assert len({tuple(latents.flatten().tolist()) for latents in alone}) == 8
+
+
+def test_pictures_come_by_prompt_then_seed(base: TextToImage) -> None:
+    pictures = base.generate(PROMPTS, seeds=[0, 1], steps=2, batch_size=3)
+    assert [picture.size for picture in pictures] == [(64, 64)] * 4
+    alone = sampled(base, PROMPTS[1], seeds=[0], steps=2)[0]
+    together = sampled(base, PROMPTS, seeds=[0, 1], steps=2, batch_size=3)
+    assert [bool(torch.allclose(latents, alone, atol=1e-2)) for latents in together] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_other_sizes(base: TextToImage) -> None:
+    assert base.generate(PROMPTS[0], steps=1, width=96, height=32)[0].size == (96, 32)
+    with pytest.raises(UserError, match=r"width \(72\) must be a multiple of 16 .*try 64\nheight \(-16\).*try 16"):
+        base.generate(PROMPTS[0], width=72, height=-16)
+
+
+def test_negative_prompt_replaces_the_null_caption(base: TextToImage) -> None:
+    plain = sampled(base, PROMPTS[0], steps=3)
+    assert torch.equal(sampled(base, PROMPTS[0], steps=3, negative_prompt=""), plain)
+    assert (sampled(base, PROMPTS[0], steps=3, negative_prompt="red") - plain).abs().max() > 0.01
+    with pytest.raises(UserError, match="negative_prompt is unused at guidance 1"):
+        base.generate(PROMPTS[0], negative_prompt="red", guidance=1.0)
+
+
+def test_adapter_brings_its_null_caption_schedule_prediction_and_limit(tiny: Path, tmp_path: Path) -> None:
+    schedule = {"beta_schedule": "squaredcos_cap_v2"}
+    folder = make_adapter(
+        tiny,
+        tmp_path / "a",
+        schedule=schedule,
+        prediction_type="v_prediction",
+        max_tokens=7,
+        variance="stale",
+        null_scale=2.0,
+    )
+    model = TextToImage.load(tiny, lora=folder)
+    assert torch.equal(model.null_caption, 2 * TextToImage.load(tiny).null_caption)
+    assert (model.prediction_type, model.max_tokens, model.variance_state) == ("v_prediction", 7, "stale")
+    assert model.schedule.alpha_bar[-1] < 1e-8  # the cosine schedule's; the base's is 4e-5
+    with pytest.warns(UserWarning, match="max_tokens 7 and were cut"):
+        model.generate("a red circle on a blue picture of pink", steps=1)
+
+
+def test_raw_weights_lie_beside_the_averaged_ones(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_adapter(tiny, run / "final" / "adapter", weights="ema")
+    with pytest.raises(UserError, match=r"weights: .*adapter_raw; use weights ema"):
+        TextToImage.load(tiny, lora=run, weights="raw")
+    make_adapter(tiny, run / "final" / "adapter_raw", seed=1)
+    averaged, last = (TextToImage.load(tiny, lora=run, weights=weights).adapter for weights in ("ema", "raw"))
+    assert averaged is not None and last is not None
+    assert (averaged.metadata.weights, last.metadata.weights) == ("ema", "raw")
+    assert averaged.sha256 != last.sha256
+    only = make_adapter(tiny, tmp_path / "only")  # a run without averaging
+    assert (
+        TextToImage.load(tiny, lora=only, weights="ema").adapter
+        == TextToImage.load(tiny, lora=only, weights="raw").adapter
+    )
+
+
+def test_variance_of_ddpm(tiny: Path, tmp_path: Path, base: TextToImage) -> None:
+    ddpm = Settings(sampler="ddpm")
+    assert base.settled(ddpm).variance == "learned"
+    drawn = {v: sampled(base, PROMPTS[0], sampler="ddpm", steps=3, variance=v) for v in ("auto", "learned", "beta")}
+    assert torch.equal(drawn["auto"], drawn["learned"]) and not torch.equal(drawn["learned"], drawn["beta"])
+    stale = TextToImage.load(tiny, lora=make_adapter(tiny, tmp_path / "stale", variance="stale"))
+    assert stale.settled(ddpm).variance == "beta_tilde"
+    with pytest.raises(UserError, match=r"variance: learned .*stale was trained by the epsilon .*use beta_tilde"):
+        stale.settled(replace(ddpm, variance="learned"))
+    assert torch.equal(
+        sampled(stale, PROMPTS[0], sampler="ddpm", steps=3),
+        sampled(stale, PROMPTS[0], sampler="ddpm", steps=3, variance="beta_tilde"),
+    )
+    four = TextToImage.load(build_tiny_pipeline(tmp_path / "four", out_channels=4))
+    assert four.settled(ddpm).variance == "beta_tilde"
+    assert four.generate(PROMPTS[0], sampler="ddpm", steps=2)[0].size == (64, 64)
+    with pytest.raises(UserError, match="this network has none"):
+        four.generate(PROMPTS[0], sampler="ddpm", variance="learned")
+
+
+def test_all_wrong_settings_are_named_at_once(base: TextToImage) -> None:
+    with pytest.raises(UserError) as caught:
+        base.settled(Settings(sampler="euler", eta=2.0, variance="beta", steps=1001, width=8))
+    report = str(caught.value)
+    assert [line.split()[0] for line in report.splitlines()] == [
+        "sampler:",
+        "eta",
+        "eta",
+        "variance",
+        "steps",
+        "width",
+    ]
+    assert "choose from ddim, ddpm" in report
+
+
+def test_bfloat16_draws_nearly_the_same(tiny: Path, adapter: Path, adapted: TextToImage) -> None:
+    half = sampled(TextToImage.load(tiny, lora=adapter, dtype=torch.bfloat16), PROMPTS, steps=4)
+    exact = sampled(adapted, PROMPTS, steps=4)
+    assert 0 < (half - exact).norm() < 0.1 * exact.norm()
+
+
+def test_base_of_another_adapter_is_refused(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="was trained on the base"):
+        TextToImage.load(build_tiny_pipeline(tmp_path / "other", seed=1), lora=adapter)
+
+
+def test_same_call_gives_the_same_bytes(adapted: TextToImage) -> None:
+    first, again = (adapted.generate(PROMPTS, sampler="ddpm", seeds=[3], steps=3) for _ in range(2))
+    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]

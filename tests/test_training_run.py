@@ -1,0 +1,343 @@
+"""Whole training runs on the tiny pipeline. Oracles: bit equality after a resume, equality to rounding between ways of
+cutting the same global batch, and what must not change."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pixart_ft import models
+from pixart_ft.checkpoint import load_nested
+from pixart_ft.cli import main
+from pixart_ft.config import TrainConfig
+from pixart_ft.errors import UserError
+from pixart_ft.settings import load
+from pixart_ft.trainer import Trainer
+from pixart_ft.training_run import run_training
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+STATE_FILES = ("trained.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+@pytest.fixture
+def options(tiny, pictures, tmp_path, tmp_path_factory) -> dict[str, object]:
+    """Dotted keys of a short run with everything on; the cache is shared by the module's tests."""
+    return {
+        "run.folder": tmp_path / "run",
+        "model.base": tiny,
+        "data.folder": pictures,
+        "data.held_out_fraction": 0.3,
+        "data.resolution": 64,
+        "data.cache": tmp_path_factory.getbasetemp() / "cache",
+        "diffusion.timesteps": "stratified",
+        "lora.rank": 4,
+        "lora.alpha": 8,
+        "lora.dropout": 0.1,
+        "optim.learning_rate": 1e-2,
+        "optim.warmup_steps": 2,
+        "optim.decay": "cosine",
+        "train.steps": STEPS,
+        "train.batch_size": 4,
+        "train.mixed_precision": "no",
+        "train.ema_decay": 0.9,
+        "train.checkpoint_every": 2,
+        "validation.every": 3,
+        "validation.timesteps": 4,
+        "validation.prompts": ["a red circle"],
+        "validation.steps": 2,
+        "validation.samples_every": 100,
+        "logging.every": 1,
+        "logging.tensorboard": False,
+    }
+
+
+def train(options: dict[str, object], **more: object) -> Path:
+    """Run with these options; keyword `run__folder` overrides run.folder."""
+    resume = more.pop("resume", None)
+    init_from = more.pop("init_from", None)
+    given = options | {key.replace("__", "."): value for key, value in more.items()}
+    tree: dict[str, dict[str, object]] = {}
+    for key, value in given.items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = str(value) if isinstance(value, Path) else value
+    return run_training(load(TrainConfig, tree), resume, init_from)
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [record["train"] for record in records if "train" in record]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Adapters, average, optimizer and every logged loss of two runs are equal bit for bit."""
+    for adapter in ("adapter", "adapter_raw"):
+        a, b = (load_file(run / "final" / adapter / "adapter_model.safetensors") for run in (one, other))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for name in STATE_FILES:
+        a, b = ((run / "checkpoints" / f"step-{STEPS:06d}" / name).read_bytes() for run in (one, other))
+        assert a == b, name
+    assert losses(one) == losses(other)
+    assert len(losses(one)) == STEPS
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the next run die without warning when it begins this step, as a lost machine would."""
+    whole = Trainer._optimizer_step
+
+    def dying(self: Trainer) -> float:
+        if self.step == step:
+            raise RuntimeError("the machine is gone")
+        return whole(self)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", dying)
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(options, tmp_path, monkeypatch) -> None:
+    straight = train(options)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)  # one step after the checkpoint of step 4: its log line must not stay
+        with pytest.raises(RuntimeError):
+            train(options, run__folder=tmp_path / "cut")
+    torch.manual_seed(123)  # whatever the new process has drawn so far
+    assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
+
+
+def test_truncated_newest_checkpoint_is_passed_over(options, tmp_path, monkeypatch) -> None:
+    straight = train(options)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(RuntimeError):
+            train(options, run__folder=tmp_path / "cut")
+    newest = tmp_path / "cut" / "checkpoints" / "step-000004" / "optimizer.safetensors"
+    os.truncate(newest, newest.stat().st_size // 2)
+    with pytest.warns(UserWarning, match="optimizer.safetensors"):
+        resumed = train(options, run__folder=tmp_path / "cut", resume="auto")
+    assert_same_end(straight, resumed)
+
+
+def test_a_signal_saves_first_and_loses_nothing(options, tmp_path, monkeypatch) -> None:
+    straight = train(options)
+    whole = Trainer._optimizer_step
+
+    def signalled(self: Trainer) -> float:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_optimizer_step", signalled)
+        with pytest.raises(KeyboardInterrupt, match="step 3"):
+            train(options, run__folder=tmp_path / "cut")
+    assert (tmp_path / "cut" / "checkpoints" / "step-000003").is_dir()
+    assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
+
+
+def test_accumulation_sees_the_same_samples(options, tmp_path) -> None:
+    options["lora.dropout"] = 0.0  # the one draw that goes by micro-batch
+    whole = losses(train(options))
+    parts = losses(train(options, run__folder=tmp_path / "parts", train__batch_size=2, train__accumulation=2))
+    for a, b in zip(whole, parts, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_validation_and_samples_do_not_move_the_course(options, tmp_path) -> None:
+    often = train(options, validation__every=1, validation__samples_every=1)
+    never = train(options, run__folder=tmp_path / "other", validation__prompts=[], data__held_out_fraction=0.3)
+    assert losses(often) == losses(never)
+
+
+def test_what_a_run_leaves(options, capsys) -> None:
+    run = train(options, logging__tensorboard=True)
+    final = run / "final"
+    assert {p.name for p in final.iterdir()} == {"adapter", "adapter_raw", "before_after.png", "loss.png"}
+    meta = json.loads((final / "adapter" / "pixart_ft.json").read_text())
+    raw = json.loads((final / "adapter_raw" / "pixart_ft.json").read_text())
+    assert (meta["weights"], raw["weights"]) == ("ema", "raw")
+    assert meta["variance"] == "trained" and meta["prediction_type"] == "epsilon"
+    assert (meta["rank"], meta["alpha"], meta["samples_seen"]) == (4, 8, STEPS * 4)
+    assert meta["schedule"]["beta_schedule"] == "linear"
+    averaged, last = (load_file(final / a / "adapter_model.safetensors") for a in ("adapter", "adapter_raw"))
+    assert any(not torch.equal(averaged[k], last[k]) for k in averaged)
+    assert list(run.glob("**/events.out.tfevents*"))
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    printed = capsys.readouterr().out
+    assert "held-out loss" in printed and "standard errors" in printed and str(final / "adapter") in printed
+
+
+def test_the_adapter_alone_is_trained(options, tiny) -> None:
+    before = models.load_transformer(str(tiny), dtype=torch.float32).state_dict()
+    run = train(options)
+    state = load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / "trained.safetensors")
+    assert state and all(".lora_" in name for name in state)
+    assert all(value.abs().max() > 0 for name, value in state.items() if ".lora_B." in name)  # B began at zero
+    after = models.load_transformer(str(tiny), dtype=torch.float32).state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_training_lowers_the_loss_on_its_own_pictures(options, pictures) -> None:
+    run = train(options, train__steps=40, data__held_out=pictures, data__held_out_fraction=0.0, train__ema_decay=0.0)
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    held = [record["held_out"]["loss"]["mean"] for record in records if "held_out" in record]
+    assert held[-1] < 0.9 * held[0]
+
+
+def test_nothing_is_encoded_or_loaded_twice(options, tmp_path, monkeypatch) -> None:
+    train(options)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("T5 was loaded although every caption is cached")
+
+    monkeypatch.setattr(models, "load_text_encoder", refuse)
+    train(options, run__folder=tmp_path / "again", train__steps=1, optim__warmup_steps=0)
+
+
+def test_epsilon_objective_marks_the_variance_stale(options) -> None:
+    run = train(options, diffusion__objective="epsilon", train__ema_decay=0.0)
+    meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
+    assert meta["variance"] == "stale" and meta["weights"] == "raw"
+    assert not (run / "final" / "adapter_raw").exists()
+
+
+def test_cosine_schedule_is_trained_and_recorded(options, tmp_path) -> None:
+    base = losses(train(options))
+    run = train(options, run__folder=tmp_path / "cosine", diffusion__schedule="cosine")
+    meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
+    assert meta["schedule"]["beta_schedule"] == "squaredcos_cap_v2"
+    assert losses(run)[0]["loss"] != base[0]["loss"]
+
+
+def test_gradient_checkpointing_changes_memory_alone(options, tmp_path) -> None:
+    options["lora.dropout"] = 0.0
+    plain = losses(train(options))
+    saving = losses(train(options, run__folder=tmp_path / "saving", model__gradient_checkpointing=True))
+    for a, b in zip(plain, saving, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_bf16_trains_a_float32_adapter_on_a_bfloat16_base(options) -> None:
+    run = train(options, train__mixed_precision="bf16")
+    state = load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / "trained.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert all(torch.isfinite(torch.tensor(record["loss"])) for record in losses(run))
+
+
+def test_init_from_takes_weights_and_not_state(options, tmp_path) -> None:
+    first = train(options, train__ema_decay=0.0)
+    second = train(options, run__folder=tmp_path / "second", init_from=str(first), train__ema_decay=0.0)
+    records = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (first, second)]
+    end, begin = ([r["held_out"]["loss"]["mean"] for r in found if "held_out" in r] for found in records)
+    assert begin[0] == end[-1]
+    assert losses(second)[0] != losses(first)[0]
+
+
+def test_a_run_without_prompts_held_out_pictures_or_extras_ends_well(options, capsys) -> None:
+    run = train(options, validation__prompts=[], data__held_out_fraction=0.0)
+    assert (run / "final" / "adapter" / "adapter_model.safetensors").is_file()
+    assert not (run / "final" / "before_after.png").exists()
+    assert "bitsandbytes" not in sys.modules and "xformers" not in sys.modules
+
+
+def refused(options: dict[str, object], match: str, **more: object) -> None:
+    """The run is refused with a message that matches, and leaves no run folder."""
+    folder = Path(str((options | {k.replace("__", "."): v for k, v in more.items()})["run.folder"]))
+    with warnings.catch_warnings(), pytest.raises(UserError, match=match):
+        warnings.simplefilter("ignore")
+        train(options, **more)
+    assert not folder.exists()
+
+
+def test_bad_input_leaves_no_run_behind(options, tmp_path) -> None:
+    refused(options, r"absent does not exist.*data\.folder", data__folder=tmp_path / "absent")
+    refused(options, r"data\.resolution is 88; expected .*multiple of 16", data__resolution=88)
+    refused(options, "model.base", model__base=tmp_path / "nothing")
+    refused(options, r"lora\.targets.*'to_quack'", lora__targets=["to_quack"])
+    refused(options, "fp16 needs a CUDA GPU", train__mixed_precision="fp16")
+    refused(options, "there is no", init_from=str(tmp_path / "nowhere"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
+    (broken / "a.txt").write_text("a red circle")
+    refused(options, r"a\.png", data__folder=broken, data__held_out_fraction=0.0)
+
+
+def test_existing_run_is_never_overwritten(options) -> None:
+    run = train(options)
+    log = (run / "log.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"exists already.*--resume auto"):
+        train(options)
+    assert (run / "log.jsonl").read_bytes() == log
+
+
+def test_resume_with_another_global_batch_is_refused(options) -> None:
+    train(options)
+    with pytest.raises(UserError, match=r"4 pictures per step, this run has 2"):
+        train(options, train__batch_size=2, resume="auto")
+
+
+def test_hybrid_needs_a_variance_half(options, tmp_path) -> None:
+    from tests.tiny import build_tiny_pipeline
+
+    base = build_tiny_pipeline(tmp_path / "four", out_channels=4)
+    refused(options, "hybrid trains a learned variance", model__base=base)
+    run = train(options, model__base=base, diffusion__objective="epsilon")
+    meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
+    assert meta["variance"] == "none"
+
+
+def command(options: dict[str, object], **more: object) -> list[str]:
+    """The command line of a run: an empty configuration file and an override for every option."""
+    given = options | {key.replace("__", "."): value for key, value in more.items()}
+    empty = Path(str(options["run.folder"])).parent / "empty.yaml"
+    empty.write_text("")
+    values = {
+        k: json.dumps(v) if isinstance(v, list) else str(v).lower() if isinstance(v, bool) else v
+        for k, v in given.items()
+    }
+    return ["--config", str(empty), *(f"--{key}={value}" for key, value in values.items())]
+
+
+@pytest.mark.slow
+def test_killed_process_resumes_bit_for_bit(options, tmp_path) -> None:
+    """kill -9 of the real program in the middle, then the same command with --resume auto."""
+    straight = train(options)
+    line = [sys.executable, str(ROOT / "scripts" / "train.py"), *command(options, run__folder=tmp_path / "cut")]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "cut" / "checkpoints" / "step-000002").is_dir():
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "cut" / "final").exists(), "the run ended before it could be killed"
+    subprocess.run([*line, "--resume", "auto"], check=True, stdout=subprocess.DEVNULL)
+    assert_same_end(straight, tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(options, tmp_path) -> None:
+    """torchrun with two gloo processes at the same global batch: the same losses to rounding, one log."""
+    options["lora.dropout"] = 0.0
+    one = train(options)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731"]
+    script = [str(ROOT / "scripts" / "train.py"), *command(options, run__folder=tmp_path / "two", train__batch_size=2)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launcher, *script], check=True, env=environment, capture_output=True)
+    for a, b in zip(losses(one), losses(tmp_path / "two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+    a, b = (load_file(run / "final" / "adapter" / "adapter_model.safetensors") for run in (one, tmp_path / "two"))
+    for key in a:
+        assert torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6), key
+
+
+def test_command_line_and_function_are_the_same_program(options, tmp_path) -> None:
+    train(options)
+    assert main(["train", *command(options, run__folder=tmp_path / "line")]) == 0
+    assert_same_end(Path(str(options["run.folder"])), tmp_path / "line")
+    assert main(["train", *command(options, run__folder=tmp_path / "line")]) == 2  # it exists now
