@@ -71,8 +71,7 @@ class Batch:
 def draw_batch(data: TrainingSet, draws: Sequence[int], plan: Plan, *, global_batch: int, num_steps: int) -> Batch:
     """The training samples with these draw indices; each depends on (seed, draw index) alone."""
     count = len(data.pictures)
-    orders = {epoch: epoch_order(plan.seed, epoch, count) for epoch in {d // count for d in draws}}
-    rows = [orders[d // count][d % count] for d in draws]
+    rows = [int(epoch_order(plan.seed, d // count, count)[d % count]) for d in draws]
     mean, std = data.pictures.latents(rows)
     shape = tuple(mean.shape[1:])
     u = uniform(plan.seed, draws, "timestep")

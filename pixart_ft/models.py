@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
-from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import UserError
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
@@ -153,9 +153,9 @@ def load_schedule(base: str, *, revision: str | None = None) -> tuple[NoiseSched
 
 
 def schedule_config(base: str, *, revision: str | None = None) -> dict[str, Any]:
-    """The content of the base's scheduler_config.json without its private keys, for an adapter's metadata."""
+    """What defines the base's noise schedule in its scheduler_config.json, for an adapter's metadata."""
     config = _read_config(base, "scheduler", revision)
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    return {key: config[key] for key in DIFFUSERS_KEYS if config.get(key) is not None}
 
 
 def size_unit(base: str, *, revision: str | None = None) -> int:

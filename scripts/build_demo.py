@@ -10,6 +10,7 @@ Hours on two cores; every stage resumes where it stopped. Needs `pip install -e 
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,12 @@ from demo_base import BaseTraining, build_text_encoder, build_tokenizer, build_t
 from demo_pictures import Emoji, fetch, fine_tuning_split, fluent_emoji, noto_emoji, render, rendered
 from demo_vae import normalise_latents, train_vae
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
+
+from pixart_ft.pictures import grid
+from pixart_ft.sampling import decode_latents
+from pixart_ft.text_to_image import TextToImage
 
 SIZE = 256
 # Fixed before any training: what a stranger is asked to name.
@@ -78,11 +84,30 @@ def write_model(
     print(f"{folder}: {total / 1e6:.1f} MB")
 
 
+@torch.no_grad()
+def write_sheet(path: Path, model: Path, captions: Sequence[str], pictures: np.ndarray) -> None:
+    """Real, through the VAE, and generated (seed 0, DDIM 50 steps, guidance 4), for each caption."""
+    text_to_image = TextToImage.load(model)
+    vae = AutoencoderKL.from_pretrained(str(model / "vae"))
+    pixels = torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    decoded = decode_latents(vae, vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor)
+    generated = text_to_image.generate(captions, steps=50, guidance=4.0)
+    real = [Image.fromarray(picture) for picture in pictures]
+    half = len(captions) // 2
+    rows, labels = [], []
+    for part in (slice(0, half), slice(half, None)):
+        rows += [real[part], decoded[part], generated[part]]
+        labels += ["real", "VAE", "generated"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(rows, row_labels=labels, cell=128).save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads, renders and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("pixart_ft/demo"), help="where the demo goes")
-    parser.add_argument("--vae-steps", type=int, default=3600)
+    parser.add_argument("--sheet", type=Path, default=Path("docs/pictures/demo.png"), help="the picture of it all")
+    parser.add_argument("--vae-steps", type=int, default=3250)
     parser.add_argument("--base-steps", type=int, default=8000)
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile (no C compiler)")
     args = parser.parse_args()
@@ -111,6 +136,8 @@ def main() -> None:
     training.run(args.base_steps, compiled=not args.no_compile)
     training.use_average()
     write_model(args.out / "model", vae, training.transformer, text_encoder, tokenizer)
+    chosen = [captions.index(caption) for caption in EYE_CAPTIONS]
+    write_sheet(args.sheet, args.out / "model", EYE_CAPTIONS, pictures[chosen])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pixart_ft.checkpoint import load_nested
 from pixart_ft.cli import main
 from pixart_ft.config import TrainConfig
 from pixart_ft.errors import UserError
+from pixart_ft.pictures import read_recipe
 from pixart_ft.settings import load
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_run import run_training
@@ -341,3 +342,23 @@ def test_command_line_and_function_are_the_same_program(options, tmp_path) -> No
     assert main(["train", *command(options, run__folder=tmp_path / "line")]) == 0
     assert_same_end(Path(str(options["run.folder"])), tmp_path / "line")
     assert main(["train", *command(options, run__folder=tmp_path / "line")]) == 2  # it exists now
+
+
+def test_what_was_trained_can_be_drawn(options, tiny, tmp_path, capsys) -> None:
+    """From the end of a run to a picture through the command line, with and without naming the base."""
+    run = train(options)
+    line = ["generate", "--lora", str(run), "--prompt", "a red circle", "--steps", "3", "--dtype", "float32"]
+    assert main([*line, "--out", str(tmp_path / "a")]) == 0
+    assert main([*line, "--out", str(tmp_path / "b"), "--model", str(tiny), "--weights", "raw"]) == 0
+    averaged, last = (tmp_path / name / "000-a-red-circle-seed0.png" for name in "ab")
+    recipe = read_recipe(averaged)
+    assert recipe["model"] == str(tiny) and recipe["adapter"]["metadata"]["variance"] == "trained"
+    assert averaged.read_bytes() != last.read_bytes()
+    trained_on = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())["schedule"]
+    assert trained_on == {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "rescale_betas_zero_snr": False,
+    }

@@ -10,6 +10,16 @@ from torch import Tensor
 
 Spacing = Literal["iddpm", "trailing", "leading"]
 
+# The keys of a diffusers scheduler_config.json that define the process; the others are a sampler's business.
+DIFFUSERS_KEYS = (
+    "num_train_timesteps",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
+
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -120,8 +130,7 @@ class NoiseSchedule:
     def from_diffusers_config(cls, config: Mapping[str, object]) -> Self:
         """The process that a diffusers scheduler_config.json describes; absent keys as diffusers has them.
 
-        Only the keys that define the process are read: num_train_timesteps, beta_schedule, beta_start,
-        beta_end, trained_betas, rescale_betas_zero_snr. Raises ValueError for any other beta_schedule than
+        Only `DIFFUSERS_KEYS` are read. Raises ValueError for any other beta_schedule than
         linear, scaled_linear and squaredcos_cap_v2.
         """
         num_steps = int(_number(config, "num_train_timesteps", 1000))

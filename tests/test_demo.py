@@ -1,0 +1,126 @@
+"""The embedded demo as a stranger meets it: a stock pipeline opens it, ours draws the same, the README's example
+runs. Oracle: diffusers' own pipeline; the limits that the package promises."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+from transformers import T5EncoderModel
+
+from pixart_ft import models
+from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, merge, save_adapter
+from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
+from pixart_ft.data.datasets import read_folder
+from pixart_ft.sampling import sample_latents
+from pixart_ft.text_to_image import TextToImage
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    """An adapter of the demo that changes its pictures: alpha is twice the rank, B drawn at random."""
+    transformer = models.load_transformer(models.resolve_base("demo"), dtype=torch.float32)
+    fingerprint = models.fingerprint(transformer)
+    attach(transformer, LoraSettings(rank=4, alpha=8.0), seed=0)
+    g = torch.Generator().manual_seed(0)
+    for name, parameter in transformer.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=g))
+    tokenizer, text_encoder = models.load_text_encoder(models.resolve_base("demo"), dtype=torch.float32)
+    metadata = AdapterMetadata(
+        base="demo",
+        base_fingerprint=fingerprint,
+        prediction_type="epsilon",
+        schedule=models.schedule_config(models.resolve_base("demo")),
+        variance="trained",
+        rank=4,
+        alpha=8.0,
+        max_tokens=300,
+        text_preparation=TEXT_PREPARATION,
+        weights="raw",
+        samples_seen=0,
+    )
+    folder = tmp_path_factory.mktemp("adapter") / "demo"
+    save_adapter(folder, transformer, metadata, null_caption(text_encoder, tokenizer))
+    return folder
+
+
+def test_is_a_small_genuine_pixart_sigma_in_the_standard_layout() -> None:
+    pipeline = PixArtSigmaPipeline.from_pretrained(str(models.DEMO_FOLDER))
+    assert isinstance(pipeline.transformer, PixArtTransformer2DModel)
+    assert isinstance(pipeline.vae, AutoencoderKL) and isinstance(pipeline.text_encoder, T5EncoderModel)
+    config = pipeline.transformer.config
+    assert (config.out_channels, config.sample_size, config.interpolation_scale) == (8, 32, 0.5)
+    assert config.use_additional_conditions is False
+    files = [path for path in models.DEMO_FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 30e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".model"}
+
+
+def test_a_plain_stock_call_runs() -> None:
+    pipeline = PixArtSigmaPipeline.from_pretrained(str(models.DEMO_FOLDER))
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (256, 256)
+
+
+def test_fine_tuning_set_is_whole_and_apart_from_its_held_out_pictures() -> None:
+    train, held_out = (read_folder(models.DEMO_PICTURES / part) for part in ("train", "held_out"))
+    assert (len(train), len(held_out)) == (240, 60)
+    assert not {row.caption for row in train} & {row.caption for row in held_out}
+    assert sum(path.stat().st_size for path in models.DEMO_PICTURES.rglob("*")) <= 4e6
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_stock_pipeline_with_the_merged_adapter_draws_the_same(adapter: Path, guidance: float) -> None:
+    """float32 DDIM, trailing spacing, 25 steps, same seed: latents within 1e-4."""
+    ours = TextToImage.load("demo", lora=adapter)
+    prompt, seed = "Red Apple ", 7
+    embeds = ours._encode([prompt])[0]
+    latents = sample_latents(
+        ours.transformer,
+        ours.schedule,
+        ours.prediction_type,
+        embeds[None],
+        torch.ones(1, len(embeds), dtype=torch.int64),
+        ours.null_caption,
+        sampler="ddim",
+        steps=25,
+        guidance=guidance,
+        generators=[torch.Generator().manual_seed(seed)],
+        shape=(4, 32, 32),
+        spacing="trailing",
+    )
+    merge(ours.transformer)
+    stock = PixArtSigmaPipeline.from_pretrained(str(models.DEMO_FOLDER), transformer=ours.transformer)
+    config = {"timestep_spacing": "trailing", "clip_sample": False, "beta_schedule": "linear"}
+    stock.scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, **config)
+    stock.set_progress_bar_config(disable=True)
+    expected = stock(
+        prompt,
+        num_inference_steps=25,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(seed),
+        clean_caption=False,
+        use_resolution_binning=False,
+        height=256,
+        width=256,
+        output_type="latent",
+    ).images
+    assert (latents - expected).abs().max() < 1e-4
+
+
+def test_the_readme_example_runs(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python block of the README, word for word but for the adapter's place and fewer steps."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(block.strip().splitlines()) <= 12
+    code = block.replace('"runs/quickstart"', repr(str(adapter))).replace("steps=30", "steps=2")
+    assert code.count(str(adapter)) == 1 and "steps=2" in code
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "red-apple.png").is_file()
+    assert len(names["pictures"]) == 4  # type: ignore[arg-type]
