@@ -21,9 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pixart_ft.data.captions import TEXT_PREPARATION
+from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_folder
-from pixart_ft.models import PredictionType, VarianceState, fingerprint
+from pixart_ft.models import VarianceState, fingerprint
 from pixart_ft.randomness import generator
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -64,6 +66,7 @@ class AdapterMetadata:
     text_preparation   how captions were prepared before the tokenizer
     weights            whether these are the averaged or the last weights
     samples_seen       pictures drawn in training, repeats included
+    revision           of a Hub base, if one was asked for
     """
 
     base: str
@@ -77,6 +80,7 @@ class AdapterMetadata:
     text_preparation: str
     weights: Literal["ema", "raw"]
     samples_seen: int
+    revision: str | None = None
 
 
 def attach(transformer: PixArtTransformer2DModel, settings: LoraSettings, *, seed: int) -> None:
@@ -252,6 +256,11 @@ def read_settings(folder: Path) -> LoraSettings:
 def _metadata_for(transformer: PixArtTransformer2DModel, folder: Path) -> AdapterMetadata:
     """The adapter's metadata, or UserError if it was trained on another base than `transformer`."""
     metadata, present = read_metadata(folder), fingerprint(transformer)
+    if metadata.text_preparation != TEXT_PREPARATION:
+        raise UserError(
+            f"adapter: {folder} was trained on captions prepared by {metadata.text_preparation}, and this version "
+            f"prepares them by {TEXT_PREPARATION}; use the version it was trained with"
+        )
     if present != metadata.base_fingerprint:
         given = transformer.config.get("_name_or_path") or "the base given"
         raise UserError(

@@ -145,6 +145,12 @@ class RunFolder:
             raise UserError(f"--resume {resume}: the checkpoint is broken: {fault}; give auto for the newest whole one")
         return folder
 
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of the log."""
+        if not self.log_file.is_file():
+            return []
+        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
+
     def cut_log(self, step: int) -> None:
         """Drop the records after `step`, and a last line cut short: a resumed run writes them again."""
         if not self.log_file.is_file():

@@ -5,6 +5,7 @@ dashes and underscores are the same. Torch is imported only by a command that ru
 """
 
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; nobody is left to print to
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # Python flushes it once more at exit
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130

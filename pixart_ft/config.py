@@ -37,7 +37,9 @@ class Model(Section):
 
     base: Source = Field(HUB_BASE, min_length=1, description='"demo", a diffusers folder, or a Hub id')
     revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
-    dtype: Precision = Field("auto", description="frozen weights; auto = as train.mixed_precision")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="frozen weights; auto = as train.mixed_precision"
+    )
     text_encoder_dtype: Precision = Field("auto", description="T5 while encoding captions; auto likewise")
     gradient_checkpointing: bool = Field(False, description="less memory, about 30 % slower")
 
@@ -48,7 +50,9 @@ class Data(Section):
     folder: Source = Field(min_length=1, description='folder of pictures with captions, or "demo"')
     held_out: Source | None = Field(None, min_length=1, description='folder only measured on, or "demo"')
     held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of data.folder set aside for it")
-    resolution: int = Field(512, ge=16, multiple_of=16, description="side of the square pictures, pixels")
+    resolution: int | None = Field(
+        None, ge=16, multiple_of=16, description="side of the square pictures, pixels; null = the base's own"
+    )
     cache: Folder = Field(Path(".cache/pixart_ft"), description="folder of encoded captions and pictures")
     max_tokens: int = Field(300, ge=1, description="longest caption, tokens; the rest is cut")
 

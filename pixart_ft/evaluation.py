@@ -101,7 +101,7 @@ def held_out_loss(
             batch = (held_out.x0[pictures], eps, grid[[g for _, g in part]], embeds, mask)
             terms = objective.terms(transformer, *(x.to(device) for x in batch))
             for name, value in terms.items():
-                found.setdefault(name, []).append(value.double().cpu())
+                found.setdefault(name, []).append(value.cpu().double())
     return {name: torch.cat(values).view(-1, len(grid)) for name, values in found.items()}
 
 

@@ -35,7 +35,7 @@ def run_generation(config: GenerateConfig) -> list[Path]:
         lora=config.lora,
         lora_scale=config.lora_scale,
         weights=config.weights,
-        revision=config.revision,
+        revision=_revision(config),
         dtype=_dtype(config.dtype, device),
         device=device,
     )
@@ -67,6 +67,13 @@ def _base(config: GenerateConfig) -> str:
     if config.model is not None:
         return config.model
     return HUB_BASE if config.lora is None else read_metadata(find_adapter(config.lora)).base
+
+
+def _revision(config: GenerateConfig) -> str | None:
+    """The revision asked for, else the one that the adapter was trained on if its base is taken."""
+    if config.revision is not None or config.model is not None or config.lora is None:
+        return config.revision
+    return read_metadata(find_adapter(config.lora)).revision
 
 
 def _prompts(config: GenerateConfig) -> list[str]:

@@ -20,13 +20,13 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
+from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import UserError
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 DEMO_PICTURES = Path(__file__).parent / "demo" / "pictures"
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 VarianceState = Literal["trained", "stale", "none"]
 
 _PARTS = {
@@ -156,6 +156,12 @@ def schedule_config(base: str, *, revision: str | None = None) -> dict[str, Any]
     """What defines the base's noise schedule in its scheduler_config.json, for an adapter's metadata."""
     config = _read_config(base, "scheduler", revision)
     return {key: config[key] for key in DIFFUSERS_KEYS if config.get(key) is not None}
+
+
+def native_size(base: str, *, revision: str | None = None) -> int:
+    """The side in pixels of the pictures that the base was trained on."""
+    size: int = _read_config(base, "transformer", revision).get("sample_size", 128)
+    return size * _vae_factor(_read_config(base, "vae", revision))
 
 
 def size_unit(base: str, *, revision: str | None = None) -> int:

@@ -1,6 +1,5 @@
 """What a finished run leaves: adapters, the before/after sheet, the loss curve, and a summary on the terminal."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -38,7 +37,7 @@ def finish(
     else:
         save_adapter(main, transformer, metadata, null_caption)
     written = {"adapter": main}
-    records = [json.loads(line) for line in folder.log_file.read_text().splitlines()]
+    records = folder.records()
     if any(record.get("train") for record in records):
         written["loss curve"] = folder.final / "loss.png"
         loss_curve(records, written["loss curve"], title=folder.path.name)

@@ -125,6 +125,11 @@ def to_yaml(config: Config) -> str:
     return yaml_text.dump(config.model_dump(mode="json"))
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """The whole configuration by dotted keys, plain as YAML has it."""
+    return dict(_flat(config.model_dump(mode="json")))
+
+
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with the package, by name: a wheel has them inside, a clone beside it."""
     package = Path(__file__).parent

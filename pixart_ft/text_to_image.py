@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata, find_adapter, load_adapter, read_metadata
+from pixart_ft.adapters import AdapterMetadata, find_adapter, load_adapter
 from pixart_ft.data.captions import encode_captions, null_caption, pad_text
 from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule, Spacing
@@ -104,7 +104,7 @@ class TextToImage:
         if lora is None:
             null = null_caption(text_encoder, tokenizer)
         else:
-            folder = _adapter_folder(lora, weights)
+            folder = find_adapter(lora, weights=weights)
             metadata, null = load_adapter(transformer, folder, scale=lora_scale)
             schedule = NoiseSchedule.from_diffusers_config(metadata.schedule)
             prediction_type, variance_state = metadata.prediction_type, metadata.variance
@@ -256,17 +256,6 @@ class TextToImage:
 
     def _encode(self, captions: Sequence[str]) -> list[Tensor]:
         return encode_captions(self.text_encoder, self.tokenizer, captions, max_tokens=self.max_tokens)
-
-
-def _adapter_folder(lora: str | Path, weights: Literal["ema", "raw"]) -> Path:
-    """The adapter folder behind `lora`; a run keeps its last weights beside the averaged ones."""
-    folder = find_adapter(lora)
-    if weights == "ema" or read_metadata(folder).weights == "raw":
-        return folder  # the only weights of a run that averages none are its last
-    raw = folder.with_name(f"{folder.name}_raw")
-    if not raw.is_dir():
-        raise UserError(f"weights: {folder} holds averaged weights and there is no {raw}; use weights ema")
-    return raw
 
 
 def _untrained_variance(state: VarianceState, adapter: Adapter | None) -> str:

@@ -35,7 +35,9 @@ from pixart_ft.evaluation import (
 from pixart_ft.pictures import grid
 from pixart_ft.randomness import generator
 
-MAX_BAD_STEPS = 10  # consecutive steps with a non-finite gradient before training gives up
+# Consecutive steps with a non-finite gradient before training gives up. A gradient scaler needs 17 to come down from
+# 65536 to 1/2, so under float16 some are part of a healthy start.
+MAX_BAD_STEPS, MAX_BAD_STEPS_SCALED = 10, 40
 QUARTILES = 4
 
 
@@ -108,7 +110,8 @@ class Trainer:
         self.held_out_before: dict[str, Tensor] = {}
         self.held_out_last: dict[str, Tensor] = {}
         self._bad_steps = 0
-        self._stop: int | None = None
+        self._signalled = False  # this process was asked to stop
+        self._stopping = False  # some process was: all know, and stop after the same step
 
     # What follows from the plan
 
@@ -141,10 +144,12 @@ class Trainer:
                     self._validate()
                 if self._due(self.plan.samples_every) and self.step < self.plan.steps:
                     self._sample()
-                if self._due(self.plan.checkpoint_every) or self.step == self.plan.steps or self._stop:
+                if self._due(self.plan.checkpoint_every) or self.step == self.plan.steps or self._stopping:
                     self._save()
-                if self._stop:
-                    raise KeyboardInterrupt(f"stopped by signal {self._stop} after step {self.step}; state saved")
+                if self._stopping:
+                    raise KeyboardInterrupt(
+                        f"stopped after step {self.step}, state saved; the same command with --resume auto continues"
+                    )
         self._validate()
         self._sample()
         return self._result()
@@ -166,8 +171,11 @@ class Trainer:
                     terms = self.objective.terms(self.model, x0, eps, t, embeds, mask)
                 self.accelerator.backward(terms["loss"].mean() / self.plan.accumulation)
             # one gather and one copy: each would make the host wait for the device
-            together = self.accelerator.gather(torch.stack([t.float(), *terms.values()], dim=1).detach()).cpu()
-            self.window.add(dict(zip(terms, together[:, 1:].unbind(1), strict=True)), together[:, 0].long(), num_steps)
+            asked = torch.full_like(terms["loss"], float(self._signalled))
+            mine = torch.stack([t.float(), asked, *terms.values()], dim=1).detach()
+            t_all, asked_all, *values = self.accelerator.gather(mine).cpu().unbind(1)
+            self.window.add(dict(zip(terms, values, strict=True)), t_all.long(), num_steps)
+            self._stopping = self._stopping or bool(asked_all.any())
         return self._update()
 
     def _update(self) -> float:
@@ -181,9 +189,9 @@ class Trainer:
         self._bad_steps = self._bad_steps + 1 if skipped else 0
         if not skipped:
             self.ema.update()
-        if self._bad_steps >= MAX_BAD_STEPS and not scaled:
+        if self._bad_steps >= (MAX_BAD_STEPS_SCALED if scaled else MAX_BAD_STEPS):
             raise UserError(
-                f"the gradient was not finite for {MAX_BAD_STEPS} steps in a row (now step {self.step}); lower "
+                f"the gradient was not finite for {self._bad_steps} steps in a row (now step {self.step}); lower "
                 f"optim.learning_rate ({self.plan.learning_rate:g}) or use train.mixed_precision bf16, and continue "
                 f"from the last checkpoint in {self.folder.path / 'checkpoints'}"
             )
@@ -235,7 +243,8 @@ class Trainer:
             self.held_out_before = self.held_out_before or losses
             self.held_out_last = losses
             means = {name: mean_over_pictures(values) for name, values in losses.items()}
-            self._record({"held_out": {name: vars(estimate) for name, estimate in means.items()}})
+            if not any("held_out" in r and r["step"] == self.step for r in self.folder.records()):  # resumed at its end
+                self._record({"held_out": {name: vars(estimate) for name, estimate in means.items()}})
             self.accelerator.log({f"held_out/{name}": e.mean for name, e in means.items()}, step=self.step)
         self.accelerator.wait_for_everyone()
 
@@ -249,7 +258,7 @@ class Trainer:
             place = self.folder.samples_at(self.step)
             place.mkdir(parents=True, exist_ok=True)
             for number, picture in enumerate(pictures):
-                picture.save(place / f"{number:02d}.png")
+                picture.save(place / f"{number:04d}.png")
             sheet = grid([pictures])
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
@@ -290,7 +299,7 @@ class Trainer:
         save_nested(folder / "progress.safetensors", progress)
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint that `RunFolder` calls complete; later lines of the log are dropped.
+        """Continue from a checkpoint that `RunFolder` calls complete.
 
         Raises UserError if it was written with another set of trained weights or another global batch.
         """
@@ -313,8 +322,6 @@ class Trainer:
         self.step = progress["step"]
         self.window.sums = progress["window"]
         self.held_out_before = progress["held_out_before"]
-        if self.accelerator.is_main_process:
-            self.folder.cut_log(self.step)
 
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:
@@ -323,7 +330,7 @@ class Trainer:
         before = {number: signal.getsignal(number) for number in caught}
 
         def ask(number: int, frame: object) -> None:
-            self._stop = number
+            self._signalled = True
             signal.signal(number, before[signal.Signals(number)])
 
         try:

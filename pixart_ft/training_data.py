@@ -47,8 +47,13 @@ class Encoded:
     scaling_factor: float
 
 
-def encode_once(config: TrainConfig, base: str, rows: list[Row], held: list[Row], accelerator: Accelerator) -> Encoded:
-    """Fill the cache on the main process, then read it on all; what it holds already is not encoded again."""
+def encode_once(
+    config: TrainConfig, base: str, rows: list[Row], held: list[Row], resolution: int, accelerator: Accelerator
+) -> Encoded:
+    """Fill the cache on the main process, then read it on all; what it holds already is not encoded again.
+
+    Pictures go first, since one that cannot be read should be known before T5 is even downloaded.
+    """
     text_dtype = DTYPES.get(config.model.text_encoder_dtype) or compute_dtype(config)
     revision, device = config.model.revision, accelerator.device
     memo = config.data.cache / "files.json"
@@ -63,6 +68,14 @@ def encode_once(config: TrainConfig, base: str, rows: list[Row], held: list[Row]
     def fill() -> tuple[TensorStore, list[str], list[str]]:
         show = accelerator.is_main_process
         store = TensorStore(config.data.cache)
+        picture_keys = cache_pictures(
+            store,
+            rows + held,
+            load_vae=vae,
+            vae_id=component_id(base, "vae", dtype=torch.float32, revision=revision, memo=memo),
+            size=resolution,
+            progress=show,
+        )
         texts = [row.caption for row in rows + held] + list(config.validation.prompts) + [""]
         text_keys = cache_captions(
             store,
@@ -70,14 +83,6 @@ def encode_once(config: TrainConfig, base: str, rows: list[Row], held: list[Row]
             load_text_encoder=text_encoder,
             encoder_id=component_id(base, "tokenizer", "text_encoder", dtype=text_dtype, revision=revision, memo=memo),
             max_tokens=config.data.max_tokens,
-            progress=show,
-        )
-        picture_keys = cache_pictures(
-            store,
-            rows + held,
-            load_vae=vae,
-            vae_id=component_id(base, "vae", dtype=torch.float32, revision=revision, memo=memo),
-            size=config.data.resolution,
             progress=show,
         )
         return store, text_keys, picture_keys

@@ -8,15 +8,17 @@ import importlib.util
 import json
 import platform
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from PIL import Image
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, fill_adapter
+from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, fill_adapter, find_adapter
 from pixart_ft.attention import use_plain_attention
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
@@ -29,9 +31,25 @@ from pixart_ft.errors import UserError
 from pixart_ft.evaluation import Objective
 from pixart_ft.report import finish
 from pixart_ft.sampling import decode_latents, sample_latents
-from pixart_ft.settings import to_yaml
+from pixart_ft.settings import flat, load, to_yaml
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once, read_rows
+
+# What a resumed run may change without becoming another run: its length, and how it is watched and kept.
+MAY_CHANGE = {
+    "run.name",
+    "run.folder",
+    "data.cache",
+    "train.steps",
+    "train.batch_size",
+    "train.accumulation",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "validation.every",
+    "validation.samples_every",
+    "logging.every",
+    "logging.tensorboard",
+}
 
 
 def run_training(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Path:
@@ -43,12 +61,16 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
     accelerator = _accelerator(config)
     base = models.resolve_base(config.model.base)
     models.check_base(base, revision=config.model.revision)
+    resolution = _resolution(config, base)
     folder = RunFolder(config.run.folder)
     folder.check_new(resume=resume is not None)
     checkpoint = folder.resolve_resume(resume) if resume else None
+    if resume:
+        _check_continues(config, folder)
+    if init_from:
+        find_adapter(init_from)
     rows, held_rows = read_rows(config)
-    _check_resolution(config, base)
-    encoded = encode_once(config, base, rows, held_rows, accelerator)
+    encoded = encode_once(config, base, rows, held_rows, resolution, accelerator)
 
     transformer = models.load_transformer(base, dtype=_weights_dtype(config), revision=config.model.revision)
     native, prediction_type = models.load_schedule(base, revision=config.model.revision)
@@ -78,18 +100,19 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
         plan=_plan(config),
         folder=folder,
         held_out=encoded.held_out,
-        draw_samples=_sampler(config, encoded, base, transformer, objective, accelerator),
+        draw_samples=_sampler(config, encoded, base, resolution, transformer, objective, accelerator),
     )
+    if checkpoint is not None:
+        trainer.load(checkpoint)
     environment = json.dumps(_environment(accelerator), indent=1) + "\n"
     if accelerator.is_main_process:
         RunFolder.create(folder.path, resume=resume is not None)
+        folder.cut_log(trainer.step if checkpoint is not None else -1)
         folder.config_file.write_text(to_yaml(config), encoding="utf-8")
         (folder.path / "environment.json").write_text(environment)
     accelerator.wait_for_everyone()
     if config.logging.tensorboard:
         accelerator.init_trackers("tensorboard")
-    if checkpoint is not None:
-        trainer.load(checkpoint)
     result = trainer.run()
     accelerator.end_training()
     if accelerator.is_main_process:
@@ -105,6 +128,7 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
             text_preparation=TEXT_PREPARATION,
             weights="raw",
             samples_seen=result.samples_seen,
+            revision=config.model.revision,
         )
         finish(folder, transformer, ema, metadata, encoded.null_caption, result, config.validation.prompts)
     return folder.path
@@ -121,21 +145,48 @@ def _accelerator(config: TrainConfig) -> Accelerator:
             'optim.optimizer adamw8bit needs bitsandbytes: pip install "pixart_ft[quantized]", or use adamw'
         )
     AcceleratorState._reset_state()  # a program may train twice, in another precision
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         log_with="tensorboard" if config.logging.tensorboard else None,
         project_dir=str(config.run.folder),
+        # the others wait while one process encodes a large folder; ten minutes, the default, would not do
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
-
-
-def _check_resolution(config: TrainConfig, base: str) -> None:
-    unit = models.size_unit(base, revision=config.model.revision)
-    if config.data.resolution % unit:
-        near = max(unit, round(config.data.resolution / unit) * unit)
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in plain:
         raise UserError(
-            f"data.resolution {config.data.resolution} does not fit {config.model.base}: it must be a multiple of "
-            f"{unit} (patch size times VAE factor); try {near}"
+            f"accelerate is configured for {accelerator.distributed_type.value}; only plain data-parallel training is "
+            "offered: choose no DeepSpeed and no FSDP in `accelerate config`"
         )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError("set train.accumulation here and leave gradient accumulation out of accelerate's configuration")
+    return accelerator
+
+
+def _check_continues(config: TrainConfig, folder: RunFolder) -> None:
+    """Refuse to continue a run under settings that would make it another one; `Trainer.load` checks the batch."""
+    if not folder.config_file.is_file():
+        return
+    began, now = (flat(c) for c in (load(TrainConfig, folder.config_file), config))
+    changed = [key for key in now if now[key] != began[key] and key not in MAY_CHANGE]
+    if changed:
+        lines = [f"  - {key} was {began[key]!r}, is {now[key]!r}" for key in changed]
+        raise UserError(
+            f"--resume continues {folder.path} as it began, but these settings differ:\n" + "\n".join(lines) + "\n"
+            f"use --config {folder.config_file}, or start another run (--init-from takes this one's weights)"
+        )
+
+
+def _resolution(config: TrainConfig, base: str) -> int:
+    resolution = config.data.resolution or models.native_size(base, revision=config.model.revision)
+    unit = models.size_unit(base, revision=config.model.revision)
+    if resolution % unit:
+        near = max(unit, round(resolution / unit) * unit)
+        raise UserError(
+            f"data.resolution {resolution} does not fit {config.model.base}: it must be a multiple of {unit} (patch "
+            f"size times VAE factor); try {near}"
+        )
+    return resolution
 
 
 def _schedule(config: TrainConfig, base: str, native: NoiseSchedule) -> tuple[NoiseSchedule, Mapping[str, object]]:
@@ -210,6 +261,7 @@ def _sampler(
     config: TrainConfig,
     encoded: Encoded,
     base: str,
+    resolution: int,
     transformer: torch.nn.Module,
     objective: Objective,
     accelerator: Accelerator,
@@ -219,7 +271,7 @@ def _sampler(
         return None if not encoded.prompts else list
     choice, device = config.validation, accelerator.device
     vae = models.decoder_only(models.load_vae(base, dtype=torch.float32, revision=config.model.revision)).to(device)
-    side = config.data.resolution // models.vae_factor(vae)
+    side = resolution // models.vae_factor(vae)
     half = None if config.train.mixed_precision == "no" else compute_dtype(config)
     learned = choice.sampler == "ddpm" and objective.kind == "hybrid"
 

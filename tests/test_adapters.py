@@ -25,6 +25,7 @@ from pixart_ft.adapters import (
     read_metadata,
     save_adapter,
 )
+from pixart_ft.data.captions import TEXT_PREPARATION
 from pixart_ft.errors import UserError
 from pixart_ft.models import fingerprint, load_transformer
 from tests.tiny import build_tiny_pipeline
@@ -62,7 +63,7 @@ def metadata(transformer: PixArtTransformer2DModel, settings: LoraSettings = SET
         rank=settings.rank,
         alpha=settings.alpha,
         max_tokens=300,
-        text_preparation="strip lower",
+        text_preparation=TEXT_PREPARATION,
         weights="raw",
         samples_seen=64,
     )
@@ -306,3 +307,10 @@ def test_damaged_adapters_name_the_file(tiny: Path, saved: Path) -> None:
     (saved / "pixart_ft.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*pixart_ft\.json"):
         load_adapter(base(tiny), saved)
+
+
+def test_captions_prepared_in_another_way_are_refused(tiny: Path, saved: Path) -> None:
+    content = json.loads((saved / "pixart_ft.json").read_text())
+    (saved / "pixart_ft.json").write_text(json.dumps(content | {"text_preparation": "as it came"}))
+    with pytest.raises(UserError, match="prepared by as it came"):
+        load_adapter(load_transformer(str(tiny), dtype=torch.float32), saved)

@@ -186,3 +186,13 @@ def test_the_scripts_are_the_same_program_from_any_folder(
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert cli.main([script.removesuffix(".py"), *arguments, "--dry-run"]) == 0
     assert run.stdout == capsys.readouterr().out
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    """`pixart-ft train --help | head -1` ends quietly."""
+    line = [sys.executable, "-m", "pixart_ft.cli", "train", "--help"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0

@@ -278,6 +278,39 @@ def test_existing_run_is_never_overwritten(options) -> None:
     assert (run / "log.jsonl").read_bytes() == log
 
 
+def test_resume_under_other_settings_is_refused_and_touches_nothing(options) -> None:
+    run = train(options)
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"lora\.alpha was 8\.0, is 64\.0\n  - optim\.learning_rate was 0\.01, is 1\.0"):
+        train(options, lora__alpha=64, optim__learning_rate=1.0, resume="auto")
+    with pytest.raises(UserError, match="pictures per step"):
+        train(options, train__batch_size=2, resume="auto")
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_finished_run_may_go_on_and_logs_every_step_once(options) -> None:
+    train(options, optim__decay="constant")
+    train(options, optim__decay="constant", resume="auto")  # nothing left to do
+    run = train(options, optim__decay="constant", train__steps=STEPS + 2, resume="auto")
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "train" in r] == list(range(1, STEPS + 3))
+    assert [r["step"] for r in records if "held_out" in r] == [0, 3, STEPS, STEPS + 2]
+
+
+def test_resuming_before_the_first_checkpoint_begins_again(options, tmp_path, monkeypatch) -> None:
+    straight = train(options)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        with pytest.raises(RuntimeError):
+            train(options, run__folder=tmp_path / "cut")
+    assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
+
+
+def test_training_gives_up_when_every_gradient_is_infinite(options) -> None:
+    with pytest.raises(UserError, match="not finite for 10 steps in a row"):
+        train(options, train__steps=40, optim__learning_rate=1e30, optim__clip_norm=0, optim__warmup_steps=0)
+
+
 def test_resume_with_another_global_batch_is_refused(options) -> None:
     train(options)
     with pytest.raises(UserError, match=r"4 pictures per step, this run has 2"):
@@ -326,7 +359,7 @@ def test_two_processes_equal_one(options, tmp_path) -> None:
     """torchrun with two gloo processes at the same global batch: the same losses to rounding, one log."""
     options["lora.dropout"] = 0.0
     one = train(options)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29731"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     script = [str(ROOT / "scripts" / "train.py"), *command(options, run__folder=tmp_path / "two", train__batch_size=2)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     subprocess.run([*launcher, *script], check=True, env=environment, capture_output=True)

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from pixart_ft.errors import UserError
 _SHARD_ITEMS = 256
 _SHARD_BYTES = 64 * 2**20
 _STALE_SECONDS = 24 * 3600
+_SHARD_NAME = re.compile(r"[0-9a-f]{64}")
 
 
 class TensorStore:
@@ -47,11 +49,13 @@ class TensorStore:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"the cache folder {self.folder} is a file; remove it or choose another folder")
         self._shards: dict[str, Any] = {}
-        for path in sorted(self.folder.glob("*.part")):
+        for path in sorted(self.folder.glob("*.safetensors.*.part")):
             with suppress(FileNotFoundError):  # a young one may be another process's, and gone by now
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
         for path in sorted(self.folder.glob("*.safetensors")):
+            if not _SHARD_NAME.fullmatch(path.stem):
+                continue  # somebody else's file: a cache may stand in a folder of other things
             with path.open("rb") as file:
                 whole = hashlib.file_digest(file, "sha256").hexdigest() == path.stem
             if whole:

@@ -3,6 +3,7 @@
 Oracles: encoding the same thing directly; loaders that raise when they should not be called.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -334,3 +335,12 @@ def test_a_hub_model_is_named_by_its_revision() -> None:
         for revision in (None, "abc")
     }
     assert len(names) == 4 and "owner/name/vae@abc torch.bfloat16" in names
+
+
+def test_a_cache_leaves_the_files_of_others_alone(tmp_path: Path) -> None:
+    """`data.cache` may name a folder that holds model weights."""
+    (tmp_path / "my_lora.safetensors").write_bytes(b"precious")
+    (tmp_path / "download.part").write_bytes(b"also")
+    os.utime(tmp_path / "download.part", (0, 0))
+    TensorStore(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["download.part", "my_lora.safetensors"]

@@ -1,0 +1,198 @@
+"""What run_training hands to the network, the loss and the optimizer. Oracle: the same numbers recomputed by hand from
+the picture files, the base's own T5 and VAE, diffusers' transformer and plain torch; only the randomness by purpose
+and the loss's formula, which have their own tests, are taken from the package."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pixart_ft import evaluation, models, sampling
+from pixart_ft.adapters import LoraSettings, attach, load_adapter
+from pixart_ft.config import load_config
+from pixart_ft.data.captions import encode_captions, pad_text
+from pixart_ft.data.datasets import load_picture, read_folder
+from pixart_ft.diffusion.objectives import hybrid_loss
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.randomness import epoch_order, normal, uniform
+from pixart_ft.trainer import Trainer
+from pixart_ft.training_run import run_training
+from tests.tiny import build_picture_folder
+
+SEED, STEPS, WARMUP, GLOBAL_BATCH, GRID = 4, 2, 2, 4, 3
+VLB_SCALE, CLIP_NORM, LEARNING_RATE, EMA_DECAY, DROPOUT = 3.0, 0.05, 0.05, 0.9, 0.5
+BETAS, EPSILON, WEIGHT_DECAY = (0.8, 0.9), 1e-3, 0.5  # Adam forgets the gradient's size, except for a large epsilon
+LORA = LoraSettings(rank=4, alpha=8, targets=("to_q", "to_v"), dropout=0.0)
+ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()  # of the tiny base
+
+
+@pytest.fixture(scope="module")
+def options(tiny, pictures, tmp_path_factory) -> dict[str, dict[str, object]]:
+    """A short run with every number of the first steps away from its default, and held-out pictures of its own."""
+    folder = tmp_path_factory.mktemp("wiring")
+    held_out = build_picture_folder(folder / "held_out", 3, size=80)
+    adamw = {"beta1": BETAS[0], "beta2": BETAS[1], "epsilon": EPSILON, "weight_decay": WEIGHT_DECAY}
+    data = {"folder": str(pictures), "held_out": str(held_out), "resolution": 64, "cache": str(folder / "cache")}
+    return {
+        "run": {"folder": str(folder / "run"), "seed": SEED},
+        "model": {"base": str(tiny)},
+        "data": data,
+        "diffusion": {"timesteps": "stratified", "vlb_scale": VLB_SCALE, "caption_dropout": DROPOUT},
+        "lora": {"rank": LORA.rank, "alpha": LORA.alpha, "targets": list(LORA.targets)},
+        "optim": {"learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM, "warmup_steps": WARMUP} | adamw,
+        "train": {"steps": STEPS, "batch_size": 2, "accumulation": 2, "mixed_precision": "no", "ema_decay": EMA_DECAY},
+        "validation": {"timesteps": GRID},
+        "logging": {"every": 1, "tensorboard": False},
+    }
+
+
+def train(options: dict[str, dict[str, object]], **more: dict[str, object]) -> Path:
+    """Run with these options; keyword `run={...}` overrides keys of that section."""
+    return run_training(load_config({name: part | more.get(name, {}) for name, part in options.items()}))
+
+
+@pytest.fixture(scope="module")
+def run(options) -> Path:
+    """The finished run, shared by the tests that only read it."""
+    return train(options)
+
+
+def log(run: Path, kind: str) -> list[dict]:
+    return [r for r in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if kind in r]
+
+
+def text_of(tiny: Path, captions: list[str]) -> list[torch.Tensor]:
+    tokenizer, encoder = models.load_text_encoder(str(tiny), dtype=torch.float32)
+    return encode_captions(encoder, tokenizer, captions)
+
+
+@torch.no_grad()
+def encoded(tiny: Path, folder: Path | str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Mean and standard deviation of each picture's latents, scaled, and the captions' embeddings."""
+    rows, vae = read_folder(folder), models.load_vae(str(tiny), dtype=torch.float32)
+    given = vae.encode(torch.stack([load_picture(row.path, 64) for row in rows])).latent_dist
+    factor = vae.config.scaling_factor
+    return given.mode() * factor, given.std * factor, text_of(tiny, [row.caption for row in rows])
+
+
+def losses(transformer, x0, eps, t, texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Per-sample terms of the hybrid loss, the network called as diffusers documents it."""
+    a = ALPHA_BAR[t].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
+    embeds, mask = pad_text(texts)
+    sizes = {"resolution": None, "aspect_ratio": None}  # PixArt-Sigma takes no sizes
+    output = transformer(x_t, embeds, t, sizes, encoder_attention_mask=mask).sample
+    return hybrid_loss(NoiseSchedule.linear(1000), output, x0, x_t, eps, t, "epsilon", vlb_scale=VLB_SCALE)
+
+
+def test_first_steps_by_hand(run, tiny, pictures) -> None:
+    mean, std, texts = encoded(tiny, pictures)
+    null = text_of(tiny, [""])[0]
+    transformer = models.load_transformer(str(tiny), dtype=torch.float32)
+    attach(transformer, LORA, seed=SEED)
+    own = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    trained = {"base_model.model." + name.replace(".default.", "."): p for name, p in own.items()}  # as in the file
+    average = {name: p.detach().clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+
+    dropped = uniform(SEED, range(STEPS * GLOBAL_BATCH), "caption dropout") < DROPOUT
+    assert dropped.any() and not dropped.all(), "choose a seed that drops some captions and keeps some"
+    logged = log(run, "train")
+    assert len(logged) == STEPS
+    for step, record in enumerate(logged):
+        draws = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+        chosen = [int(epoch_order(SEED, 0, len(mean))[d]) for d in draws]
+        noise = normal(SEED, draws, "posterior", mean.shape[1:])
+        eps = normal(SEED, draws, "noise", mean.shape[1:])
+        t = ((torch.arange(GLOBAL_BATCH) + uniform(SEED, draws, "timestep")) / GLOBAL_BATCH * 1000).long()
+        text = [null if dropped[d] else texts[row] for d, row in zip(draws, chosen, strict=True)]
+        terms = losses(transformer, mean[chosen] + std[chosen] * noise, eps, t, text)
+        terms["loss"].mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), CLIP_NORM)
+        assert norm > 2 * CLIP_NORM, "the clipping must act for this test to see it"
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (step + 1) / WARMUP
+        optimizer.step()
+        optimizer.zero_grad()
+        keep = min(EMA_DECAY, (1 + step) / (10 + step))
+        average = {name: keep * average[name] + (1 - keep) * p.detach() for name, p in trained.items()}
+
+        assert record["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
+        for name, values in terms.items():
+            assert record["train"][name] == pytest.approx(values.mean().item(), rel=1e-5), name
+    for name, by_hand in (("adapter_raw", trained), ("adapter", average)):
+        saved = load_file(run / "final" / name / "adapter_model.safetensors")
+        torch.testing.assert_close(saved, {key: p.detach() for key, p in by_hand.items()}, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_held_out_loss_by_hand(run, tiny, options) -> None:
+    """Before: of the bare base. After: of the averaged adapter as a user loads it."""
+    x0, _, texts = encoded(tiny, options["data"]["held_out"])
+    t = torch.tensor([166, 500, 833])  # the middles of thirds of 0..999
+    each = torch.arange(len(x0)).repeat_interleave(GRID)
+    eps = normal(SEED, range(len(each)), "held-out noise", x0.shape[1:])
+
+    def measured(transformer) -> dict[str, float]:
+        terms = losses(transformer, x0[each], eps, t.repeat(len(x0)), [texts[p] for p in each])
+        return {name: value.mean().item() for name, value in terms.items()}
+
+    base, averaged, last = (models.load_transformer(str(tiny), dtype=torch.float32) for _ in range(3))
+    load_adapter(averaged, run)
+    load_adapter(last, run, weights="raw")
+    by_hand = [measured(base), measured(averaged)]
+    logged = [{name: e["mean"] for name, e in r["held_out"].items()} for r in log(run, "held_out")]
+    assert logged == [pytest.approx(expected, rel=1e-5) for expected in by_hand]
+    others = by_hand[0]["loss"], measured(last)["loss"]
+    assert all(abs(by_hand[1]["loss"] - other) > 1e-3 for other in others), "they must differ to be told apart"
+
+
+def test_training_and_sampling_see_the_same_null_caption(options, tiny, tmp_path, monkeypatch) -> None:
+    """With every caption dropped, the network trains on what the unconditional branch is later given."""
+    seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"training": [], "sampling": []}
+    for module, calls in ((evaluation, seen["training"]), (sampling, seen["sampling"])):
+
+        def recording(transformer, x_t, timesteps, embeds, mask, calls=calls, whole=module.denoise):
+            calls.append((embeds.clone(), mask.clone()))
+            return whole(transformer, x_t, timesteps, embeds, mask)
+
+        monkeypatch.setattr(module, "denoise", recording)
+    place, data = {"folder": str(tmp_path / "run")}, {"held_out": None}  # each call of the loss is a training step's
+    sampled = {"prompts": ["a red circle"], "steps": 2, "guidance": 2.0}
+    run = train(options, run=place, data=data, diffusion={"caption_dropout": 1.0}, validation=sampled)
+    (null,) = text_of(tiny, [""])
+    saved = load_file(run / "final" / "adapter" / "null_caption.safetensors")["null_caption"]
+    assert saved.dtype == null.dtype and torch.equal(saved, null)
+    assert len(seen["training"]) == STEPS * 2 and len(seen["sampling"]) == 2 * 2
+    unconditional = [(embeds[:1], mask[:1]) for embeds, mask in seen["sampling"]]
+    for embeds, mask in seen["training"] + unconditional:
+        expected_embeds, expected_mask = pad_text([null] * len(embeds), embeds.shape[1])
+        assert embeds.dtype == null.dtype and torch.equal(embeds, expected_embeds) and torch.equal(mask, expected_mask)
+
+
+def test_every_number_of_the_configuration_arrives(options, tmp_path, monkeypatch) -> None:
+    """The trainer gets each value of the configuration and no default; a new field of Plan must be added here."""
+    caught: list[Trainer] = []
+
+    def instead(self: Trainer) -> None:
+        caught.append(self)
+        raise StopIteration
+
+    monkeypatch.setattr(Trainer, "run", instead)
+    length = {"steps": 31, "batch_size": 3, "accumulation": 7, "checkpoint_every": 11, "keep_checkpoints": 13}
+    optim = {"learning_rate": 3e-3, "warmup_steps": 5, "decay": "linear", "clip_norm": 0.7}
+    noise = {"caption_dropout": 0.37, "timesteps": "stratified"}
+    often = {"every": 19, "samples_every": 23, "timesteps": 6, "pictures": 2}
+    other = {"run": {"folder": str(tmp_path / "run"), "seed": 17}, "logging": {"every": 29}}
+    with pytest.raises(StopIteration):
+        train(options, diffusion=noise | {"vlb_scale": 2.5}, optim=optim, train=length, validation=often, **other)
+    (trainer,) = caught
+    rest = {"seed": 17, "log_every": 29, "validate_every": 19, "samples_every": 23}
+    assert dataclasses.asdict(trainer.plan) == length | optim | noise | rest
+    (group,) = trainer.optimizer.param_groups
+    expected = {"lr": 3e-3, "betas": BETAS, "eps": EPSILON, "weight_decay": WEIGHT_DECAY}
+    assert {name: group[name] for name in expected} == expected
+    assert (trainer.objective.kind, trainer.objective.vlb_scale, trainer.ema.decay) == ("hybrid", 2.5, EMA_DECAY)
+    assert (len(trainer.held_out.x0), trainer.held_out.timestep_count, trainer.held_out.seed) == (2, 6, 17)
