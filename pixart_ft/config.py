@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from pixart_ft.samplers import SAMPLERS
 from pixart_ft.settings import Config, Section, load
 
 HUB_BASE = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Sampler = Literal["ddim", "ddpm"]
+_SAMPLERS = "; ".join(f"{facts.name}: {facts.summary}" for facts in SAMPLERS.values())
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 Source = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a name such as "demo" or a Hub id
 
@@ -181,7 +183,7 @@ class GenerateConfig(Config):
     prompts: tuple[str, ...] = Field((), description="what to draw")
     prompts_file: Folder | None = Field(None, description="text file with one prompt a line")
     negative_prompt: str = Field("", description="what to steer away from")
-    sampler: Sampler = Field("ddim", description="sampler")
+    sampler: Sampler = Field("ddim", description=_SAMPLERS)
     steps: int = Field(30, ge=1, le=1000, description="sampler steps")
     guidance: float = Field(4.5, ge=1, description="classifier-free guidance scale; 1 = off")
     eta: float = Field(0.0, ge=0, le=1, description="noise DDIM adds back; 0 = deterministic")
