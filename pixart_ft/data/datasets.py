@@ -190,7 +190,10 @@ def _from_metadata(path: Path, files: dict[str, Path], report: _Report) -> dict[
             continue
         name = os.path.normpath(name).replace(os.sep, "/")
         if name not in files or files[name].suffix.lower() not in PICTURE_TYPES | _REFUSED_TYPES:
-            report.add(f"rows of {path.name} that name an absent picture", f"{where}: {row['file_name']}")
+            report.add(
+                f"rows of {path.name} that name an absent picture (correct the name or delete the row)",
+                f"{where}: {row['file_name']}",
+            )
         elif name in captions:
             report.add(f"rows of {path.name} that repeat a picture", f"{where}: {name}")
         caption = next((row[column] for column in _CAPTION_COLUMNS if row.get(column)), "")

@@ -102,7 +102,7 @@ def test_one_report_lists_all_that_is_wrong(tmp_path: Path) -> None:
         "  lines that are not a JSON object: 2",
         "    metadata.jsonl line 11",
         "    metadata.jsonl line 12",
-        "  rows of metadata.jsonl that name an absent picture: 2",
+        "  rows of metadata.jsonl that name an absent picture (correct the name or delete the row): 2",
         "    metadata.jsonl line 4: gone.png",
         "    metadata.jsonl line 5: notes.pdf",
         "  rows of metadata.jsonl that repeat a picture: 1",
