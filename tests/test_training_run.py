@@ -198,7 +198,10 @@ def test_nothing_is_encoded_or_loaded_twice(options, tmp_path, monkeypatch) -> N
         raise AssertionError("T5 was loaded although every caption is cached")
 
     monkeypatch.setattr(models, "load_text_encoder", refuse)
-    train(options, run__folder=tmp_path / "again", train__steps=1, optim__warmup_steps=0)
+    again = train(options, run__folder=tmp_path / "again", train__steps=1, optim__warmup_steps=0)
+    assert len(losses(again)) == 1
+    with pytest.raises(AssertionError, match="T5 was loaded"):  # the trap works: a new prompt has to be encoded
+        train(options, run__folder=tmp_path / "new", validation__prompts=["a caption nobody has encoded yet"])
 
 
 def test_epsilon_objective_marks_the_variance_stale(options) -> None:
