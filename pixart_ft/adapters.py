@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pixart_ft.data.captions import TEXT_PREPARATION
 from pixart_ft.diffusion.process import PredictionType
+from pixart_ft.diffusion.schedules import TimeConditioning
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_folder
 from pixart_ft.models import VarianceState, fingerprint
@@ -67,6 +68,7 @@ class AdapterMetadata:
     weights            whether these are the averaged or the last weights
     samples_seen       pictures drawn in training, repeats included
     revision           of a Hub base, if one was asked for
+    time_conditioning  what the network is told of another schedule's noise: its index, or where the base met that SNR
     """
 
     base: str
@@ -81,6 +83,7 @@ class AdapterMetadata:
     weights: Literal["ema", "raw"]
     samples_seen: int
     revision: str | None = None
+    time_conditioning: TimeConditioning = "index"
 
 
 def attach(transformer: PixArtTransformer2DModel, settings: LoraSettings, *, seed: int) -> None:

@@ -62,14 +62,37 @@ class Data(Section):
 class Diffusion(Section):
     """the noise and the loss"""
 
-    schedule: Literal["base", "linear", "cosine"] = Field("base", description="base = the model's own")
-    objective: Literal["epsilon", "hybrid"] = Field(
-        "hybrid", description="hybrid also trains the learned variance; epsilon leaves it stale"
+    schedule: Literal["base", "linear", "scaled_linear", "cosine", "su_linear"] = Field(
+        "base", description="noise of each step; base = the model's own"
     )
+    zero_snr: bool = Field(False, description="no signal left at the last step; wants v_prediction or sample")
+    time_conditioning: Literal["index", "snr_matched"] = Field(
+        "index", description="what another schedule tells the network: its index, or where the base saw that noise"
+    )
+    prediction_type: Literal["base", "epsilon", "v_prediction", "sample", "posterior_mean"] = Field(
+        "base", description="what the network is taught to output; base = as it does"
+    )
+    objective: Literal["hybrid", "simple", "vlb", "su_raw", "su_noises", "su_reduced"] = Field(
+        "hybrid", description="hybrid = simple + learned variance; simple and su_* leave that stale"
+    )
+    loss_space: Literal["prediction", "epsilon", "v_prediction", "sample", "posterior_mean"] = Field(
+        "prediction", description="whose error the simple term is; prediction = the network's output"
+    )
+    error: Literal["squared", "huber"] = Field("squared", description="penalty of the simple term")
+    huber_delta: float = Field(1.0, gt=0, description="where Huber's penalty turns linear")
+    weighting: Literal["none", "constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"] = Field(
+        "none", description="weight of the simple term by t; the same in every loss_space, none = plain error"
+    )
+    min_snr_gamma: float = Field(5.0, gt=0, description="cap of min_snr, knee of soft_min_snr")
+    p2_gamma: float = Field(1.0, ge=0, description="exponent of p2")
+    variance: Literal["learned", "beta_tilde", "beta"] = Field("learned", description="of the vlb objective")
     vlb_scale: float = Field(1.0, gt=0, description="weight of the hybrid VLB term, per bit/dim")
-    timesteps: Literal["uniform", "stratified"] = Field(
-        "uniform", description="law of the training timesteps; stratified spreads them over each global batch"
+    timestep_law: Literal["uniform", "stratified", "logit_normal", "importance"] = Field(
+        "uniform",
+        description="law of t; stratified: even over each global batch; importance: by loss, once each t has 10",
     )
+    logit_mean: float = Field(0.0, description="of logit_normal; below 0 = less noise")
+    logit_std: float = Field(1.0, gt=0, description="of logit_normal")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of draws that see the null caption")
 
 
@@ -133,6 +156,10 @@ class Logging(Section):
     tensorboard: bool = Field(True, description="also write TensorBoard files into the run folder")
 
 
+def _has_simple_term(objective: str) -> bool:
+    return objective in ("hybrid", "simple")
+
+
 class TrainConfig(Config):
     """Everything a training run is told."""
 
@@ -150,12 +177,35 @@ class TrainConfig(Config):
         ("model.revision", "model.base", lambda base: base != "demo"),
         ("data.held_out_fraction", "data.held_out", lambda folder: folder is None),
         ("diffusion.vlb_scale", "diffusion.objective", lambda objective: objective == "hybrid"),
+        ("diffusion.variance", "diffusion.objective", lambda objective: objective == "vlb"),
+        ("diffusion.loss_space", "diffusion.objective", _has_simple_term),
+        ("diffusion.error", "diffusion.objective", _has_simple_term),
+        ("diffusion.weighting", "diffusion.objective", _has_simple_term),
+        ("diffusion.huber_delta", "diffusion.error", lambda error: error == "huber"),
+        ("diffusion.min_snr_gamma", "diffusion.weighting", lambda weighting: "min_snr" in weighting),
+        ("diffusion.p2_gamma", "diffusion.weighting", lambda weighting: weighting == "p2"),
+        ("diffusion.logit_mean", "diffusion.timestep_law", lambda law: law == "logit_normal"),
+        ("diffusion.logit_std", "diffusion.timestep_law", lambda law: law == "logit_normal"),
     )
     rules = (
         (
             ("optim.warmup_steps", "train.steps"),
             lambda warmup, steps: warmup > steps,
             "optim.warmup_steps ({}) is more than train.steps ({}): the warm-up would never end; lower it",
+        ),
+        (
+            ("diffusion.time_conditioning", "diffusion.schedule", "diffusion.zero_snr"),
+            lambda conditioning, schedule, zero_snr: (
+                conditioning == "snr_matched" and schedule == "base" and not zero_snr
+            ),
+            "diffusion.time_conditioning is {} with schedule {} (zero_snr {}): the base's own schedule needs no match; "
+            "choose another schedule, or leave it at index",
+        ),
+        (
+            ("diffusion.objective", "diffusion.timestep_law"),
+            lambda objective, law: objective == "vlb" and law == "logit_normal",
+            "diffusion.objective {} with timestep_law {}: the bound is a sum over all t alike; use uniform, stratified "
+            "or importance, which undoes its own law",
         ),
     )
 

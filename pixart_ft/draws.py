@@ -15,7 +15,12 @@ from torch import Tensor
 
 from pixart_ft.data.cache import CachedPictures
 from pixart_ft.data.captions import drop_captions, pad_text
-from pixart_ft.diffusion.weighting import stratified_timesteps, uniform_timesteps
+from pixart_ft.diffusion.weighting import (
+    importance_timesteps,
+    logit_normal_timesteps,
+    stratified_timesteps,
+    uniform_timesteps,
+)
 from pixart_ft.randomness import epoch_order, normal, uniform
 
 
@@ -28,7 +33,9 @@ class Plan:
     accumulation: int
     seed: int
     caption_dropout: float
-    timesteps: Literal["uniform", "stratified"]
+    timestep_law: Literal["uniform", "stratified", "logit_normal", "importance"]
+    logit_mean: float
+    logit_std: float
     learning_rate: float
     warmup_steps: int
     decay: Literal["constant", "linear", "cosine"]  # after the warm-up
@@ -59,26 +66,41 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the CPU: scaled latents and noise (N, C, H, W), t (N,), text (N, L, D) and mask (N, L)."""
+    """One micro-batch on the CPU.
+
+    x0, eps, rest  scaled latents, their noise, and a second one for the losses that want it, (N, C, H, W)
+    t, weight      (N,) index, and the weight that undoes the law it was drawn by
+    embeds, mask   text (N, L, D) and (N, L)
+    """
 
     x0: Tensor
     eps: Tensor
     t: Tensor
+    weight: Tensor
     embeds: Tensor
     mask: Tensor
+    rest: Tensor | None
 
 
-def draw_batch(data: TrainingSet, draws: Sequence[int], plan: Plan, *, global_batch: int, num_steps: int) -> Batch:
-    """The training samples with these draw indices; each depends on (seed, draw index) alone."""
+def draw_batch(
+    data: TrainingSet,
+    draws: Sequence[int],
+    plan: Plan,
+    *,
+    global_batch: int,
+    num_steps: int,
+    law: Tensor | None = None,
+    two_noises: bool = False,
+) -> Batch:
+    """The training samples with these draw indices; each depends on (seed, draw index) alone.
+
+    law (T,) is that of t under importance sampling, which thereby depends on the losses before this step too.
+    """
     count = len(data.pictures)
     rows = [int(epoch_order(plan.seed, d // count, count)[d % count]) for d in draws]
     mean, std = data.pictures.latents(rows)
     shape = tuple(mean.shape[1:])
-    u = uniform(plan.seed, draws, "timestep")
-    if plan.timesteps == "stratified":
-        t = stratified_timesteps(u, torch.tensor(draws), global_batch, num_steps)
-    else:
-        t = uniform_timesteps(u, num_steps)
+    t, weight = _timesteps(draws, plan, global_batch, num_steps, law)
     dropped = uniform(plan.seed, draws, "caption dropout") < plan.caption_dropout
     texts = drop_captions(data.pictures.texts(rows), dropped.tolist(), data.null_caption)
     embeds, mask = pad_text(texts)
@@ -86,6 +108,24 @@ def draw_batch(data: TrainingSet, draws: Sequence[int], plan: Plan, *, global_ba
         x0=(mean + std * normal(plan.seed, draws, "posterior", shape)) * data.scaling_factor,
         eps=normal(plan.seed, draws, "noise", shape),
         t=t,
+        weight=weight,
         embeds=embeds,
         mask=mask,
+        rest=normal(plan.seed, draws, "second noise", shape) if two_noises else None,
     )
+
+
+def _timesteps(
+    draws: Sequence[int], plan: Plan, global_batch: int, num_steps: int, law: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    u = uniform(plan.seed, draws, "timestep")
+    ones = torch.ones(len(draws), dtype=torch.float32)
+    if plan.timestep_law == "uniform":
+        return uniform_timesteps(u, num_steps), ones
+    if plan.timestep_law == "stratified":
+        return stratified_timesteps(u, torch.tensor(draws), global_batch, num_steps), ones
+    if plan.timestep_law == "logit_normal":
+        return logit_normal_timesteps(u, num_steps, mean=plan.logit_mean, std=plan.logit_std), ones
+    assert law is not None, "importance sampling needs the law of t"
+    t, weight = importance_timesteps(u, law)
+    return t, weight.to(torch.float32)

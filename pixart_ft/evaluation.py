@@ -1,50 +1,16 @@
-"""What training minimises, and the same loss on held-out pictures at fixed timesteps and fixed noise."""
+"""The training loss and the variational bound on held-out pictures, at fixed timesteps and fixed noise."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from pixart_ft.data.captions import pad_text
-from pixart_ft.denoiser import denoise
-from pixart_ft.diffusion.objectives import hybrid_loss, simple_loss
-from pixart_ft.diffusion.process import PredictionType, q_sample
-from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.objective import Objective
 from pixart_ft.randomness import normal
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A loss on a process: the noise error alone, or the hybrid one that also trains the learned variance."""
-
-    schedule: NoiseSchedule
-    prediction_type: PredictionType
-    kind: Literal["epsilon", "hybrid"]
-    vlb_scale: float = 1.0
-
-    def terms(
-        self,
-        transformer: PixArtTransformer2DModel,
-        x0: Tensor,
-        eps: Tensor,
-        t: Tensor,
-        embeds: Tensor,
-        mask: Tensor,
-    ) -> dict[str, Tensor]:
-        """Per-sample named terms, each (N,) float32, of one network call at x_t.
-
-        `x0` and `eps` are (N, C, H, W) float32, `t` (N,) int64 indices into the schedule, text (N, L, D) and (N, L).
-        """
-        x_t = q_sample(self.schedule, x0, t, eps)
-        timesteps = self.schedule.timesteps.to(t.device)[t]
-        output = denoise(transformer, x_t, timesteps, embeds, mask)
-        if self.kind == "hybrid":
-            return hybrid_loss(self.schedule, output, x0, x_t, eps, t, self.prediction_type, vlb_scale=self.vlb_scale)
-        return simple_loss(self.schedule, output, x0, x_t, eps, t, self.prediction_type)
 
 
 @contextmanager
@@ -98,7 +64,9 @@ def held_out_loss(
             numbers = [p * len(grid) + g for p, g in part]
             eps = normal(held_out.seed, numbers, "held-out noise", tuple(held_out.x0.shape[1:]))
             embeds, mask = pad_text([held_out.texts[p] for p in pictures])
-            batch = (held_out.x0[pictures], eps, grid[[g for _, g in part]], embeds, mask)
+            batch = [held_out.x0[pictures], eps, grid[[g for _, g in part]], embeds, mask]
+            if objective.draws_two_noises:
+                batch.append(normal(held_out.seed, numbers, "held-out rest", tuple(held_out.x0.shape[1:])))
             terms = objective.terms(transformer, *(x.to(device) for x in batch))
             for name, value in terms.items():
                 found.setdefault(name, []).append(value.cpu().double())

@@ -228,6 +228,13 @@ def variance_of(transformer: PixArtTransformer2DModel) -> VarianceState:
     return "trained" if config["out_channels"] == 2 * config["in_channels"] else "none"
 
 
+def has_variance(base: str, *, revision: str | None = None) -> bool:
+    """Whether the base's transformer has variance channels, from its config.json alone."""
+    config = _read_config(base, "transformer", revision)
+    channels: int = config.get("in_channels", 4)
+    return config.get("out_channels", 8) == 2 * channels
+
+
 def _vae_factor(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
 

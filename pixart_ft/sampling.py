@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from pixart_ft.data.captions import pad_text
 from pixart_ft.denoiser import denoise
-from pixart_ft.diffusion.process import PredictionType, predict
-from pixart_ft.diffusion.schedules import NoiseSchedule, Spacing, spaced_indices
+from pixart_ft.diffusion.process import PredictionType, network_timesteps, predict
+from pixart_ft.diffusion.respacing import Spacing, spaced_indices
+from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import Variance, ddim_step, ddpm_step
 from pixart_ft.errors import UserError
 from pixart_ft.samplers import SAMPLERS
@@ -68,7 +69,7 @@ def sample_latents(
     x = noise()
     for index in reversed(range(steps)):
         t = torch.full((len(x),), index, dtype=torch.int64, device=device)
-        timesteps = process.timesteps.to(device)[t]
+        timesteps = network_timesteps(process, t)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             if guided:
                 both = denoise(transformer, x.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds, mask)

@@ -19,7 +19,8 @@ from pixart_ft import models
 from pixart_ft.adapters import AdapterMetadata, find_adapter, load_adapter
 from pixart_ft.data.captions import encode_captions, null_caption, pad_text
 from pixart_ft.diffusion.process import PredictionType
-from pixart_ft.diffusion.schedules import NoiseSchedule, Spacing
+from pixart_ft.diffusion.respacing import Spacing
+from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.diffusion.solvers import Variance
 from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
@@ -106,7 +107,8 @@ class TextToImage:
         else:
             folder = find_adapter(lora, weights=weights)
             metadata, null = load_adapter(transformer, folder, scale=lora_scale)
-            schedule = NoiseSchedule.from_diffusers_config(metadata.schedule)
+            trained_on = NoiseSchedule.from_diffusers_config(metadata.schedule)
+            schedule = conditioned(trained_on, schedule, metadata.time_conditioning)
             prediction_type, variance_state = metadata.prediction_type, metadata.variance
             max_tokens = metadata.max_tokens
             file = (folder / "adapter_model.safetensors").read_bytes()
@@ -263,6 +265,6 @@ def _untrained_variance(state: VarianceState, adapter: Adapter | None) -> str:
         return "variance: learned needs variance channels, and this network has none; use beta_tilde or auto"
     by = f"the adapter {adapter.path}" if adapter else "this model"
     return (
-        f"variance: learned needs a trained variance, and {by} was trained by the epsilon objective, which "
-        "leaves it stale; use beta_tilde or auto, or train with diffusion.objective hybrid"
+        f"variance: learned needs a trained variance, and {by} was trained by an objective that leaves it "
+        "stale; use beta_tilde or auto, or train with diffusion.objective hybrid"
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,51 +21,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft.checkpoint import RunFolder, load_nested, save_nested
+from pixart_ft.diffusion.weighting import LossHistory
 from pixart_ft.draws import Plan, TrainingSet, draw_batch
 from pixart_ft.ema import Ema
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation import (
     Estimate,
     HeldOutSet,
-    Objective,
     evaluating,
     held_out_loss,
     mean_over_pictures,
     paired_difference,
 )
+from pixart_ft.loss_window import LossWindow
+from pixart_ft.objective import Objective
 from pixart_ft.pictures import grid
 from pixart_ft.randomness import generator
 
 # Consecutive steps with a non-finite gradient before training gives up. A gradient scaler needs 17 to come down from
 # 65536 to 1/2, so under float16 some are part of a healthy start.
 MAX_BAD_STEPS, MAX_BAD_STEPS_SCALED = 10, 40
-QUARTILES = 4
-
-
-class LossWindow:
-    """Sums of every term since the last log line, whole and by quartile of t; part of the checkpoint."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, list[float]] = {}
-
-    def add(self, terms: Mapping[str, Tensor], t: Tensor, num_steps: int) -> None:
-        """Add per-sample terms (N,) with their t (N,), all on the CPU."""
-        quartile = t * QUARTILES // num_steps
-        for name, values in terms.items():
-            sums = self.sums.setdefault(name, [0.0] * (2 * QUARTILES))
-            for q in range(QUARTILES):
-                chosen = values[quartile == q].double()
-                sums[q] += chosen.sum().item()
-                sums[QUARTILES + q] += len(chosen)
-
-    def means(self) -> dict[str, float]:
-        """`name` and `name_q1`..`name_q4` (q1 has the least noise); a quartile nobody visited is left out."""
-        out = {}
-        for name, sums in self.sums.items():
-            totals, counts = sums[:QUARTILES], sums[QUARTILES:]
-            out[name] = sum(totals) / sum(counts)
-            out |= {f"{name}_q{q + 1}": totals[q] / counts[q] for q in range(QUARTILES) if counts[q]}
-        return out
 
 
 @dataclass(frozen=True)
@@ -107,6 +83,8 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
         self.step = 0
         self.window = LossWindow()
+        importance = plan.timestep_law == "importance"
+        self.history = LossHistory.empty(objective.schedule.num_steps) if importance else None
         self.held_out_before: dict[str, Tensor] = {}
         self.held_out_last: dict[str, Tensor] = {}
         self._bad_steps = 0
@@ -159,24 +137,48 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.learning_rate_at(self.step)
         num_steps = self.objective.schedule.num_steps
+        law = None if self.history is None else self.history.probabilities()
+        seen = []
         for micro in range(self.plan.accumulation):
             last = micro == self.plan.accumulation - 1
             draws = self.draws_of(self.step, micro)
             # The adapter's own dropout is the one draw that torch makes by itself.
             torch.manual_seed(generator(self.plan.seed, draws[0], "adapter dropout").initial_seed())
-            batch = draw_batch(self.data, draws, self.plan, global_batch=self.global_batch, num_steps=num_steps)
-            x0, eps, t, embeds, mask = (x.to(self.accelerator.device, non_blocking=True) for x in vars(batch).values())
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
-                    terms = self.objective.terms(self.model, x0, eps, t, embeds, mask)
+                t, weight, terms = self._forward(draws, law)
                 self.accelerator.backward(terms["loss"].mean() / self.plan.accumulation)
             # one gather and one copy: each would make the host wait for the device
             asked = torch.full_like(terms["loss"], float(self._signalled))
-            mine = torch.stack([t.float(), asked, *terms.values()], dim=1).detach()
-            t_all, asked_all, *values = self.accelerator.gather(mine).cpu().unbind(1)
-            self.window.add(dict(zip(terms, values, strict=True)), t_all.long(), num_steps)
+            mine = torch.stack([t.float(), asked, weight, *terms.values()], dim=1).detach()
+            t_all, asked_all, weight_all, *values = self.accelerator.gather(mine).cpu().unbind(1)
+            everywhere = dict(zip(terms, values, strict=True))
+            self.window.add(everywhere, t_all.long(), num_steps)
+            seen.append((t_all.long(), everywhere["loss"] / weight_all))
             self._stopping = self._stopping or bool(asked_all.any())
+        if self.history is not None:  # all at once, so that the law is the same for every micro-batch of a step
+            for t_all, losses in seen:
+                self.history = self.history.updated(t_all, losses)
         return self._update()
+
+    def _forward(self, draws: range, law: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """t, the weights that undo its law, and the terms times these weights, each (N,), of a micro-batch."""
+        num_steps, device = self.objective.schedule.num_steps, self.accelerator.device
+        batch = draw_batch(
+            self.data,
+            draws,
+            self.plan,
+            global_batch=self.global_batch,
+            num_steps=num_steps,
+            law=law,
+            two_noises=self.objective.draws_two_noises,
+        )
+        there: dict[str, Any] = {
+            name: None if x is None else x.to(device, non_blocking=True) for name, x in vars(batch).items()
+        }
+        weight = there.pop("weight")
+        with self.accelerator.autocast():
+            terms = self.objective.terms(self.model, **there)
+        return there["t"], weight, {name: weight * term for name, term in terms.items()}
 
     def _update(self) -> float:
         limit = self.plan.clip_norm or math.inf
@@ -295,6 +297,7 @@ class Trainer:
             "window": self.window.sums,
             "scaler": scaler.state_dict() if scaler else None,
             "held_out_before": self.held_out_before,
+            "history": None if self.history is None else vars(self.history),
         }
         save_nested(folder / "progress.safetensors", progress)
 
@@ -322,6 +325,8 @@ class Trainer:
         self.step = progress["step"]
         self.window.sums = progress["window"]
         self.held_out_before = progress["held_out_before"]
+        if progress.get("history") is not None:
+            self.history = LossHistory(**progress["history"])
 
     @contextmanager
     def _signals_caught(self) -> Iterator[None]:

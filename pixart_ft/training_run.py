@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,17 +23,17 @@ from pixart_ft.attention import use_plain_attention
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.captions import TEXT_PREPARATION, pad_text
-from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.draws import Plan, TrainingSet
 from pixart_ft.ema import Ema
 from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
-from pixart_ft.evaluation import Objective
+from pixart_ft.objective import Objective
 from pixart_ft.report import finish
 from pixart_ft.sampling import decode_latents, sample_latents
 from pixart_ft.settings import flat, load, to_yaml
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once, read_rows
+from pixart_ft.training_objective import build_objective
 
 # What a resumed run may change without becoming another run: its length, and how it is watched and kept.
 MAY_CHANGE = {
@@ -62,6 +62,7 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
     base = models.resolve_base(config.model.base)
     models.check_base(base, revision=config.model.revision)
     resolution = _resolution(config, base)
+    objective, schedule_config = build_objective(config, base)
     folder = RunFolder(config.run.folder)
     folder.check_new(resume=resume is not None)
     checkpoint = folder.resolve_resume(resume) if resume else None
@@ -73,10 +74,6 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
     encoded = encode_once(config, base, rows, held_rows, resolution, accelerator)
 
     transformer = models.load_transformer(base, dtype=_weights_dtype(config), revision=config.model.revision)
-    native, prediction_type = models.load_schedule(base, revision=config.model.revision)
-    schedule, schedule_config = _schedule(config, base, native)
-    objective = Objective(schedule, prediction_type, config.diffusion.objective, config.diffusion.vlb_scale)
-    _check_objective(objective, transformer)
     fingerprint = models.fingerprint(transformer)
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     attach(transformer, lora, seed=config.run.seed)
@@ -119,8 +116,9 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
         metadata = AdapterMetadata(
             base=config.model.base,
             base_fingerprint=fingerprint,
-            prediction_type=prediction_type,
+            prediction_type=objective.prediction_type,
             schedule=schedule_config,
+            time_conditioning=config.diffusion.time_conditioning,
             variance=_variance_after(objective, transformer),
             rank=config.lora.rank,
             alpha=config.lora.alpha,
@@ -189,32 +187,11 @@ def _resolution(config: TrainConfig, base: str) -> int:
     return resolution
 
 
-def _schedule(config: TrainConfig, base: str, native: NoiseSchedule) -> tuple[NoiseSchedule, Mapping[str, object]]:
-    """The schedule to train on, and the diffusers keys that describe it to whoever loads the adapter."""
-    if config.diffusion.schedule == "base":
-        return native, models.schedule_config(base, revision=config.model.revision)
-    kind = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[config.diffusion.schedule]
-    described = {"num_train_timesteps": native.num_steps, "beta_schedule": kind, "beta_start": 1e-4, "beta_end": 0.02}
-    return NoiseSchedule.from_diffusers_config(described), described
-
-
 def _variance_after(objective: Objective, transformer: torch.nn.Module) -> models.VarianceState:
-    """The learned variance after training: the noise error alone leaves it to a network that has moved on."""
+    """The learned variance after training: an objective without it leaves it to a network that has moved on."""
     if models.variance_of(transformer) == "none":
         return "none"
-    return "trained" if objective.kind == "hybrid" else "stale"
-
-
-def _check_objective(objective: Objective, transformer: torch.nn.Module) -> None:
-    if objective.kind == "hybrid" and models.variance_of(transformer) == "none":
-        raise UserError(
-            "diffusion.objective hybrid trains a learned variance, and this base has no variance channels; "
-            "set diffusion.objective epsilon"
-        )
-    if objective.prediction_type != "epsilon":
-        raise UserError(
-            f"this base predicts {objective.prediction_type}; training is offered for bases that predict epsilon"
-        )
+    return "trained" if objective.trains_variance else "stale"
 
 
 def _weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -244,7 +221,9 @@ def _plan(config: TrainConfig) -> Plan:
         accumulation=config.train.accumulation,
         seed=config.run.seed,
         caption_dropout=config.diffusion.caption_dropout,
-        timesteps=config.diffusion.timesteps,
+        timestep_law=config.diffusion.timestep_law,
+        logit_mean=config.diffusion.logit_mean,
+        logit_std=config.diffusion.logit_std,
         learning_rate=config.optim.learning_rate,
         warmup_steps=config.optim.warmup_steps,
         decay=config.optim.decay,
@@ -273,7 +252,7 @@ def _sampler(
     vae = models.decoder_only(models.load_vae(base, dtype=torch.float32, revision=config.model.revision)).to(device)
     side = resolution // models.vae_factor(vae)
     half = None if config.train.mixed_precision == "no" else compute_dtype(config)
-    learned = choice.sampler == "ddpm" and objective.kind == "hybrid"
+    learned = choice.sampler == "ddpm" and objective.trains_variance
 
     def draw() -> list[Image.Image]:
         pictures = []

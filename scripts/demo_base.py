@@ -116,6 +116,33 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 200, decay)
 
 
+class BatchedMuon(torch.optim.Muon):
+    """torch.optim.Muon with match_rms_adamw, all matrices of one shape at once: twice as fast on 80 small ones."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        (group,) = self.param_groups
+        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+        for p in group["params"]:
+            by_shape.setdefault(p.shape, []).append(p)
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        for shape, matrices in by_shape.items():
+            grads: list[torch.Tensor] = [p.grad for p in matrices if p.grad is not None]
+            buffers = [self.state[p]["momentum_buffer"] for p in matrices]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).bfloat16()
+            x = x.mT.contiguous() if shape[0] > shape[1] else x
+            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
+            a, b, c = group["ns_coefficients"]
+            for _ in range(group["ns_steps"]):  # Newton-Schulz: towards the nearest orthogonal matrix
+                gram = x @ x.mT
+                x = ((gram @ gram).mul_(c).add_(gram, alpha=b) @ x).add_(x, alpha=a)
+            x = (x.mT if shape[0] > shape[1] else x).float()
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(matrices, list(x.unbind()), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+
+
 class BaseTraining:
     """Transformer, text encoder, their average and optimizers; `run` trains them, resuming from a checkpoint."""
 
@@ -126,11 +153,14 @@ class BaseTraining:
         tokenizer: T5Tokenizer,
         latents: tuple[torch.Tensor, torch.Tensor],
         captions: Sequence[str],
+        frequencies: Sequence[float],
         folder: Path,
     ):
+        """`frequencies` says how often each picture is drawn, relative to the others."""
         folder.mkdir(parents=True, exist_ok=True)
         self.transformer, self.text_encoder = transformer, text_encoder
         self.mean, self.std = latents
+        self.frequencies = torch.tensor(frequencies)
         tokens = tokenizer([*captions, ""], padding="longest", return_tensors="pt")  # the null caption is last
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
         self.schedule = NoiseSchedule.linear()
@@ -140,7 +170,7 @@ class BaseTraining:
         taken = {id(p) for p in matrices}
         others = [p for p in self.modules.parameters() if id(p) not in taken]
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"), MUON_RATE),
+            (BatchedMuon(matrices, weight_decay=0.05), MUON_RATE),
             (torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), ADAMW_RATE),
         ]
         self.step, self.checkpoint = 0, folder / "state.pt"
@@ -164,18 +194,10 @@ class BaseTraining:
         torch.save(state, self.checkpoint.with_suffix(".part"))
         self.checkpoint.with_suffix(".part").rename(self.checkpoint)
 
-    def _rows(self, step: int) -> torch.Tensor:
-        """The pictures of one step: consecutive entries of one shuffled order an epoch."""
-        count = len(self.mean)
-        draws = range(step * BATCH, (step + 1) * BATCH)
-        orders = {e: torch.randperm(count, generator=torch.Generator().manual_seed(e))
-                  for e in {d // count for d in draws}}  # fmt: skip
-        return torch.stack([orders[d // count][d % count] for d in draws])
-
     def loss(self, step: int) -> dict[str, torch.Tensor]:
         """The step's terms, each averaged over the batch: the weighted "loss", "simple" and "vlb"."""
         g = torch.Generator().manual_seed(step)
-        rows = self._rows(step)
+        rows = torch.multinomial(self.frequencies, BATCH, generator=g)
         x0 = self.mean[rows] + self.std[rows] * torch.randn(self.mean[rows].shape, generator=g)
         eps = torch.randn(x0.shape, generator=g)
         # one t from each of BATCH equal strata, in an order unrelated to the pictures'

@@ -81,8 +81,8 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"optim.warmup_steps": "2000"}, r"optim.warmup_steps \(2000\) is more than train.steps \(1000\)"),
         (
-            {"diffusion.objective": "epsilon", "diffusion.vlb_scale": "2"},
-            "vlb_scale is 2, unused while .* is .epsilon",
+            {"diffusion.objective": "simple", "diffusion.vlb_scale": "2"},
+            "vlb_scale is 2, unused while .* is .simple",
         ),
         (
             {"model.base": "demo", "model.revision": "main"},

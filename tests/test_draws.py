@@ -15,7 +15,9 @@ PLAN = Plan(
     accumulation=1,
     seed=3,
     caption_dropout=0.5,
-    timesteps="uniform",
+    timestep_law="uniform",
+    logit_mean=0.0,
+    logit_std=1.0,
     learning_rate=1.0,
     warmup_steps=4,
     decay="cosine",
@@ -88,7 +90,7 @@ def test_the_posterior_is_sampled_with_its_own_deviation(data: TrainingSet) -> N
 
 def test_stratified_t_visits_every_stratum_of_a_global_batch(data: TrainingSet) -> None:
     for step in range(3):
-        t = draw(data, range(step * 4, step * 4 + 4), replace(PLAN, timesteps="stratified")).t
+        t = draw(data, range(step * 4, step * 4 + 4), replace(PLAN, timestep_law="stratified")).t
         assert sorted((t // 250).tolist()) == [0, 1, 2, 3]
 
 

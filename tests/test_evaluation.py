@@ -8,13 +8,13 @@ from pixart_ft.attention import use_plain_attention
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.evaluation import (
     HeldOutSet,
-    Objective,
     evaluating,
     held_out_loss,
     mean_over_pictures,
     paired_difference,
     timestep_grid,
 )
+from pixart_ft.objective import Objective
 
 OBJECTIVE = Objective(NoiseSchedule.linear(), "epsilon", "hybrid", 2.0)
 

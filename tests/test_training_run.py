@@ -39,7 +39,7 @@ def options(tiny, pictures, tmp_path, tmp_path_factory) -> dict[str, object]:
         "data.held_out_fraction": 0.3,
         "data.resolution": 64,
         "data.cache": tmp_path_factory.getbasetemp() / "cache",
-        "diffusion.timesteps": "stratified",
+        "diffusion.timestep_law": "stratified",
         "lora.rank": 4,
         "lora.alpha": 8,
         "lora.dropout": 0.1,
@@ -205,7 +205,7 @@ def test_nothing_is_encoded_or_loaded_twice(options, tmp_path, monkeypatch) -> N
 
 
 def test_epsilon_objective_marks_the_variance_stale(options) -> None:
-    run = train(options, diffusion__objective="epsilon", train__ema_decay=0.0)
+    run = train(options, diffusion__objective="simple", train__ema_decay=0.0)
     meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
     assert meta["variance"] == "stale" and meta["weights"] == "raw"
     assert not (run / "final" / "adapter_raw").exists()
@@ -325,7 +325,7 @@ def test_hybrid_needs_a_variance_half(options, tmp_path) -> None:
 
     base = build_tiny_pipeline(tmp_path / "four", out_channels=4)
     refused(options, "hybrid trains a learned variance", model__base=base)
-    run = train(options, model__base=base, diffusion__objective="epsilon")
+    run = train(options, model__base=base, diffusion__objective="simple")
     meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
     assert meta["variance"] == "none"
 

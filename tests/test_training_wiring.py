@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pixart_ft import evaluation, models, sampling
+from pixart_ft import models, objective, sampling
 from pixart_ft.adapters import LoraSettings, attach, load_adapter
 from pixart_ft.config import load_config
 from pixart_ft.data.captions import encode_captions, pad_text
@@ -41,7 +41,7 @@ def options(tiny, pictures, tmp_path_factory) -> dict[str, dict[str, object]]:
         "run": {"folder": str(folder / "run"), "seed": SEED},
         "model": {"base": str(tiny)},
         "data": {"folder": str(pictures), "held_out": str(held_out), "resolution": 64, "cache": str(folder / "cache")},
-        "diffusion": {"timesteps": "stratified", "vlb_scale": VLB_SCALE, "caption_dropout": DROPOUT},
+        "diffusion": {"timestep_law": "stratified", "vlb_scale": VLB_SCALE, "caption_dropout": DROPOUT},
         "lora": {"rank": LORA.rank, "alpha": LORA.alpha, "targets": list(LORA.targets)},
         "optim": {"learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM, "warmup_steps": WARMUP} | adamw,
         "train": {"steps": STEPS, "batch_size": 2, "accumulation": 2, "mixed_precision": "no", "ema_decay": EMA_DECAY},
@@ -153,7 +153,7 @@ def test_held_out_loss_by_hand(run, tiny, options) -> None:
 def test_training_and_sampling_see_the_same_null_caption(options, tiny, tmp_path, monkeypatch) -> None:
     """With every caption dropped, the network trains on what the unconditional branch is later given."""
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"training": [], "sampling": []}
-    for module, calls in ((evaluation, seen["training"]), (sampling, seen["sampling"])):
+    for module, calls in ((objective, seen["training"]), (sampling, seen["sampling"])):
 
         def recording(transformer, x_t, timesteps, embeds, mask, calls=calls, whole=module.denoise):
             calls.append((embeds.clone(), mask.clone()))
@@ -184,7 +184,7 @@ def test_every_number_of_the_configuration_arrives(options, tmp_path, monkeypatc
     monkeypatch.setattr(Trainer, "run", instead)
     length = {"steps": 31, "batch_size": 3, "accumulation": 7, "checkpoint_every": 11, "keep_checkpoints": 13}
     optim = {"learning_rate": 3e-3, "warmup_steps": 5, "decay": "linear", "clip_norm": 0.7}
-    noise = {"caption_dropout": 0.37, "timesteps": "stratified"}
+    noise = {"caption_dropout": 0.37, "timestep_law": "logit_normal", "logit_mean": 0.3, "logit_std": 0.8}
     often = {"every": 19, "samples_every": 23, "timesteps": 6, "pictures": 2}
     other = {"run": {"folder": str(tmp_path / "run"), "seed": 17}, "logging": {"every": 29}}
     with pytest.raises(StopIteration):

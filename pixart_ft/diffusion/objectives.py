@@ -4,12 +4,33 @@ import math
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from pixart_ft.diffusion.process import PredictionType, predict, promoted, q_posterior, split_output, velocity
+from pixart_ft.diffusion.process import (
+    FixedVariance,
+    LossSpace,
+    Prediction,
+    PredictionType,
+    at,
+    fixed_log_variance,
+    merge_noises,
+    predict,
+    promoted,
+    q_posterior,
+    split_output,
+    to_eps,
+    to_posterior_mean,
+    to_step_noise,
+    to_v,
+    to_x0,
+    velocity,
+)
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 Decoder = Literal["gaussian", "discretized", "discretized_tanh"]
+Norm = Literal["squared", "huber"]
+SuForm = Literal["su_raw", "su_noises", "su_reduced"]
 
 
 def simple_loss(
@@ -20,23 +41,24 @@ def simple_loss(
     eps: Tensor,
     t: Tensor,
     prediction_type: PredictionType,
+    *,
+    space: LossSpace | None = None,
+    norm: Norm = "squared",
+    huber_delta: float = 1.0,
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Squared error in the space that the network predicts (Ho et al. 2020, eq. 14, for epsilon).
+    """The error of the prediction (Ho et al. 2020, eq. 14, for epsilon); variance channels get no gradient.
 
-    model_output is (N, C or 2C, H, W); variance channels get no gradient.
-    Returns "simple", and the same as "loss".
+    model_output is (N, C or 2C, H, W). The error is taken in `space`, by default the one the network predicts in;
+    in another one its output is converted first. norm: squared, or Huber's, equal to the square up to huber_delta
+    and 2 huber_delta |error| - huber_delta^2 beyond. weight (N,) multiplies the error in its space.
+    Returns "simple", unweighted, and "loss". Raises ValueError where x0 is asked of epsilon at zero SNR.
     """
     mean_half, _ = split_output(model_output, x_t.shape[1])
-    if prediction_type == "epsilon":
-        target = promoted(eps)
-    elif prediction_type == "sample":
-        target = promoted(x0)
-    elif prediction_type == "v_prediction":
-        target = velocity(schedule, x0, eps, t)
-    else:
-        raise ValueError(f"unknown prediction type {prediction_type!r}; choose {', '.join(get_args(PredictionType))}")
-    simple = _mean_over_sample((promoted(mean_half) - target) ** 2)
-    return {"simple": simple, "loss": simple}
+    space = prediction_type if space is None else space
+    error = _in_space(schedule, mean_half, x_t, t, prediction_type, space) - _target(schedule, x0, x_t, eps, t, space)
+    simple = _mean_over_sample(_penalty(error, norm, huber_delta))
+    return {"simple": simple, "loss": _weighted(simple, weight)}
 
 
 def hybrid_loss(
@@ -50,19 +72,99 @@ def hybrid_loss(
     *,
     vlb_scale: float = 1.0,
     decoder: Decoder = "gaussian",
+    space: LossSpace | None = None,
+    norm: Norm = "squared",
+    huber_delta: float = 1.0,
+    weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """simple + vlb_scale * vlb: trains prediction and variance together (Nichol & Dhariwal 2021, eq. 16).
 
     vlb_scale is the paper's lambda = 0.001 times T, since one term stands for the sum over T of them: 1 at
     T = 1000, which PixArt-Sigma was trained with. model_output is (N, 2C, H, W); the prediction half is
-    detached inside "vlb", so that term moves the variance alone. Returns "simple", "vlb" (bits per dimension)
-    and "loss". Raises ValueError for a network without variance channels.
+    detached inside "vlb", so that term moves the variance alone. The last four settings are those of
+    `simple_loss` and act on that term alone. Returns "simple", "vlb" (bits per dimension) and "loss".
+    Raises ValueError for a network without variance channels.
     """
-    channels = x_t.shape[1]
-    detached = torch.cat([model_output[:, :channels].detach(), model_output[:, channels:]], dim=1)
-    simple = simple_loss(schedule, model_output, x0, x_t, eps, t, prediction_type)["simple"]
-    vlb = vlb_term(schedule, detached, x0, x_t, t, prediction_type, decoder=decoder)
-    return {"simple": simple, "vlb": vlb, "loss": simple + vlb_scale * vlb}
+    terms = simple_loss(
+        schedule, model_output, x0, x_t, eps, t, prediction_type,
+        space=space, norm=norm, huber_delta=huber_delta, weight=weight,
+    )  # fmt: skip
+    vlb = vlb_term(schedule, _mean_detached(model_output, x_t), x0, x_t, t, prediction_type, decoder=decoder)
+    return {"simple": terms["simple"], "vlb": vlb, "loss": terms["loss"] + vlb_scale * vlb}
+
+
+def vlb_loss(
+    schedule: NoiseSchedule,
+    model_output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    prediction_type: PredictionType,
+    *,
+    variance: Literal["learned"] | FixedVariance = "learned",
+    vlb_scale: float = 1.0,
+    decoder: Decoder = "gaussian",
+) -> dict[str, Tensor]:
+    """vlb_scale * vlb, which moves mean and variance (Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, L_vlb).
+
+    For t uniform, T times the mean of "vlb" is the bound without its prior term, in bits per dimension.
+    Returns "vlb", "loss", and "simple", which takes no part. Raises ValueError when `variance` is learned and
+    the network has no variance channels.
+    """
+    vlb = vlb_term(schedule, model_output, x0, x_t, t, prediction_type, decoder=decoder, variance=variance)
+    simple = simple_loss(schedule, model_output.detach(), x0, x_t, eps, t, prediction_type)["simple"]
+    return {"simple": simple, "vlb": vlb, "loss": vlb_scale * vlb}
+
+
+def su_loss(
+    schedule: NoiseSchedule,
+    model_output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    eps: Tensor,
+    rest: Tensor,
+    t: Tensor,
+    prediction_type: PredictionType,
+    form: SuForm,
+) -> dict[str, Tensor]:
+    """The three forms in which Su derives the loss; e is the noise of one step, e_hat the network's.
+
+    su_raw      ||mu(x_t) - x_{t-1}||^2 (eqs. 1.6 and 1.8)
+    su_noises   ||e - e_hat||^2, with both noises drawn (eq. 1.10)
+    su_reduced  ||eps - sqrt((1 - alpha_bar) / beta) e_hat||^2, rid of the variance of `rest` (eq. 1.14)
+
+    eps (N, C, H, W) is the accumulated noise in x_t and `rest`, his w, an independent one: together they make the
+    noises of x_{t-1} and of the step (eq. 1.11). In expectation the forms are proportional up to a constant:
+    `su_factors`. Returns "simple" and the same as "loss".
+    """
+    mean_half, _ = split_output(model_output, x_t.shape[1])
+    eps_before, step_noise = merge_noises(schedule, promoted(eps), promoted(rest), t)  # it is its own inverse
+    if form == "su_raw":
+        a, s = at(schedule.alpha_bar_prev.sqrt(), t, x0), at((1 - schedule.alpha_bar_prev).sqrt(), t, x0)
+        error = to_posterior_mean(schedule, mean_half, x_t, t, prediction_type) - (a * x0 + s * eps_before)
+    elif form == "su_noises":
+        error = to_step_noise(schedule, mean_half, x_t, t, prediction_type) - step_noise
+    elif form == "su_reduced":
+        error = to_eps(schedule, mean_half, x_t, t, prediction_type) - promoted(eps)
+    else:
+        raise ValueError(f"unknown form {form!r}; choose {', '.join(get_args(SuForm))}")
+    simple = _mean_over_sample(error**2)
+    return {"simple": simple, "loss": simple}
+
+
+def su_factors(schedule: NoiseSchedule) -> dict[str, Tensor]:
+    """What `su_loss` leaves out between its forms, each (T,) float64.
+
+    E[su_raw] = raw_per_noises E[su_noises] and E[su_noises] = noises_per_reduced E[su_reduced] + constant, where
+    raw_per_noises = beta / alpha, noises_per_reduced = beta / (1 - alpha_bar) and
+    constant = alpha (1 - alpha_bar_prev) / (1 - alpha_bar) (his eqs. 1.8 and 1.13).
+    """
+    return {
+        "raw_per_noises": schedule.betas / schedule.alphas,
+        "noises_per_reduced": schedule.betas / (1 - schedule.alpha_bar),
+        "constant": schedule.alphas * (1 - schedule.alpha_bar_prev) / (1 - schedule.alpha_bar),
+    }
 
 
 def vlb_term(
@@ -74,18 +176,18 @@ def vlb_term(
     prediction_type: PredictionType,
     *,
     decoder: Decoder = "gaussian",
+    variance: Literal["learned"] | FixedVariance = "learned",
 ) -> Tensor:
     """One term (N,) of the variational bound, in bits per dimension (Ho et al. 2020, eq. 5).
 
     For t > 0 it is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)); at t = 0 the decoder's -log p(x0 | x_1). The
     Gaussian decoder fits latents; the discretized ones (8-bit data in [-1, 1]) are for comparison with
-    pixel-space code. Raises ValueError for a network without variance channels.
+    pixel-space code. variance is that of p: the network's own or a fixed one (`process.fixed_log_variance`).
+    Raises ValueError when it is learned and the network has no variance channels.
     """
     prediction = predict(schedule, model_output, x_t, t, prediction_type)
-    if prediction.log_variance is None:
-        channels = x_t.shape[1]
-        raise ValueError(f"the bound needs a learned variance: {2 * channels} output channels, not {channels}")
-    x0, x_t, log_variance = promoted(x0), promoted(x_t), prediction.log_variance
+    x0, x_t = promoted(x0), promoted(x_t)
+    log_variance = log_variance_of(schedule, prediction, x_t, t, variance)
     q = q_posterior(schedule, x0, x_t, t)
     mean = q_posterior(schedule, prediction.x0, x_t, t).mean
     # Both branches are finite for every t, so the unused one cannot spoil the gradient.
@@ -95,9 +197,72 @@ def vlb_term(
     elif decoder in ("discretized", "discretized_tanh"):
         nll = _discretized_nll(x0, mean, log_variance, tanh_cdf=decoder == "discretized_tanh")
     else:
-        raise ValueError(f"unknown decoder {decoder!r}; choose gaussian, discretized or discretized_tanh")
+        raise ValueError(f"unknown decoder {decoder!r}; choose {', '.join(get_args(Decoder))}")
     nats = torch.where(t == 0, _mean_over_sample(nll), _mean_over_sample(kl))
     return nats / math.log(2)
+
+
+def log_variance_of(
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    x_t: Tensor,
+    t: Tensor,
+    variance: Literal["learned"] | FixedVariance,
+) -> Tensor:
+    """log variance (N, C, H, W) of p(x_{t-1} | x_t): the network's own, or a fixed one.
+
+    Raises ValueError when it is learned and the network has no variance channels.
+    """
+    if variance != "learned":
+        return at(fixed_log_variance(schedule, variance), t, x_t).expand_as(x_t)
+    if prediction.log_variance is None:
+        channels = x_t.shape[1]
+        raise ValueError(f"the bound needs a learned variance: {2 * channels} output channels, not {channels}")
+    return prediction.log_variance
+
+
+def _in_space(
+    schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: PredictionType, space: LossSpace
+) -> Tensor:
+    """The network's prediction as a quantity of another kind."""
+    converters = {
+        "epsilon": to_eps,
+        "v_prediction": to_v,
+        "sample": to_x0,
+        "posterior_mean": to_posterior_mean,
+    }
+    if kind not in converters:
+        raise ValueError(f"unknown prediction type {kind!r}; choose {', '.join(converters)}")
+    if space not in converters:
+        raise ValueError(f"unknown loss space {space!r}; choose {', '.join(converters)}")
+    return promoted(value) if kind == space else converters[space](schedule, value, x_t, t, kind)
+
+
+def _target(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, space: LossSpace) -> Tensor:
+    if space == "epsilon":
+        return promoted(eps)
+    if space == "sample":
+        return promoted(x0)
+    if space == "v_prediction":
+        return velocity(schedule, promoted(x0), promoted(eps), t)
+    return q_posterior(schedule, promoted(x0), promoted(x_t), t).mean
+
+
+def _penalty(error: Tensor, norm: Norm, delta: float) -> Tensor:
+    if norm == "squared":
+        return error**2
+    if norm == "huber":
+        return 2 * F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)
+    raise ValueError(f"unknown norm {norm!r}; choose squared or huber")
+
+
+def _weighted(simple: Tensor, weight: Tensor | None) -> Tensor:
+    return simple if weight is None else weight.to(simple) * simple
+
+
+def _mean_detached(model_output: Tensor, x_t: Tensor) -> Tensor:
+    channels = x_t.shape[1]
+    return torch.cat([model_output[:, :channels].detach(), model_output[:, channels:]], dim=1)
 
 
 def _gaussian_kl(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
-# The names of diffusers' scheduler_config.json: eps, v and x0.
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+# The names of diffusers' scheduler_config.json: eps, v and x0; and the posterior's mean, which diffusers does not know.
+PredictionType = Literal["epsilon", "v_prediction", "sample", "posterior_mean"]
+LossSpace = PredictionType  # any network may be trained by the error of any of them
+FixedVariance = Literal["beta_tilde", "beta"]
 Kind = Literal["epsilon", "v_prediction", "sample", "posterior_mean", "score", "step_noise"]
 
 
@@ -68,6 +70,11 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Ten
     return a * x0 + s * eps
 
 
+def q_step(schedule: NoiseSchedule, x_before: Tensor, t: Tensor, step_noise: Tensor) -> Tensor:
+    """x_t = sqrt(alpha) x_{t-1} + sqrt(beta) e, the single step (Ho et al. 2020, eq. 2; Su, eq. 1.2)."""
+    return at(schedule.alphas.sqrt(), t, x_before) * x_before + at(schedule.betas.sqrt(), t, x_before) * step_noise
+
+
 def q_posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
     """q(x_{t-1} | x_t, x0) (Ho et al. 2020, eqs. 6 and 7). At t = 0 its mean is x0 and its variance 0.
 
@@ -86,6 +93,12 @@ def velocity(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Ten
     """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022, sec. 4)."""
     a, s = _signal_and_noise(schedule, t, x0)
     return a * eps - s * x0
+
+
+def network_timesteps(schedule: NoiseSchedule, t: Tensor) -> Tensor:
+    """What the network receives at indices t (N,): int64, or float32 where the schedule's timesteps are fractional."""
+    timesteps = schedule.timesteps
+    return (timesteps if timesteps.dtype == torch.int64 else timesteps.to(torch.float32)).to(t.device)[t]
 
 
 def to_x0(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
@@ -153,7 +166,8 @@ def to_step_noise(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor
 def merge_noises(schedule: NoiseSchedule, eps_before: Tensor, step_noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate the noises of x_{t-1} and of the step to x_t into (eps, w), independent again (Su, eq. 1.11).
 
-    eps is the accumulated noise of x_t; w is the rest, of which x_t says nothing.
+    eps is the accumulated noise of x_t; w is the rest, of which x_t says nothing. The rotation is its own
+    inverse: given (eps, w) it returns (eps_before, step_noise).
     """
     _, s = _signal_and_noise(schedule, t, eps_before)
     from_before = at((schedule.alphas * (1 - schedule.alpha_bar_prev)).sqrt(), t, eps_before) / s
@@ -191,6 +205,18 @@ def learned_log_variance(schedule: NoiseSchedule, learned_range: Tensor, t: Tens
     return fraction * high + (1 - fraction) * low
 
 
+def fixed_log_variance(schedule: NoiseSchedule, variance: FixedVariance) -> Tensor:
+    """log variance (T,) float64 of p(x_{t-1} | x_t): beta_tilde clipped, or beta, its first entry that of beta_tilde.
+
+    They are the "small" and "large" of Nichol & Dhariwal's code; beta alone would be wrong for data of the last step.
+    """
+    if variance == "beta_tilde":
+        return schedule.posterior_log_variance
+    if variance == "beta":
+        return torch.cat([schedule.posterior_log_variance[:1], schedule.betas[1:].log()])
+    raise ValueError(f"unknown fixed variance {variance!r}; choose beta_tilde or beta")
+
+
 def predict(
     schedule: NoiseSchedule, model_output: Tensor, x_t: Tensor, t: Tensor, prediction_type: PredictionType
 ) -> Prediction:
@@ -207,12 +233,15 @@ def predict(
     )
 
 
+def posterior_x0_weight(schedule: NoiseSchedule) -> Tensor:
+    """The weight (T,) of x0 in the posterior's mean: sqrt(alpha_bar_prev) beta / (1 - alpha_bar)."""
+    return schedule.alpha_bar_prev.sqrt() * schedule.betas / (1 - schedule.alpha_bar)
+
+
 def _signal_and_noise(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return at(schedule.alpha_bar.sqrt(), t, like), at((1 - schedule.alpha_bar).sqrt(), t, like)
 
 
 def _posterior_weights(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    noise = 1 - schedule.alpha_bar
-    weight_x0 = schedule.alpha_bar_prev.sqrt() * schedule.betas / noise
-    weight_xt = schedule.alphas.sqrt() * (1 - schedule.alpha_bar_prev) / noise
-    return at(weight_x0, t, like), at(weight_xt, t, like)
+    weight_xt = schedule.alphas.sqrt() * (1 - schedule.alpha_bar_prev) / (1 - schedule.alpha_bar)
+    return at(posterior_x0_weight(schedule), t, like), at(weight_xt, t, like)

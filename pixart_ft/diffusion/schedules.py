@@ -1,6 +1,8 @@
 """Noise schedules: how much noise each step of the forward process adds. Symbols: `pixart_ft.diffusion`."""
 
+import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -8,7 +10,9 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-Spacing = Literal["iddpm", "trailing", "leading"]
+from pixart_ft.diffusion.respacing import kept_indices
+
+TimeConditioning = Literal["index", "snr_matched"]
 
 # The keys of a diffusers scheduler_config.json that define the process; the others are a sampler's business.
 DIFFUSERS_KEYS = (
@@ -32,7 +36,8 @@ class NoiseSchedule:
     posterior_log_variance  its logarithm, with entry 1 in place of entry 0, where the variance is 0
     snr                     alpha_bar / (1 - alpha_bar)
     sigmas                  sqrt((1 - alpha_bar) / alpha_bar); infinite where alpha_bar is 0
-    timesteps               int64: what the network receives for each index, in the original process's count
+    timesteps               what the network receives for each index, in the count of the process it was trained
+                            on: int64, or float64 (fractional) after `matched_to`
     """
 
     betas: Tensor
@@ -53,6 +58,11 @@ class NoiseSchedule:
     def alphas(self) -> Tensor:
         """1 - betas: the variance of the signal that each step keeps."""
         return 1 - self.betas
+
+    @property
+    def log_sigmas(self) -> Tensor:
+        """log sigma, which is -1/2 log SNR: the scale on which noise levels are looked up; infinite at zero SNR."""
+        return self.sigmas.log()
 
     @property
     def has_zero_snr(self) -> bool:
@@ -84,7 +94,7 @@ class NoiseSchedule:
             posterior_log_variance=torch.cat([first, variance[1:]]).log(),
             snr=alpha_bar / (1 - alpha_bar),
             sigmas=((1 - alpha_bar) / alpha_bar).sqrt(),
-            timesteps=torch.arange(len(betas)) if timesteps is None else timesteps.to(torch.int64),
+            timesteps=torch.arange(len(betas)) if timesteps is None else timesteps,
         )
 
     @classmethod
@@ -168,8 +178,25 @@ class NoiseSchedule:
         "ddim20" (the integer stride from 0 that gives 20 steps), or the kept indices themselves, increasing.
         A count of 1 keeps index 0, as the authors' code does. Raises ValueError for what cannot be kept.
         """
-        kept = torch.tensor(_kept_indices(self.num_steps, spec))
+        kept = torch.tensor(kept_indices(self.num_steps, spec))
         return self._with_alpha_bar(self.alpha_bar[kept], self.timesteps[kept])
+
+    def matched_to(self, reference: "NoiseSchedule") -> Self:
+        """The same process for a network trained on `reference`: it gets the timestep at which it saw this SNR.
+
+        Timesteps become fractional, interpolated in log SNR, as the network's embedding allows. Noise levels
+        that `reference` never reached get its nearest end; a UserWarning says how many.
+        """
+        found = interpolate(self.log_sigmas, reference.log_sigmas, reference.timesteps.to(torch.float64))
+        below = int((self.sigmas < reference.sigmas[0] * (1 - 1e-12)).sum())
+        above = int((self.sigmas > reference.sigmas[-1] * (1 + 1e-12)).sum())
+        if below or above:
+            warnings.warn(
+                f"of {self.num_steps} noise levels, {above} lie above and {below} below those of the schedule the "
+                f"network knows (sigma {reference.sigmas[0]:.3g} to {reference.sigmas[-1]:.4g}); it is told its ends",
+                stacklevel=2,
+            )
+        return dataclasses.replace(self, timesteps=found)
 
     @classmethod
     def _with_alpha_bar(cls, alpha_bar: Tensor, timesteps: Tensor) -> Self:
@@ -177,67 +204,23 @@ class NoiseSchedule:
         return cls.from_betas(1 - alpha_bar / previous, timesteps)
 
 
-def spaced_indices(num_steps: int, count: int, spacing: Spacing = "iddpm") -> list[int]:
-    """`count` increasing indices into a process of `num_steps`, for a sampler that takes `count` steps.
+def conditioned(schedule: NoiseSchedule, native: NoiseSchedule, time_conditioning: TimeConditioning) -> NoiseSchedule:
+    """`schedule` as a network trained on `native` is told of it: by index, or matched in SNR."""
+    return schedule.matched_to(native) if time_conditioning == "snr_matched" else schedule
 
-    iddpm: both ends included (Nichol & Dhariwal 2021), except that a single step is T-1, where sampling
-    starts; trailing: every (T/count)-th counted from T-1, as diffusers' DDIM has it; leading: every
-    (T//count)-th from 0, which stops short of T-1. Raises ValueError when count is not in 1..T.
+
+def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:
+    """Piecewise linear through (knots, values), constant beyond the ends; `knots` (K,) increasing float64.
+
+    The last knot may be infinite, as log sigma is at zero SNR: it is met by an infinite x alone.
     """
-    if not 1 <= count <= num_steps:
-        raise ValueError(f"cannot take {count} steps of a process of {num_steps}; choose 1 to {num_steps}")
-    if spacing == "iddpm":
-        return _section_indices(num_steps, [count]) if count > 1 else [num_steps - 1]
-    if spacing == "trailing":
-        # diffusers calls numpy.arange, which rounds its step so; a plain T/count breaks some ties otherwise.
-        stride = num_steps - (num_steps - num_steps / count)
-        return [round(num_steps - i * stride) - 1 for i in reversed(range(count))]
-    if spacing == "leading":
-        return [i * (num_steps // count) for i in range(count)]
-    raise ValueError(f"unknown spacing {spacing!r}; choose iddpm, trailing or leading")
-
-
-def _kept_indices(num_steps: int, spec: int | str | Sequence[int]) -> list[int]:
-    if isinstance(spec, int):
-        return _section_indices(num_steps, [spec])
-    if not isinstance(spec, str):
-        kept = [int(index) for index in spec]
-        if not kept or kept != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= num_steps:
-            raise ValueError(f"kept indices must increase within 0..{num_steps - 1}, got {kept}")
-        return kept
-    try:
-        if spec.startswith("ddim"):
-            return _stride_indices(num_steps, int(spec.removeprefix("ddim")))
-        counts = [int(part) for part in spec.split(",")]
-    except ValueError as error:
-        raise ValueError(
-            f"cannot respace {num_steps} steps by {spec!r} ({error}); write '20', '10,10,10' or 'ddim20'"
-        ) from error
-    return _section_indices(num_steps, counts)
-
-
-def _section_indices(num_steps: int, counts: list[int]) -> list[int]:
-    kept: list[int] = []
-    start = 0
-    for section, count in enumerate(counts):
-        size = num_steps // len(counts) + (section < num_steps % len(counts))
-        if not 1 <= count <= size:
-            raise ValueError(f"cannot keep {count} of the {size} steps of section {section + 1}; choose 1 to {size}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        position = 0.0
-        for _ in range(count):
-            kept.append(start + round(position))
-            # The authors' code accumulates the stride; exact multiples round differently for some counts.
-            position += stride
-        start += size
-    return kept
-
-
-def _stride_indices(num_steps: int, count: int) -> list[int]:
-    for stride in range(1, num_steps + 1):
-        if len(range(0, num_steps, stride)) == count:
-            return list(range(0, num_steps, stride))
-    raise ValueError(f"no integer stride gives exactly {count} steps")
+    if len(knots) == 1:
+        return torch.full_like(x, values[0].item())
+    right = torch.searchsorted(knots, x.contiguous()).clamp(1, len(knots) - 1)
+    left = right - 1
+    share = (x - knots[left]) / (knots[right] - knots[left])
+    between = values[left] + share * (values[right] - values[left])
+    return torch.where(x <= knots[left], values[left], torch.where(x >= knots[right], values[right], between))
 
 
 def _checked(num_steps: int) -> int:

@@ -1,7 +1,22 @@
-"""The law of t: to which step of the process a training sample is noised, given a uniform draw."""
+"""Which t a training sample is noised to, and how much its error counts. Symbols: `pixart_ft.diffusion`.
+
+The laws of t are functions of a uniform draw (and, for importance sampling, of the losses seen so far), so that
+whoever draws decides what is random. The weights are tables over the whole schedule.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
+
+from pixart_ft.diffusion.process import LossSpace, posterior_x0_weight
+from pixart_ft.diffusion.schedules import NoiseSchedule
+
+Weighting = Literal["none", "constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"]
+
+# The debiased weight is capped here: it grows without bound where the signal vanishes.
+MAX_DEBIASED = 1000.0
 
 
 def uniform_timesteps(u: Tensor, num_steps: int) -> Tensor:
@@ -16,3 +31,131 @@ def stratified_timesteps(u: Tensor, draw_indices: Tensor, global_batch: int, num
     """
     stratum = draw_indices.to(u.device) % global_batch
     return uniform_timesteps((stratum + u.to(torch.float64)) / global_batch, num_steps)
+
+
+def logit_normal_timesteps(u: Tensor, num_steps: int, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """t (N,) int64 with logit(t / T) ~ N(mean, std^2) (Esser et al. 2024, eq. 19), from u (N,) uniform on [0, 1).
+
+    No weight corrects for it: it is a choice of which noise levels matter. A negative mean prefers little noise.
+    """
+    if std <= 0:
+        raise ValueError(f"the deviation of the logit-normal law must be positive, got {std:g}")
+    return uniform_timesteps(torch.sigmoid(mean + std * torch.special.ndtri(u.to(torch.float64))), num_steps)
+
+
+@dataclass(frozen=True)
+class LossHistory:
+    """The newest losses at every t, from which importance sampling takes its law (Nichol & Dhariwal 2021, sec. 3.3).
+
+    losses  (T, K) float64, the K newest at each t, oldest first
+    counts  (T,) int64, how many of them are there, up to K
+    """
+
+    losses: Tensor
+    counts: Tensor
+
+    @classmethod
+    def empty(cls, num_steps: int, kept: int = 10) -> Self:
+        """No losses yet; the paper keeps 10 for each t."""
+        return cls(torch.zeros(num_steps, kept, dtype=torch.float64), torch.zeros(num_steps, dtype=torch.int64))
+
+    def updated(self, t: Tensor, losses: Tensor) -> Self:
+        """With these losses (N,) at t (N,) added, in order; those that are not finite are left out."""
+        history, counts = self.losses.clone(), self.counts.clone()
+        for index, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            if not torch.isfinite(torch.tensor(loss)):
+                continue
+            if counts[index] == history.shape[1]:
+                history[index] = history[index].roll(-1)
+                history[index, -1] = loss
+            else:
+                history[index, counts[index]] = loss
+                counts[index] += 1
+        return type(self)(history, counts)
+
+    def probabilities(self, uniform_share: float = 0.001) -> Tensor:
+        """The law (T,) float64, in proportion to sqrt(E[L_t^2]); uniform until every t has all its K losses.
+
+        A share of the uniform law is mixed in, so that no t starves.
+        """
+        num_steps, kept = self.losses.shape
+        uniform = torch.full((num_steps,), 1 / num_steps, dtype=torch.float64)
+        root = (self.losses**2).mean(dim=1).sqrt()
+        if bool((self.counts < kept).any()) or not bool(root.sum() > 0):
+            return uniform
+        return (1 - uniform_share) * root / root.sum() + uniform_share * uniform
+
+
+def importance_timesteps(u: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """(t (N,) int64 of that law, from u (N,) uniform on [0, 1), and weights (N,) float64 that undo it).
+
+    weight = 1 / (T p_t): the weighted mean of any f(t) is, in expectation, its mean over all t.
+    """
+    cumulative = probabilities.to(torch.float64).cumsum(0)
+    t = torch.searchsorted(cumulative / cumulative[-1], u.to(torch.float64), right=True)
+    t = t.clamp(max=len(probabilities) - 1)
+    return t, 1 / (len(probabilities) * probabilities.to(torch.float64)[t])
+
+
+def loss_weights(
+    schedule: NoiseSchedule,
+    weighting: Weighting,
+    space: LossSpace,
+    *,
+    min_snr_gamma: float = 5.0,
+    p2_gamma: float = 1.0,
+) -> Tensor:
+    """The factor (T,) float64 on the squared error in `space`, the same weight of one prediction in any space.
+
+    As factors on the eps error:
+        constant      1
+        min_snr       min(snr, g) / snr (Hang et al. 2023)
+        soft_min_snr  g / (snr + g) (Crowson et al. 2024)
+        p2            1 / (1 + snr)^gamma (Choi et al. 2022)
+        debiased      1 / sqrt(snr), at most `MAX_DEBIASED` (Yu et al. 2023)
+        elbo          what the bound gives it under the variance beta tilde, in nats: as a factor on the x0 error
+                      (snr_prev - snr) / 2, and at t = 0 the decoder's 1 / (2 var) (Kingma et al. 2021, eq. 14)
+    Times snr they act on the x0 error, times snr / (snr + 1) on the v error. `none` is 1 in every space: the plain
+    error. Raises ValueError for a weight that is infinite: some at zero SNR.
+    """
+    if weighting == "none":
+        return torch.ones(schedule.num_steps, dtype=torch.float64)
+    snr = schedule.snr
+    if weighting == "elbo":
+        before = torch.cat([torch.zeros(1, dtype=torch.float64), snr[:-1]])
+        on_x0 = (before - snr) / 2
+        on_x0[0] = 0.5 * torch.exp(-schedule.posterior_log_variance[0])
+        on_eps = on_x0 / snr
+    else:
+        if weighting == "constant":
+            on_eps = torch.ones_like(snr)
+        elif weighting == "min_snr":
+            on_eps = (_positive(min_snr_gamma) / snr).clamp(max=1)
+        elif weighting == "soft_min_snr":
+            on_eps = _positive(min_snr_gamma) / (snr + min_snr_gamma)
+        elif weighting == "p2":
+            on_eps = (1 + snr) ** -p2_gamma
+        elif weighting == "debiased":
+            on_eps = snr.rsqrt().clamp(max=MAX_DEBIASED)
+        else:
+            raise ValueError(f"unknown weighting {weighting!r}; choose {', '.join(get_args(Weighting))}")
+        on_x0 = on_eps * snr
+    if space == "epsilon":
+        weights = on_eps
+    elif space == "v_prediction":
+        weights = on_x0 / (snr + 1)
+    elif space == "sample":
+        weights = on_x0
+    elif space == "posterior_mean":
+        weights = on_x0 / posterior_x0_weight(schedule) ** 2
+    else:
+        raise ValueError(f"unknown loss space {space!r}; choose {', '.join(get_args(LossSpace))}")
+    if not bool(weights.isfinite().all()):
+        raise ValueError(f"weighting {weighting} is infinite on the {space} error where this schedule leaves no signal")
+    return weights
+
+
+def _positive(gamma: float) -> float:
+    if gamma <= 0:
+        raise ValueError(f"the gamma of min-SNR must be positive, got {gamma:g}")
+    return gamma

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from pixart_ft.diffusion.schedules import NoiseSchedule, spaced_indices
+from pixart_ft.diffusion.respacing import spaced_indices
+from pixart_ft.diffusion.schedules import NoiseSchedule
 
 # What PixArt-Sigma's own scheduler_config.json says about the process.
 PIXART_SIGMA = {

@@ -1,0 +1,185 @@
+"""How well a network models data: the variational bound, the probability-flow likelihood, variance calibration.
+
+Bits per dimension of whatever x0 is, here latents: not comparable with those of 8-bit pixels. Symbols:
+`pixart_ft.diffusion`; d is the number of dimensions C * H * W of one sample.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pixart_ft.diffusion.objectives import Decoder, log_variance_of, vlb_term
+from pixart_ft.diffusion.process import (
+    FixedVariance,
+    PredictionType,
+    network_timesteps,
+    predict,
+    promoted,
+    q_posterior,
+    q_sample,
+)
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.diffusion.sigmas import eps_at_sigma, index_to_timestep, sigma_to_index
+
+# (x_t (N, C, H, W), what the time embedding receives (N,)) -> output (N, C or 2C, H, W)
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The variational bound of N samples and what it is made of; T columns, from t = 0 (the least noise) up.
+
+    terms               (N, T) bits per dimension: the decoder at t = 0, divergences after it
+    prior               (N,) bits per dimension: what q(x_T | x0) and N(0, I) differ by
+    x0_mse, eps_mse     (N, T) mean squared errors of the prediction
+    predicted_variance  (N, T) mean of p's variance
+    empirical_variance  (N, T) expected squared distance of x_{t-1} from p's mean, given x_t and x0; at t = 0 that of
+                        x0. A calibrated variance equals it on average
+    """
+
+    terms: Tensor
+    prior: Tensor
+    x0_mse: Tensor
+    eps_mse: Tensor
+    predicted_variance: Tensor
+    empirical_variance: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The bound (N,) on -log2 p(x0) / d: the terms and the prior."""
+        return self.terms.sum(dim=1) + self.prior
+
+
+@torch.no_grad()
+def variational_bound(
+    schedule: NoiseSchedule,
+    network: Network,
+    x0: Tensor,
+    prediction_type: PredictionType,
+    *,
+    noise: Callable[[int], Tensor],
+    variance: Literal["learned"] | FixedVariance = "learned",
+    decoder: Decoder = "gaussian",
+) -> Bound:
+    """-log2 p(x0) / d is at most `total` (Ho et al. 2020, eq. 5), one draw of x_t for each t; T network calls.
+
+    noise(t) is eps (N, C, H, W) for index t. With a respaced schedule it is the bound of that shorter process. Raises
+    ValueError when `variance` is learned and the network has no variance channels.
+    """
+    columns: list[tuple[Tensor, ...]] = []
+    for index in range(schedule.num_steps):
+        t = torch.full((len(x0),), index, device=x0.device)
+        eps = noise(index)
+        x_t = q_sample(schedule, x0, t, eps)
+        output = network(x_t, network_timesteps(schedule, t))
+        prediction = predict(schedule, output, x_t, t, prediction_type)
+        q, mean = q_posterior(schedule, x0, x_t, t), q_posterior(schedule, prediction.x0, x_t, t).mean
+        squared_distance = (q.mean - mean) ** 2 + q.variance
+        log_variance = log_variance_of(schedule, prediction, x_t, t, variance)
+        means = [(prediction.x0 - x0) ** 2, (prediction.eps - eps) ** 2, log_variance.exp(), squared_distance]
+        term = vlb_term(schedule, output, x0, x_t, t, prediction_type, decoder=decoder, variance=variance)
+        columns.append((term, *(x.flatten(1).mean(dim=1) for x in means)))
+    terms, x0_mse, eps_mse, predicted, empirical = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+    return Bound(terms, prior_bits(schedule, x0), x0_mse, eps_mse, predicted, empirical)
+
+
+def prior_bits(schedule: NoiseSchedule, x0: Tensor) -> Tensor:
+    """KL(q(x_T | x0) || N(0, I)) (N,) in bits per dimension; 0 at zero terminal SNR."""
+    signal = schedule.alpha_bar[-1].item()
+    nats = 0.5 * (signal * promoted(x0) ** 2 - signal - math.log1p(-signal))
+    return nats.flatten(1).mean(dim=1) / math.log(2)
+
+
+@dataclass(frozen=True)
+class OdeLikelihood:
+    """What `ode_likelihood` found for N samples, in float64 on the CPU.
+
+    log_density   (N,) nats
+    bits_per_dim  (N,) -log2 of the density / d
+    latent        (N, C, H, W) the noise that the samples flow to, at the schedule's last level
+    calls         of the network
+    """
+
+    log_density: Tensor
+    bits_per_dim: Tensor
+    latent: Tensor
+    calls: int
+
+
+@torch.no_grad()
+def ode_likelihood(
+    schedule: NoiseSchedule,
+    network: Network,
+    x0: Tensor,
+    prediction_type: PredictionType,
+    *,
+    probe: Tensor | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    method: str = "RK45",
+) -> OdeLikelihood:
+    """The density at x0 of the data smoothed by noise of the schedule's least sigma, by the probability-flow ODE.
+
+    Song et al. 2021, sec. 4.3, in Karras et al.'s variables: y = x_t / sqrt(alpha_bar) moves by
+    dy / d(log sigma) = sigma eps, and log p changes along it by minus the divergence of that. The smoothing is not
+    undone: at x0 this is the density of x0 + sigma_0 noise, not that of the data. The last level is taken for
+    N(0, I). probe: (N, C, H, W) of +-1 for Hutchinson's unbiased estimate of the divergence; None for the exact one,
+    which takes d backward passes. rtol, atol and method are those of scipy's `solve_ivp`, which takes the same steps
+    for all samples; between the schedule's levels the network receives fractional timesteps, in float32.
+    Raises ValueError at zero terminal SNR, for posterior-mean prediction, which has no meaning between two steps, and
+    for a network whose output is not finite or cannot be differentiated.
+    """
+    from scipy.integrate import solve_ivp  # type: ignore[import-untyped]
+
+    if schedule.has_zero_snr:
+        raise ValueError("the probability-flow likelihood ends at the schedule's last sigma, which is infinite here")
+    x0 = promoted(x0)
+    count, size = len(x0), x0[0].numel()
+
+    @torch.enable_grad()
+    def drift_and_divergence(log_sigma: float, state: object) -> object:
+        sigma = math.exp(log_sigma)
+        index = sigma_to_index(schedule, torch.tensor([sigma], dtype=torch.float64))
+        timestep = index_to_timestep(schedule, index).to(torch.float32).to(x0.device)
+        y = torch.as_tensor(state)[: count * size].view(x0.shape).to(x0).requires_grad_()
+        x = y / math.sqrt(1 + sigma**2)
+        output = network(x, timestep.expand(count))
+        if not output.requires_grad:
+            raise ValueError("the divergence needs the network's gradient; call it without torch.no_grad")
+        drift = sigma * eps_at_sigma(output, x, sigma, prediction_type)
+        if not bool(drift.isfinite().all()):  # the integrator would search for a step size for ever
+            raise ValueError(f"the network's output is not finite at sigma {sigma:g}")
+        divergence = _trace(drift, y) if probe is None else _probed_trace(drift, y, probe.to(x0))
+        return torch.cat([drift.flatten(), divergence]).detach().to("cpu", torch.float64).numpy()
+
+    start = torch.cat([x0.flatten(), x0.new_zeros(count)]).to("cpu", torch.float64).numpy()
+    span = (schedule.log_sigmas[0].item(), schedule.log_sigmas[-1].item())
+    solution = solve_ivp(drift_and_divergence, span, start, method=method, rtol=rtol, atol=atol, t_eval=span[1:])
+    if not solution.success:
+        raise ValueError(f"the probability-flow ODE was not solved: {solution.message}")
+    end = torch.from_numpy(solution.y[:, -1].copy())
+    log_a = 0.5 * math.log(schedule.alpha_bar[-1].item())
+    latent = end[: count * size].view(x0.shape) * math.exp(log_a)
+    log_prior = -0.5 * (latent**2 + math.log(2 * math.pi)).flatten(1).sum(dim=1)
+    log_density = log_prior + size * log_a + end[count * size :]
+    return OdeLikelihood(log_density, -log_density / (size * math.log(2)), latent, int(solution.nfev))
+
+
+def _probed_trace(drift: Tensor, y: Tensor, probe: Tensor) -> Tensor:
+    """probe J probe (N,) for J the Jacobian of drift with respect to y: on average over the signs, J's trace."""
+    (pulled,) = torch.autograd.grad((drift * probe).sum(), y)
+    return (pulled * probe).flatten(1).sum(dim=1)
+
+
+def _trace(drift: Tensor, y: Tensor) -> Tensor:
+    """The divergence (N,) of drift with respect to y, exactly: samples do not influence each other."""
+    columns = drift.flatten(1)
+    total = torch.zeros(len(y), dtype=y.dtype, device=y.device)
+    for i in range(columns.shape[1]):
+        (gradient,) = torch.autograd.grad(columns[:, i].sum(), y, retain_graph=True)
+        total += gradient.flatten(1)[:, i]
+    return total

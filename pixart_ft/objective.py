@@ -1,0 +1,98 @@
+"""What training minimises: one network call at x_t, and its loss."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pixart_ft.denoiser import denoise
+from pixart_ft.diffusion.objectives import Norm, SuForm, hybrid_loss, simple_loss, su_loss, vlb_loss
+from pixart_ft.diffusion.process import FixedVariance, LossSpace, PredictionType, at, network_timesteps, q_sample
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.diffusion.weighting import Weighting, loss_weights
+
+ObjectiveKind = Literal["hybrid", "simple", "vlb"] | SuForm
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss on a process.
+
+    kind       hybrid: simple + vlb_scale * vlb with the mean detached; simple: the prediction's error alone; vlb: the
+               whole bound; su_raw, su_noises, su_reduced: Su's three forms of the simple one
+    space      whose error the simple term is; None: of what the network predicts
+    weighting  of the simple term by t, see `loss_weights`
+    variance   p's, for vlb alone
+    """
+
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    kind: ObjectiveKind
+    vlb_scale: float = 1.0
+    space: LossSpace | None = None
+    norm: Norm = "squared"
+    huber_delta: float = 1.0
+    weighting: Weighting = "none"
+    min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+    variance: Literal["learned"] | FixedVariance = "learned"
+
+    @property
+    def trains_variance(self) -> bool:
+        """Whether the network's variance half is trained; the other kinds leave it stale."""
+        return self.kind == "hybrid" or (self.kind == "vlb" and self.variance == "learned")
+
+    @property
+    def draws_two_noises(self) -> bool:
+        """Whether `terms` needs `rest`, a second noise."""
+        return self.kind in ("su_raw", "su_noises")
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """The weight (T,) of the simple term. Raises ValueError where it is infinite."""
+        space = self.prediction_type if self.space is None else self.space
+        return loss_weights(
+            self.schedule, self.weighting, space, min_snr_gamma=self.min_snr_gamma, p2_gamma=self.p2_gamma
+        )
+
+    def terms(
+        self,
+        transformer: torch.nn.Module,
+        x0: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        embeds: Tensor,
+        mask: Tensor,
+        rest: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Per-sample named terms, each (N,) float32, of one network call at x_t.
+
+        `x0`, `eps` and `rest` are (N, C, H, W) float32, `t` (N,) int64 indices into the schedule, text (N, L, D) and
+        (N, L). "loss" is what is minimised, the others are what it is made of, unweighted.
+        """
+        x_t = q_sample(self.schedule, x0, t, eps)
+        output = denoise(transformer, x_t, network_timesteps(self.schedule, t), embeds, mask)
+        common = (self.schedule, output, x0, x_t, eps, t, self.prediction_type)
+        if self.kind == "vlb":
+            return vlb_loss(*common, variance=self.variance)
+        if self.kind == "hybrid":
+            return hybrid_loss(
+                *common,
+                vlb_scale=self.vlb_scale,
+                space=self.space,
+                norm=self.norm,
+                huber_delta=self.huber_delta,
+                weight=self._weight(t, x0),
+            )
+        if self.kind == "simple":
+            return simple_loss(
+                *common, space=self.space, norm=self.norm, huber_delta=self.huber_delta, weight=self._weight(t, x0)
+            )
+        rest = torch.zeros_like(eps) if rest is None and not self.draws_two_noises else rest
+        assert rest is not None, f"{self.kind} draws two noises"
+        return su_loss(self.schedule, output, x0, x_t, eps, rest, t, self.prediction_type, self.kind)
+
+    def _weight(self, t: Tensor, like: Tensor) -> Tensor | None:
+        return None if self.weighting == "none" else at(self.weights, t, like).flatten()

@@ -1,0 +1,85 @@
+"""From the diffusion settings and a base to the loss it is trained with; what makes no sense is refused, with reasons.
+
+Reads the base's configurations alone, so that every refusal comes before any weight and any encoding.
+"""
+
+import warnings
+from collections.abc import Mapping
+
+from pixart_ft import models
+from pixart_ft.config import Diffusion, TrainConfig
+from pixart_ft.diffusion.process import PredictionType
+from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
+from pixart_ft.errors import UserError
+from pixart_ft.objective import Objective
+
+
+def build_objective(config: TrainConfig, base: str) -> tuple[Objective, dict[str, object]]:
+    """The loss, and the noise schedule of its process in the words of a diffusers scheduler config.
+
+    Raises UserError with everything that does not fit the base or itself.
+    """
+    choice, revision = config.diffusion, config.model.revision
+    native, native_prediction = models.load_schedule(base, revision=revision)
+    described = _described(choice, models.schedule_config(base, revision=revision), native.num_steps)
+    schedule = conditioned(NoiseSchedule.from_diffusers_config(described), native, choice.time_conditioning)
+    prediction_type: PredictionType = native_prediction if choice.prediction_type == "base" else choice.prediction_type
+    objective = Objective(
+        schedule=schedule,
+        prediction_type=prediction_type,
+        kind=choice.objective,
+        vlb_scale=choice.vlb_scale,
+        space=None if choice.loss_space == "prediction" else choice.loss_space,
+        norm=choice.error,
+        huber_delta=choice.huber_delta,
+        weighting=choice.weighting,
+        min_snr_gamma=choice.min_snr_gamma,
+        p2_gamma=choice.p2_gamma,
+        variance=choice.variance,
+    )
+    faults = _faults(objective, learned_variance=models.has_variance(base, revision=revision))
+    if faults:
+        raise UserError("\n  - ".join([f"diffusion: these settings do not work with {config.model.base}:", *faults]))
+    if prediction_type != native_prediction:
+        warnings.warn(
+            f"the base predicts {native_prediction} and will be taught {prediction_type}: it begins wrong "
+            "and must relearn; diffusion.loss_space trains by another error and keeps what it predicts",
+            stacklevel=2,
+        )
+    return objective, described
+
+
+def _described(choice: Diffusion, base: Mapping[str, object], num_steps: int) -> dict[str, object]:
+    ends = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "su_linear": (0.02 / num_steps, 0.02)}
+    if choice.schedule == "base":
+        described = dict(base)
+    elif choice.schedule == "cosine":
+        described = {"num_train_timesteps": num_steps, "beta_schedule": "squaredcos_cap_v2"}
+    else:
+        start, end = ends[choice.schedule]
+        # Su's betas 0.02 t / T are a straight line too
+        name = "scaled_linear" if choice.schedule == "scaled_linear" else "linear"
+        described = {
+            "num_train_timesteps": num_steps, "beta_schedule": name, "beta_start": start, "beta_end": end
+        }  # fmt: skip
+    return described | ({"rescale_betas_zero_snr": True} if choice.zero_snr else {})
+
+
+def _faults(objective: Objective, *, learned_variance: bool) -> list[str]:
+    faults = []
+    if objective.trains_variance and not learned_variance:
+        remedy = "simple" if objective.kind == "hybrid" else "vlb with diffusion.variance beta_tilde"
+        faults.append(
+            f"diffusion.objective {objective.kind} trains a learned variance, and this base has no variance channels; "
+            f"set diffusion.objective {remedy}"
+        )
+    if objective.schedule.has_zero_snr and objective.prediction_type == "epsilon":
+        faults.append(
+            "the schedule leaves no signal at its last step (zero SNR), where the noise says nothing of the picture; "
+            "set diffusion.prediction_type v_prediction or sample, or diffusion.zero_snr false"
+        )
+    try:
+        assert len(objective.weights) == objective.schedule.num_steps
+    except ValueError as error:
+        faults.append(f"diffusion.weighting: {error}; choose another loss_space or weighting")
+    return faults
