@@ -9,7 +9,7 @@ import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +94,7 @@ def attach(transformer: PixArtTransformer2DModel, settings: LoraSettings, *, see
     no layer.
     """
     assert not list(_layers(transformer)), "an adapter is attached already"
-    _check_targets(transformer, settings.targets)
+    check_targets(transformer, settings.targets)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -235,7 +235,9 @@ def read_metadata(folder: Path) -> AdapterMetadata:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
-    strange = content.keys() ^ {field.name for field in fields(AdapterMetadata)}
+    known = {field.name for field in fields(AdapterMetadata)}
+    required = {field.name for field in fields(AdapterMetadata) if field.default is MISSING}
+    strange = (content.keys() - known) | (required - content.keys())
     if strange:
         raise UserError(f"adapter: {path} is of another version of pixart_ft (fields {_some(strange)}); train again")
     return AdapterMetadata(**content)
@@ -305,7 +307,8 @@ def _file_key(name: str) -> str:
     return _PEFT_PREFIX + name.replace(f".{_ADAPTER}.", ".")
 
 
-def _check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
+def check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raise UserError naming each of `lora.targets` that matches no layer of `transformer`, with the nearest."""
     layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     faults = []
     for target in targets:

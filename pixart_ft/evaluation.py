@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from pixart_ft.data.captions import pad_text
+from pixart_ft.denoiser import denoise
+from pixart_ft.diffusion.likelihood import Bound, variational_bound
+from pixart_ft.diffusion.process import FixedVariance, PredictionType
+from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.objective import Objective
 from pixart_ft.randomness import normal
 
@@ -71,6 +76,38 @@ def held_out_loss(
             for name, value in terms.items():
                 found.setdefault(name, []).append(value.cpu().double())
     return {name: torch.cat(values).view(-1, len(grid)) for name, values in found.items()}
+
+
+def held_out_bound(
+    transformer: PixArtTransformer2DModel,
+    schedule: NoiseSchedule,
+    prediction_type: PredictionType,
+    held_out: HeldOutSet,
+    *,
+    variance: Literal["learned"] | FixedVariance,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Bound:
+    """The variational bound of the held-out pictures' latents, one noise for each picture and t, on the CPU.
+
+    Takes T network calls for each picture: give a respaced schedule, and say so, for it is that process's bound.
+    """
+    parts = []
+    with evaluating(transformer):
+        for start in range(0, len(held_out.x0), batch_size):
+            pictures = list(range(start, min(start + batch_size, len(held_out.x0))))
+            x0, texts = held_out.x0[pictures].to(device), [held_out.texts[p] for p in pictures]
+            embeds, mask = (x.to(device) for x in pad_text(texts))
+
+            def network(x_t: Tensor, timesteps: Tensor, embeds: Tensor = embeds, mask: Tensor = mask) -> Tensor:
+                return denoise(transformer, x_t, timesteps, embeds, mask)
+
+            def noise(index: int, pictures: Sequence[int] = pictures) -> Tensor:
+                numbers = [p * schedule.num_steps + index for p in pictures]
+                return normal(held_out.seed, numbers, "held-out bound", tuple(held_out.x0.shape[1:])).to(device)
+
+            parts.append(variational_bound(schedule, network, x0, prediction_type, noise=noise, variance=variance))
+    return Bound(*(torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(Bound)))
 
 
 @dataclass(frozen=True)

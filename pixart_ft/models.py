@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import UserError
+from pixart_ft.model_faults import index_faults, transformer_faults
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 DEMO_PICTURES = Path(__file__).parent / "demo" / "pictures"
@@ -87,6 +88,15 @@ def load_transformer(base: str, *, dtype: torch.dtype, revision: str | None = No
         )
     _check_keys(base, "transformer", report["missing_keys"], set(report["unexpected_keys"]) - _HARMLESS_KEYS)
     return transformer.requires_grad_(False).eval()
+
+
+def skeleton(base: str, *, revision: str | None = None) -> PixArtTransformer2DModel:
+    """The denoiser's layers without any values (on the meta device): for what only their names decide."""
+    with torch.device("meta"), _quiet(base), _readable(base, "transformer"):
+        transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_config(
+            _read_config(base, "transformer", revision)
+        )
+    return transformer
 
 
 def load_vae(base: str, *, dtype: torch.dtype, revision: str | None = None) -> AutoencoderKL:
@@ -184,10 +194,10 @@ def check_base(base: str, *, revision: str | None = None) -> None:
     Reads no weights, so it is quick and may come before everything else.
     """
     index = _read_json(base, "model_index.json", revision)
-    faults = _index_faults(index.get("_class_name"))
+    faults = index_faults(index.get("_class_name"))
     if not faults:
         config = _read_config(base, "transformer", revision)
-        faults += _transformer_faults(config)
+        faults += transformer_faults(config)
         channels = config.get("in_channels", 4)
         latent = _read_config(base, "vae", revision).get("latent_channels", 4)
         if channels != latent:
@@ -237,43 +247,6 @@ def has_variance(base: str, *, revision: str | None = None) -> bool:
 
 def _vae_factor(config: Mapping[str, Any]) -> int:
     return 2 ** (len(config["block_out_channels"]) - 1)
-
-
-def _index_faults(class_name: object) -> list[str]:
-    if class_name == "PixArtAlphaPipeline":
-        return ["it is PixArt-alpha (another VAE, 120 text tokens); this toolkit is for PixArt-Sigma"]
-    if class_name not in ("PixArtSigmaPipeline", "PixArtSigmaPAGPipeline"):
-        return [f"its model_index.json says {class_name}, not PixArtSigmaPipeline"]
-    return []
-
-
-def _transformer_faults(config: Mapping[str, Any]) -> list[str]:
-    """What in a transformer's config.json PixArt-Sigma cannot have, or diffusers would take wrongly."""
-    class_name = config.get("_class_name")
-    # Checkpoints older than the PixArt class say Transformer2DModel, and diffusers maps that one.
-    if class_name not in ("PixArtTransformer2DModel", "Transformer2DModel"):
-        return [f"its transformer is a {class_name}, not a PixArtTransformer2DModel"]
-    faults = []
-    size, patch = config.get("sample_size", 128), config.get("patch_size", 2)
-    conditions, scale = config.get("use_additional_conditions"), config.get("interpolation_scale")
-    if conditions or (conditions is None and size == 128):  # diffusers takes None at 128 for True
-        faults.append(
-            "use_additional_conditions is true, which is PixArt-alpha's embedding of the picture size; if "
-            "this is a PixArt-Sigma with an incomplete transformer/config.json, add "
-            '"use_additional_conditions": false to it'
-        )
-    used = max(size // 64, 1) if scale is None else scale  # diffusers' default for None
-    if used != size / 64 and (scale is None or size in (32, 64, 128, 256)):
-        faults.append(
-            f"interpolation_scale is {scale} (used as {used}), but a PixArt-Sigma of sample_size {size} has "
-            f'{size / 64:g}: write "interpolation_scale": {size / 64:g} into transformer/config.json'
-        )
-    if size % patch:
-        faults.append(f"sample_size {size} is no multiple of patch_size {patch}")
-    channels, output = config.get("in_channels", 4), config.get("out_channels", 8)
-    if output not in (None, channels, 2 * channels):
-        faults.append(f"out_channels {output} is neither in_channels ({channels}) nor twice that (learned variance)")
-    return faults
 
 
 def _text_width(base: str, index: Mapping[str, Any], revision: str | None) -> int | None:

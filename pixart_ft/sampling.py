@@ -4,6 +4,7 @@ Shapes: N pictures, C latent channels, H W latent height and width, L text token
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from pixart_ft.data.captions import pad_text
 from pixart_ft.denoiser import denoise
-from pixart_ft.diffusion.process import PredictionType, network_timesteps, predict
+from pixart_ft.diffusion.process import PredictionType, network_timesteps, predict, to_x0
 from pixart_ft.diffusion.respacing import Spacing, spaced_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import Variance, ddim_step, ddpm_step
@@ -57,7 +58,8 @@ def sample_latents(
         raise ValueError("the network is in training mode: its dropout would alter the pictures; call .eval()")
     assert len(generators) == len(embeds)
     device = embeds.device
-    process = schedule.respaced(spaced_indices(schedule.num_steps, steps, spacing))
+    kept = torch.tensor(spaced_indices(schedule.num_steps, steps, spacing), device=device)
+    process = schedule.respaced(kept.tolist())
     guided = guidance != 1.0
     if guided:
         embeds, mask = _with_unconditional(embeds, mask, null)
@@ -77,6 +79,8 @@ def sample_latents(
             else:
                 output = denoise(transformer, x, timesteps, embeds, mask)
         prediction = predict(process, output, x, t, prediction_type)
+        if prediction_type == "posterior_mean":  # that of the step it was trained on, not of the longer one taken here
+            prediction = replace(prediction, x0=to_x0(schedule, output[:, : shape[0]], x, kept[t], prediction_type))
         if sampler == "ddim":
             x = ddim_step(process, prediction, x, t, eta=eta, noise=noise() if eta else None)
         elif sampler == "ddpm":

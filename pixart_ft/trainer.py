@@ -152,7 +152,7 @@ class Trainer:
             mine = torch.stack([t.float(), asked, weight, *terms.values()], dim=1).detach()
             t_all, asked_all, weight_all, *values = self.accelerator.gather(mine).cpu().unbind(1)
             everywhere = dict(zip(terms, values, strict=True))
-            self.window.add(everywhere, t_all.long(), num_steps)
+            self.window.add(everywhere, t_all.long(), weight_all, num_steps)
             seen.append((t_all.long(), everywhere["loss"] / weight_all))
             self._stopping = self._stopping or bool(asked_all.any())
         if self.history is not None:  # all at once, so that the law is the same for every micro-batch of a step

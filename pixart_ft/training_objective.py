@@ -6,10 +6,13 @@ Reads the base's configurations alone, so that every refusal comes before any we
 import warnings
 from collections.abc import Mapping
 
+import torch
+
 from pixart_ft import models
+from pixart_ft.adapters import AdapterMetadata
 from pixart_ft.config import Diffusion, TrainConfig
 from pixart_ft.diffusion.process import PredictionType
-from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
+from pixart_ft.diffusion.schedules import NoiseSchedule, TimeConditioning, conditioned
 from pixart_ft.errors import UserError
 from pixart_ft.objective import Objective
 
@@ -38,6 +41,9 @@ def build_objective(config: TrainConfig, base: str) -> tuple[Objective, dict[str
         variance=choice.variance,
     )
     faults = _faults(objective, learned_variance=models.has_variance(base, revision=revision))
+    steps = config.validation.steps
+    if config.validation.prompts and steps > schedule.num_steps:
+        faults.append(f"validation.steps {steps} is more than the {schedule.num_steps} steps of the process; lower it")
     if faults:
         raise UserError("\n  - ".join([f"diffusion: these settings do not work with {config.model.base}:", *faults]))
     if prediction_type != native_prediction:
@@ -47,6 +53,20 @@ def build_objective(config: TrainConfig, base: str) -> tuple[Objective, dict[str
             stacklevel=2,
         )
     return objective, described
+
+
+def warn_of_relearning(adapter: AdapterMetadata, objective: Objective, time_conditioning: TimeConditioning) -> None:
+    """Warn where the weights a run starts from were trained to another meaning of input or output."""
+    schedule = NoiseSchedule.from_diffusers_config(adapter.schedule)
+    changes = []
+    if adapter.prediction_type != objective.prediction_type:
+        changes.append(f"they predict {adapter.prediction_type}, not {objective.prediction_type}")
+    if not torch.equal(schedule.alpha_bar, objective.schedule.alpha_bar):
+        changes.append("they know another noise schedule")
+    if adapter.time_conditioning != time_conditioning:
+        changes.append(f"they were told its steps by {adapter.time_conditioning}, not {time_conditioning}")
+    if changes:
+        warnings.warn(f"--init-from: these weights begin wrong and must relearn: {'; '.join(changes)}", stacklevel=2)
 
 
 def _described(choice: Diffusion, base: Mapping[str, object], num_steps: int) -> dict[str, object]:

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from PIL import Image
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, fill_adapter, find_adapter
+from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, check_targets, fill_adapter, find_adapter
 from pixart_ft.attention import use_plain_attention
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
@@ -33,7 +33,7 @@ from pixart_ft.sampling import decode_latents, sample_latents
 from pixart_ft.settings import flat, load, to_yaml
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once, read_rows
-from pixart_ft.training_objective import build_objective
+from pixart_ft.training_objective import build_objective, warn_of_relearning
 
 # What a resumed run may change without becoming another run: its length, and how it is watched and kept.
 MAY_CHANGE = {
@@ -58,11 +58,12 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
     resume: "auto" or a checkpoint folder, continues the run in config.run.folder with all its state. init_from: an
     adapter or run folder whose weights start a new run. Raises UserError for whatever the user can mend.
     """
-    accelerator = _accelerator(config)
+    accelerator = accelerator_for(config)
     base = models.resolve_base(config.model.base)
     models.check_base(base, revision=config.model.revision)
     resolution = _resolution(config, base)
     objective, schedule_config = build_objective(config, base)
+    check_targets(models.skeleton(base, revision=config.model.revision), config.lora.targets)
     folder = RunFolder(config.run.folder)
     folder.check_new(resume=resume is not None)
     checkpoint = folder.resolve_resume(resume) if resume else None
@@ -78,7 +79,7 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     attach(transformer, lora, seed=config.run.seed)
     if init_from:
-        fill_adapter(transformer, init_from)
+        warn_of_relearning(fill_adapter(transformer, init_from), objective, config.diffusion.time_conditioning)
     if config.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     use_plain_attention(transformer)
@@ -135,7 +136,8 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
 # The steps of it
 
 
-def _accelerator(config: TrainConfig) -> Accelerator:
+def accelerator_for(config: TrainConfig) -> Accelerator:
+    """accelerate as the run wants it; UserError for what this machine or accelerate's own configuration cannot give."""
     if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
     if config.optim.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:

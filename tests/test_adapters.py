@@ -304,6 +304,13 @@ def test_damaged_adapters_name_the_file(tiny: Path, saved: Path) -> None:
     (saved / "pixart_ft.json").write_text(json.dumps(content | {"future": 1}))
     with pytest.raises(UserError, match=r"another version of pixart_ft \(fields future\)"):
         read_metadata(saved)
+    del content["time_conditioning"]  # as files had it before there was a choice
+    (saved / "pixart_ft.json").write_text(json.dumps(content))
+    assert read_metadata(saved).time_conditioning == "index"
+    del content["schedule"]
+    (saved / "pixart_ft.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"another version of pixart_ft \(fields schedule\)"):
+        read_metadata(saved)
     (saved / "pixart_ft.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*pixart_ft\.json"):
         load_adapter(base(tiny), saved)

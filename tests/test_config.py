@@ -84,6 +84,41 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
             {"diffusion.objective": "simple", "diffusion.vlb_scale": "2"},
             "vlb_scale is 2, unused while .* is .simple",
         ),
+        ({"diffusion.variance": "beta"}, "variance is .beta., unused while diffusion.objective is .hybrid"),
+        (
+            {"diffusion.objective": "vlb", "diffusion.weighting": "min_snr"},
+            "diffusion.weighting is .min_snr., unused while diffusion.objective is .vlb",
+        ),
+        (
+            {"diffusion.objective": "su_raw", "diffusion.loss_space": "sample"},
+            "loss_space is .sample., unused while diffusion.objective is .su_raw",
+        ),
+        (
+            {"diffusion.objective": "su_raw", "diffusion.error": "huber"},
+            "error is .huber., unused while diffusion.objective is .su_raw",
+        ),
+        ({"diffusion.huber_delta": "2"}, "huber_delta is 2, unused while diffusion.error is .squared"),
+        (
+            {"diffusion.weighting": "p2", "diffusion.min_snr_gamma": "2"},
+            "min_snr_gamma is 2, unused while diffusion.weighting is .p2",
+        ),
+        (
+            {"diffusion.weighting": "min_snr", "diffusion.p2_gamma": "2"},
+            "p2_gamma is 2, unused while diffusion.weighting is .min_snr",
+        ),
+        ({"diffusion.logit_mean": "1"}, "logit_mean is 1, unused while diffusion.timestep_law is .uniform"),
+        (
+            {"diffusion.timestep_law": "importance", "diffusion.logit_std": "2"},
+            "logit_std is 2, unused while diffusion.timestep_law is .importance",
+        ),
+        (
+            {"diffusion.time_conditioning": "snr_matched"},
+            r"time_conditioning is .snr_matched. with schedule .base. \(zero_snr false\): the base's own .* no match",
+        ),
+        (
+            {"diffusion.objective": "vlb", "diffusion.timestep_law": "logit_normal"},
+            "objective .vlb. with timestep_law .logit_normal.: the bound is a sum over all t alike; use uniform",
+        ),
         (
             {"model.base": "demo", "model.revision": "main"},
             'model.revision is "main", unused while model.base',
@@ -102,6 +137,12 @@ def test_training_accepts_what_only_looks_odd() -> None:
     )
     assert config.train.mixed_precision == "no"
     assert load_config({}, BASE | {"validation.samples_every": "5"}).validation.prompts == ()
+    matched = {"diffusion.time_conditioning": "snr_matched", "diffusion.zero_snr": "true"}
+    assert load_config({}, BASE | matched).diffusion.schedule == "base"  # at zero SNR it is no longer the base's own
+    soft = {"diffusion.weighting": "soft_min_snr", "diffusion.min_snr_gamma": "3"}
+    assert load_config({}, BASE | soft).diffusion.min_snr_gamma == 3
+    bound = {"diffusion.objective": "vlb", "diffusion.variance": "beta", "diffusion.timestep_law": "importance"}
+    assert load_config({}, BASE | bound).diffusion.variance == "beta"
 
 
 @pytest.mark.parametrize(

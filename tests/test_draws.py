@@ -42,8 +42,8 @@ def data(tmp_path) -> TrainingSet:
     return TrainingSet(pictures, scaling_factor=0.1, null_caption=torch.full((1, 3), -1.0))
 
 
-def draw(data: TrainingSet, draws, plan: Plan = PLAN):
-    return draw_batch(data, list(draws), plan, global_batch=4, num_steps=1000)
+def draw(data: TrainingSet, draws, plan: Plan = PLAN, **more: object):
+    return draw_batch(data, list(draws), plan, global_batch=4, **{"num_steps": 1000} | more)
 
 
 def test_a_draw_does_not_depend_on_its_batch(data: TrainingSet) -> None:
@@ -92,6 +92,47 @@ def test_stratified_t_visits_every_stratum_of_a_global_batch(data: TrainingSet) 
     for step in range(3):
         t = draw(data, range(step * 4, step * 4 + 4), replace(PLAN, timestep_law="stratified")).t
         assert sorted((t // 250).tolist()) == [0, 1, 2, 3]
+
+
+def test_other_laws_of_t_need_no_weight(data: TrainingSet) -> None:
+    for law in ("uniform", "stratified", "logit_normal"):
+        batch = draw(data, range(8), replace(PLAN, timestep_law=law))
+        assert batch.t.dtype == torch.int64 and torch.equal(batch.weight, torch.ones(8))
+
+
+def test_logit_normal_t_has_the_law_that_the_plan_names(data: TrainingSet) -> None:
+    plan = replace(PLAN, timestep_law="logit_normal", logit_mean=-0.5, logit_std=0.7)
+    count = 1500
+    t = draw(data, range(count), plan).t
+    logit = torch.logit((t + 0.5) / 1000)
+    assert abs(logit.mean().item() + 0.5) < 4 * 0.7 / count**0.5
+    assert abs(logit.std().item() - 0.7) < 4 * 0.7 / (2 * count) ** 0.5
+    assert torch.equal(draw(data, [9], plan).t, t[9:10])
+
+
+def test_importance_t_follows_its_law_by_draw_index_with_the_weights_that_undo_it(data: TrainingSet) -> None:
+    plan, count = replace(PLAN, timestep_law="importance"), 1500
+    law = torch.tensor([0.5, 0.1, 0.15, 0.25], dtype=torch.float64)
+    batch = draw(data, range(count), plan, num_steps=4, law=law)
+    share = torch.bincount(batch.t, minlength=4) / count
+    assert ((share - law).abs() < 4 * (law * (1 - law) / count).sqrt()).all()
+    assert batch.weight.dtype == torch.float32
+    torch.testing.assert_close(batch.weight, (1 / (4 * law[batch.t])).float())
+    part = draw(data, [17, 3, 250], plan, num_steps=4, law=law)
+    assert torch.equal(part.t, batch.t[[17, 3, 250]]) and torch.equal(part.weight, batch.weight[[17, 3, 250]])
+    with pytest.raises(AssertionError, match="needs the law"):
+        draw(data, range(4), plan)
+
+
+def test_a_second_noise_is_drawn_where_it_is_asked_for(data: TrainingSet) -> None:
+    assert draw(data, range(8)).rest is None
+    batch = draw(data, range(8), two_noises=True)
+    assert torch.equal(batch.eps, draw(data, range(8)).eps)
+    assert torch.equal(batch.rest[5], draw(data, [5], two_noises=True).rest[0])
+    many = draw(data, range(500), two_noises=True)
+    correlation = torch.corrcoef(torch.stack([many.eps.flatten(), many.rest.flatten()]))
+    assert abs(correlation[0, 1].item()) < 4 / many.eps.numel() ** 0.5
+    assert abs(many.rest.std().item() - 1) < 0.05
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

@@ -1,21 +1,21 @@
-"""Every golden array of the groups in scope, recomputed by the package's own functions in float64.
+"""Every golden array of the groups in scope, recomputed by the package's own functions in float64 and in float32.
 
 Oracle: tests/golden/golden_dev.{json,npz}, made by an independent float64 implementation that was checked
 against public reference code. The JSON drives everything: configurations, array names, roles. With
 PIXART_FT_GOLDEN=PREFIX, PREFIX.json and PREFIX.npz are checked instead. Each group prints how many of its
 expected arrays were compared; an expected array without a counterpart fails; what is not built yet is skipped
-and counted as such. Tolerance: 1e-9 of max(1, |x|).
+and counted as such. Tolerance: 1e-9 of max(1, |x|); in float32 see `float32_tolerance`.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -33,12 +33,13 @@ NOT_YET = {
 }
 
 
+Variance = Literal["learned"] | process.FixedVariance
 SPACES: dict[str, process.LossSpace] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Golden:
-    """One pair of files: parts of the JSON, the role of each array by name, the arrays as float64 tensors."""
+    """One pair of files: parts of the JSON, the role of each array by name, the arrays as tensors."""
 
     config: dict[str, Any]
     respacing: list[dict[str, Any]]
@@ -73,7 +74,7 @@ def golden() -> Golden:
 
 def schedule_value(golden: Golden, name: str) -> Tensor | None:
     _, identifier, array = name.split("/")
-    schedule, _ = golden.schedules("schedule", identifier)
+    _, schedule = golden.schedules("schedule", identifier)
     t, ones = torch.arange(schedule.num_steps), torch.ones(schedule.num_steps, 1, dtype=torch.float64)
     match array:
         case "posterior_mean_coef_x0":
@@ -94,7 +95,7 @@ def schedule_value(golden: Golden, name: str) -> Tensor | None:
 
 def pointwise_value(golden: Golden, name: str) -> Tensor | None:
     _, identifier, array = name.split("/")
-    schedule, _ = golden.schedules("pointwise", identifier)
+    _, schedule = golden.schedules("pointwise", identifier)
     inputs = {
         key: golden.arrays[f"pointwise/{identifier}/{key}"] for key in ("k", "x0", "eps", "other", "var_channels")
     }
@@ -149,7 +150,7 @@ def hybrid_value(golden: Golden, name: str) -> Tensor | None:
     if rest[-1] == "x_t":
         return x_t
     scale = 1.0
-    if found := re.search(r"vb_scale_(?:lambda)?(T_over_1000|[\d.]+)", name):
+    if found := re.search(r"vb_scale_(?:lambda)?(T_over_1000|[\d.e+-]+)", name):
         scale = schedule.num_steps / 1000 if found[1] == "T_over_1000" else float(found[1])
     model_output = inputs["model_output"].clone().requires_grad_()
     names: dict[str, objectives.Decoder] = {"exact_cdf": "discretized", "tanh_cdf": "discretized_tanh"}
@@ -190,28 +191,31 @@ def mixture_network(golden: Golden, original: NoiseSchedule, x: Tensor, timestep
     return torch.cat([eps, torch.sin(x + 0.01 * timesteps.to(x.dtype).view(-1, 1, 1, 1))], dim=1)
 
 
-def vlb_value(golden: Golden, name: str) -> Tensor | None:
-    _, identifier, *rest = name.split("/")
+@functools.cache
+def bound_of(golden: Golden, identifier: str, variance: str, decoder: objectives.Decoder) -> likelihood.Bound:
     original, schedule = golden.schedules("vlb", identifier)
-    if rest == ["timesteps"]:
-        return schedule.timesteps
-    variance, decoder, array = rest
-    variances = {"learned_range": "learned", "small": "beta_tilde", "large": "beta"}
-    if variance not in variances or decoder not in get_args(objectives.Decoder):
-        return None
+    variances: dict[str, Variance] = {"learned_range": "learned", "small": "beta_tilde", "large": "beta"}
     noise = golden.arrays[f"vlb/{identifier}/noise"]
     data = "gaussian" if decoder == "gaussian" else "discretized"
-    bound = likelihood.variational_bound(
+    return likelihood.variational_bound(
         schedule,
-        partial(mixture_network, golden, original),
+        functools.partial(mixture_network, golden, original),
         golden.arrays[f"vlb/{identifier}/x0_{data}"],
         "epsilon",
         noise=lambda index: noise[index],
         variance=variances[variance],
         decoder=decoder,
     )
+
+
+def vlb_value(golden: Golden, name: str) -> Tensor | None:
+    _, identifier, *rest = name.split("/")
+    if rest == ["timesteps"]:
+        return golden.schedules("vlb", identifier)[1].timesteps
+    variance, decoder, array = rest
     names = {"vb": "terms", "prior": "prior", "total": "total", "x0_mse": "x0_mse", "eps_mse": "eps_mse"}
-    return getattr(bound, names[array]) if array in names else None
+    known = variance in ("learned_range", "small", "large") and decoder in get_args(objectives.Decoder)
+    return getattr(bound_of(golden, identifier, variance, decoder), names[array]) if known and array in names else None
 
 
 def lookup_value(golden: Golden, name: str) -> Tensor | None:
@@ -281,34 +285,75 @@ IN_SCOPE: dict[str, Callable[[Golden, str], Tensor | None]] = {
 }
 
 
-def mismatch(ours: Tensor, expected: Tensor) -> float:
-    """Largest difference over max(1, |expected|); infinite where one is finite and the other is not."""
+def float32_tolerance(golden: Golden, name: str) -> Tensor | float:
+    """1e-5 for values and 1e-4 for trajectories; more only where the arithmetic itself multiplies roundings.
+
+    For values, 1e-6 times what roundings are multiplied by, if that is more: between x_t, x0 and eps
+    1 / sqrt(alpha_bar) where there is little signal and 1 / sqrt(1 - alpha_bar) where there is little noise; from the
+    posterior's mean also 1 / its weight of x0. Along a trajectory the largest sqrt(alpha_bar_prev / alpha_bar) of its
+    steps. Shaped to broadcast against the array.
+    """
+    group, identifier, *_, array = name.split("/")
+    _, schedule = golden.schedules(group, identifier)
+    if group == "traj":
+        return 1e-4 * (schedule.alpha_bar_prev / schedule.alpha_bar).max().sqrt().item()
+    # What would need a signal where there is none is in no file, so there the factor does not matter.
+    a, s = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
+    factor = 1 / torch.minimum(torch.where(a > 0, a, 1), s)
+    if array.startswith(("x0_from_mean", "eps_from_mean")):
+        factor = factor / process.posterior_x0_weight(schedule)
+    tolerance = (1e-6 * factor).clamp(min=1e-5)
+    if group == "vlb":
+        return tolerance if array in ("vb", "x0_mse", "eps_mse") else tolerance.max().item()
+    return _at_indices_of(golden, name, tolerance)
+
+
+def _at_indices_of(golden: Golden, name: str, table: Tensor) -> Tensor:
+    """Entries of a table at the indices k of an array, which lie in its own folder or in one above it."""
+    parts = name.split("/")
+    folders = ("/".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1))
+    k = next(golden.arrays[f"{folder}/k"] for folder in folders if f"{folder}/k" in golden.arrays)
+    return table[k.long()].view(-1, *[1] * (golden.arrays[name].ndim - 1))
+
+
+def mismatch(ours: Tensor, expected: Tensor) -> Tensor:
+    """Difference over max(1, |expected|), elementwise; infinite where one is finite and the other is not."""
     ours = ours.to(torch.float64).broadcast_to(expected.shape)
     difference = torch.where(ours == expected, 0.0, (ours - expected).abs() / expected.abs().clamp(min=1))
-    return difference.nan_to_num(nan=torch.inf).max().item()
+    return difference.nan_to_num(nan=torch.inf)
+
+
+def compare(golden: Golden, inputs: Golden, group: str, tolerance: Callable[[str], Tensor | float]) -> str:
+    """Fails unless every expected array of a group has a counterpart within tolerance; returns what was compared."""
+    names = golden.expected(group)
+    problems, worst = [], 0.0
+    for name in names:
+        ours = IN_SCOPE[group](inputs, name)
+        if ours is None:
+            problems.append(f"{name}: no counterpart")
+            continue
+        difference = mismatch(ours, golden.arrays[name])
+        worst = max(worst, difference.max().item())
+        if bool((difference > tolerance(name)).any()):
+            problems.append(f"{name}: off by {difference.max():.1e}")
+    assert names, "the file has no expected array of this group"
+    assert not problems, "\n".join(problems)
+    return f"compared {len(names)} of {len(names)} expected arrays, worst {worst:.1e}"
 
 
 @pytest.mark.parametrize("group", IN_SCOPE)
 def test_group(golden: Golden, group: str, capsys: pytest.CaptureFixture[str]) -> None:
-    names = golden.expected(group)
-    problems, worst, compared = [], 0.0, 0
-    for name in names:
-        ours = IN_SCOPE[group](golden, name)
-        if ours is None:
-            problems.append(f"{name}: no counterpart")
-            continue
-        compared += 1
-        error = mismatch(ours, golden.arrays[name])
-        worst = max(worst, error)
-        if error > TOLERANCE:
-            problems.append(f"{name}: off by {error:.1e}")
+    report = compare(golden, golden, group, lambda name: TOLERANCE)
     with capsys.disabled():
-        print(
-            f"\ngolden {group}: compared {compared} of {len(names)} expected arrays, worst {worst:.1e}",
-            end=" ",
-        )
-    assert not problems, "\n".join(problems)
-    assert compared > 0, "the file has no expected array of this group"
+        print(f"\ngolden {group}: {report}", end=" ")
+
+
+@pytest.mark.parametrize("group", ["pointwise", "hybrid", "vlb", "traj"])
+def test_group_in_float32(golden: Golden, group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    single = dataclasses.replace(golden, arrays={name: array.float() for name, array in golden.arrays.items()})
+    report = compare(golden, single, group, functools.partial(float32_tolerance, golden))
+    with capsys.disabled():
+        print(f"\ngolden {group} in float32: {report}", end=" ")
 
 
 def test_respacing(golden: Golden, capsys: pytest.CaptureFixture[str]) -> None:

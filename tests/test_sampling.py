@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, PixArtSigmaPipeline
 from torch import Tensor, nn
 
 from pixart_ft.data.captions import drop_captions, pad_text
+from pixart_ft.diffusion.process import q_posterior
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.models import load_transformer, load_vae
@@ -32,7 +33,13 @@ class Oracle(nn.Module):
         alpha_bar = SCHEDULE.alpha_bar[timestep].view(-1, 1, 1, 1)
         a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         eps = (x - a * self.x0) / s
-        mean = {"epsilon": eps, "v_prediction": a * eps - s * self.x0, "sample": self.x0.expand_as(x)}[self.kind]
+        posterior = q_posterior(SCHEDULE, self.x0.double(), x.double(), timestep).mean
+        mean = {
+            "epsilon": eps,
+            "v_prediction": a * eps - s * self.x0,
+            "sample": self.x0.expand_as(x),
+            "posterior_mean": posterior,
+        }[self.kind]
         return (torch.cat([mean, torch.zeros_like(x)], dim=1).float(),)
 
 
@@ -125,6 +132,17 @@ def test_exact_network_leads_to_its_picture(prediction_type: str, settings: dict
     x0 = 3 * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     latents = sample(Oracle(x0, prediction_type).eval(), [0, 1], prediction_type=prediction_type, **settings)  # type: ignore[arg-type]
     assert (latents - x0).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("settings", [{"sampler": "ddim"}, {"sampler": "ddpm", "variance": "learned"}])
+def test_a_posterior_mean_is_that_of_the_trained_step_however_few_are_taken(settings: dict[str, object]) -> None:
+    """The same way to the picture as by the noise; float32 keeps x0 to 1e-3 at the first step, which counts least."""
+    x0 = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(4))
+    paths = [
+        torch.stack([call["x"][0] for call in seen(Oracle(x0, kind).eval(), prediction_type=kind, **settings)[0]])
+        for kind in ("epsilon", "posterior_mean")
+    ]
+    torch.testing.assert_close(*paths, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}])

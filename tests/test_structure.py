@@ -37,6 +37,7 @@ LEVELS = {
     "data.datasets": 2,
     "data.cache": 3,
     "attention": 1,
+    "model_faults": 0,
     "models": 2,
     "ema": 1,
     "denoiser": 2,

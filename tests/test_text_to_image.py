@@ -204,9 +204,7 @@ def test_variance_of_ddpm(tiny: Path, tmp_path: Path, base: TextToImage) -> None
     assert torch.equal(drawn["auto"], drawn["learned"]) and not torch.equal(drawn["learned"], drawn["beta"])
     stale = TextToImage.load(tiny, lora=make_adapter(tiny, tmp_path / "stale", variance="stale"))
     assert stale.settled(ddpm).variance == "beta_tilde"
-    with pytest.raises(
-        UserError, match=r"stale was trained by an objective that leaves it.*use beta_tilde"
-    ):
+    with pytest.raises(UserError, match=r"stale was trained by an objective that leaves it.*use beta_tilde"):
         stale.settled(replace(ddpm, variance="learned"))
     assert torch.equal(
         sampled(stale, PROMPTS[0], sampler="ddpm", steps=3),

@@ -21,6 +21,7 @@ In the bodies, a = sqrt(alpha_bar) and s = sqrt(1 - alpha_bar). q_ names the fix
 Shapes: N batch, C latent channels, H and W latent size. Tables are float64 on the CPU and are cast at one
 place, `process.at`. Half precision is promoted to float32 before any arithmetic; float64 stays float64.
 
-Modules: schedules (tables), process (noising, conversions), weighting (the law of t), objectives (losses),
-solvers (sampling steps).
+Modules: respacing (which steps to keep), schedules (tables), process (noising, conversions), sigmas (noise levels and
+their grids), weighting (the law of t, loss weights), objectives (losses), solvers (sampling steps), likelihood (the
+bound and the probability-flow density).
 """

@@ -151,7 +151,7 @@ def ode_likelihood(
         if not output.requires_grad:
             raise ValueError("the divergence needs the network's gradient; call it without torch.no_grad")
         drift = sigma * eps_at_sigma(output, x, sigma, prediction_type)
-        if not bool(drift.isfinite().all()):  # the integrator would search for a step size for ever
+        if not bool(drift.isfinite().all()):  # else the integrator goes on to a sigma of NaN
             raise ValueError(f"the network's output is not finite at sigma {sigma:g}")
         divergence = _trace(drift, y) if probe is None else _probed_trace(drift, y, probe.to(x0))
         return torch.cat([drift.flatten(), divergence]).detach().to("cpu", torch.float64).numpy()

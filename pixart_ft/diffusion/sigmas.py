@@ -45,7 +45,8 @@ def sigma_to_index(schedule: NoiseSchedule, sigma: Tensor, lookup: Lookup = "int
         levels, wanted = schedule.sigmas, sigma
     else:
         raise ValueError(f"unknown lookup {lookup!r}; choose interpolated, nearest_log or nearest")
-    distance = (wanted.unsqueeze(-1) - levels).abs()
+    # An infinite sigma is as far from every finite level: clamped, it meets the last.
+    distance = (wanted.clamp(levels[0], levels[-1]).unsqueeze(-1) - levels).abs()
     # inf - inf, a level of no signal met exactly
     return distance.nan_to_num(nan=0.0, posinf=math.inf).argmin(dim=-1).to(torch.float64)
 

@@ -4,6 +4,7 @@ The laws of t are functions of a uniform draw (and, for importance sampling, of 
 whoever draws decides what is random. The weights are tables over the whole schedule.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -63,7 +64,7 @@ class LossHistory:
         """With these losses (N,) at t (N,) added, in order; those that are not finite are left out."""
         history, counts = self.losses.clone(), self.counts.clone()
         for index, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            if not torch.isfinite(torch.tensor(loss)):
+            if not math.isfinite(loss):
                 continue
             if counts[index] == history.shape[1]:
                 history[index] = history[index].roll(-1)

@@ -24,12 +24,22 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "scaled_linear", "su_linear"])
+SCHEDULES = {
+    "linear": NoiseSchedule.linear(),
+    "cosine": NoiseSchedule.cosine(),
+    "scaled_linear": NoiseSchedule.scaled_linear(),
+    "su_linear": NoiseSchedule.su_linear(),
+    "respaced": NoiseSchedule.linear().respaced(20),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("source", "target"), list(itertools.permutations(CONVERSIONS, 2)))
 def test_round_trip_over_every_ordered_pair(name: str, source: process.Kind, target: process.Kind) -> None:
-    schedule = getattr(NoiseSchedule, name)()
-    t = torch.tensor([0, schedule.num_steps // 2, schedule.num_steps - 1])
-    x0, eps = draw(3, 4, 2, 2), draw(3, 4, 2, 2, seed=1)
+    schedule = SCHEDULES[name]
+    last = schedule.num_steps - 1
+    t = torch.tensor([0, 1, last // 2, last - 1, last])
+    x0, eps = draw(5, 4, 2, 2), draw(5, 4, 2, 2, seed=1)
     x_t = process.q_sample(schedule, x0, t, eps)
     value = CONVERSIONS[source](schedule, eps, x_t, t, "epsilon")
     there = CONVERSIONS[target](schedule, value, x_t, t, source)
@@ -38,6 +48,49 @@ def test_round_trip_over_every_ordered_pair(name: str, source: process.Kind, tar
     torch.testing.assert_close(back, value, rtol=1e-10, atol=1e-10)
     direct = CONVERSIONS[target](schedule, x0, x_t, t, "sample")
     torch.testing.assert_close(there, direct, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), list(itertools.product(["sample", "v_prediction", "posterior_mean"], CONVERSIONS))
+)
+def test_without_signal_whatever_determines_x0_determines_the_rest(source: process.Kind, target: process.Kind) -> None:
+    schedule, t = NoiseSchedule.linear().zero_terminal_snr(), torch.tensor([500, 998, 999])
+    x0, eps = draw(3, 4, 2, 2), draw(3, 4, 2, 2, seed=1)
+    x_t = process.q_sample(schedule, x0, t, eps)
+    value = CONVERSIONS[source](schedule, x0, x_t, t, "sample")
+    there = CONVERSIONS[target](schedule, value, x_t, t, source)
+    torch.testing.assert_close(there, CONVERSIONS[target](schedule, x0, x_t, t, "sample"), rtol=1e-10, atol=1e-10)
+
+
+def test_kinds_by_their_definitions() -> None:
+    """Signal 0.64 and noise 0.36 at index 1, of which the step's own noise is 0.2: everything by hand."""
+    schedule, t = NoiseSchedule.from_betas([0.2, 0.2]), torch.tensor([1])
+    x0, eps = torch.full((1, 1), 2.0, dtype=torch.float64), torch.full((1, 1), 0.5, dtype=torch.float64)
+    x_t = process.q_sample(schedule, x0, t, eps)
+    expected = {
+        "epsilon": 0.5,
+        "sample": 2.0,
+        "v_prediction": 0.8 * 0.5 - 0.6 * 2.0,
+        "posterior_mean": (0.8**0.5 * 0.2 * 2.0 + 0.8**0.5 * 0.2 * 1.9) / 0.36,
+        "score": -0.5 / 0.6,
+        "step_noise": (0.2 / 0.36) ** 0.5 * 0.5,
+    }
+    assert x_t.item() == pytest.approx(0.8 * 2.0 + 0.6 * 0.5, rel=1e-14)
+    for kind, convert in CONVERSIONS.items():
+        assert convert(schedule, x0, x_t, t, "sample").item() == pytest.approx(expected[kind], rel=1e-14)
+
+
+def test_single_steps_add_up_to_the_jump() -> None:
+    """Steps with noises e_1, e_2, ... give the jump's signal, and noise variances that add up to 1 - alpha_bar."""
+    schedule = NoiseSchedule.linear(30, rescale=True)
+    x = torch.zeros(31, 1, dtype=torch.float64)
+    x[30] = 1.0  # row 30 carries the signal, row i the noise of step i alone
+    for index in range(30):
+        noise = torch.zeros(31, 1, dtype=torch.float64)
+        noise[index] = 1.0
+        x = process.q_step(schedule, x, torch.full((31,), index), noise)
+        torch.testing.assert_close(x[30, 0] ** 2, schedule.alpha_bar[index], rtol=1e-12, atol=0)
+        torch.testing.assert_close((x[:30] ** 2).sum(), 1 - schedule.alpha_bar[index], rtol=1e-12, atol=0)
 
 
 def test_posterior_is_consistent_with_the_marginals() -> None:
@@ -87,6 +140,43 @@ def test_learned_range_ends_and_middle() -> None:
         torch.testing.assert_close(ours, expected, rtol=1e-14, atol=0)
 
 
+def test_learned_range_is_that_of_the_respaced_process() -> None:
+    """Fewer steps are larger steps: their own beta and beta tilde, not those of the original at the same timestep."""
+    respaced, t = NoiseSchedule.linear().respaced(20), torch.tensor([10, 10])
+    ends = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
+    bar_prev, bar = respaced.alpha_bar[9:11].tolist()
+    beta = 1 - bar / bar_prev
+    expected = torch.tensor([[beta * (1 - bar_prev) / (1 - bar)], [beta]], dtype=torch.float64)
+    ours = process.learned_log_variance(respaced, ends, t).exp()
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
+
+
+def test_fixed_variances_are_finite_and_differ_by_the_posteriors_ratio() -> None:
+    schedule = NoiseSchedule.linear()
+    small = process.fixed_log_variance(schedule, "beta_tilde")
+    large = process.fixed_log_variance(schedule, "beta")
+    assert small[0] == large[0] == schedule.posterior_variance[1].log()
+    torch.testing.assert_close(large[1:].exp(), schedule.betas[1:])
+    ratio = (1 - schedule.alpha_bar_prev) / (1 - schedule.alpha_bar)
+    torch.testing.assert_close((small - large)[1:].exp(), ratio[1:], rtol=1e-12, atol=0)
+    assert process.fixed_log_variance(NoiseSchedule.from_betas([0.5]), "beta").exp().item() == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="unknown fixed variance 'large'; choose beta_tilde or beta"):
+        process.fixed_log_variance(schedule, "large")  # type: ignore[arg-type]
+
+
+def test_the_network_receives_the_timesteps_of_its_own_process() -> None:
+    linear, t = NoiseSchedule.linear(), torch.tensor([0, 10, 19])
+    whole = process.network_timesteps(linear.respaced(20), t)
+    assert whole.dtype == torch.int64 and whole.tolist() == [0, 526, 999]
+    with pytest.warns(UserWarning):
+        matched = NoiseSchedule.cosine(20).matched_to(linear)
+    fractional = process.network_timesteps(matched, t)
+    # Half precision could not tell neighbouring timesteps apart.
+    assert fractional.dtype == torch.float32
+    torch.testing.assert_close(fractional.double(), matched.timesteps[t], rtol=1e-7, atol=0)
+    assert 0 < fractional[1] % 1 < 1
+
+
 def test_predict_splits_the_output_and_knows_its_type() -> None:
     schedule, t = NoiseSchedule.linear(), torch.tensor([3, 700])
     x0, eps, learned_range = draw(2, 4, 2, 2), draw(2, 4, 2, 2, seed=1), draw(2, 4, 2, 2, seed=2)
@@ -95,6 +185,7 @@ def test_predict_splits_the_output_and_knows_its_type() -> None:
         "epsilon": eps,
         "sample": x0,
         "v_prediction": process.velocity(schedule, x0, eps, t),
+        "posterior_mean": process.q_posterior(schedule, x0, x_t, t).mean,
     }
     for prediction_type, output in outputs.items():
         both = torch.cat([output, learned_range], dim=1)

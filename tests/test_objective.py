@@ -1,0 +1,180 @@
+"""The loss of one network call. Oracles: the functions of `diffusion` on the output of diffusers' own call of the
+tiny transformer, compared bit for bit, and closed forms for the weights."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixart_ft import models
+from pixart_ft.data.captions import pad_text
+from pixart_ft.diffusion.objectives import hybrid_loss, simple_loss, su_loss, vlb_loss
+from pixart_ft.diffusion.process import LossSpace, q_sample
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.diffusion.weighting import Weighting
+from pixart_ft.objective import Objective
+
+LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
+T = torch.tensor([0, 100, 700, 999])
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny: Path):
+    return models.load_transformer(str(tiny), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, Tensor]:
+    """Arguments of `Objective.terms`: pictures, both noises, t and captions of unequal length."""
+    g = torch.Generator().manual_seed(0)
+    x0, eps, rest = (torch.randn(4, 4, 8, 8, generator=g) for _ in range(3))
+    embeds, mask = pad_text([torch.randn(length, 32, generator=g) for length in (3, 1, 5, 2)])
+    return {"x0": x0, "eps": eps, "rest": rest, "t": T, "embeds": embeds, "mask": mask}
+
+
+@torch.no_grad()
+def terms(objective: Objective, transformer, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    return objective.terms(transformer, **given)
+
+
+@torch.no_grad()
+def by_hand(schedule: NoiseSchedule, timesteps: Tensor, transformer, given: dict[str, Tensor]) -> tuple:
+    """The first arguments of every loss: the network called as diffusers documents it, at `timesteps`."""
+    x_t = q_sample(schedule, given["x0"], given["t"], given["eps"])
+    dtype = next(transformer.parameters()).dtype
+    output = transformer(
+        x_t.to(dtype),
+        given["embeds"].to(dtype),
+        timesteps,
+        {"resolution": None, "aspect_ratio": None},
+        encoder_attention_mask=given["mask"],
+    ).sample
+    return schedule, output, given["x0"], x_t, given["eps"]
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in found.items():
+        assert values.shape == (4,) and torch.equal(values, expected[name]), name
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "posterior_mean"])
+def test_each_kind_is_its_function_of_the_networks_output(transformer, given, prediction_type) -> None:
+    common = by_hand(COSINE, T, transformer, given)
+    how = {"space": "v_prediction", "norm": "huber", "huber_delta": 0.3}
+    last = (T, prediction_type)
+
+    def found(kind: str, **settings: object) -> dict[str, Tensor]:
+        return terms(Objective(COSINE, prediction_type, kind, **settings), transformer, given)  # type: ignore[arg-type]
+
+    assert_same(found("simple"), simple_loss(*common, *last))
+    assert_same(found("simple", **how), simple_loss(*common, *last, **how))
+    assert_same(found("hybrid", vlb_scale=3.0), hybrid_loss(*common, *last, vlb_scale=3.0))
+    assert_same(found("hybrid", vlb_scale=3.0, **how), hybrid_loss(*common, *last, vlb_scale=3.0, **how))
+    for variance in ("learned", "beta_tilde", "beta"):
+        assert_same(found("vlb", variance=variance), vlb_loss(*common, *last, variance=variance))
+    for form in ("su_raw", "su_noises", "su_reduced"):
+        assert_same(found(form), su_loss(*common, given["rest"], *last, form))
+
+
+def test_only_the_forms_with_two_noises_see_the_second(transformer, given) -> None:
+    without = {name: x for name, x in given.items() if name != "rest"}
+    for kind in ("hybrid", "simple", "vlb", "su_reduced"):
+        objective = Objective(LINEAR, "epsilon", kind)
+        assert not objective.draws_two_noises
+        assert_same(terms(objective, transformer, without), terms(objective, transformer, given))
+    for kind in ("su_raw", "su_noises"):
+        objective = Objective(LINEAR, "epsilon", kind)
+        assert objective.draws_two_noises
+        other = terms(objective, transformer, given | {"rest": -given["rest"]})["loss"]
+        assert (other != terms(objective, transformer, given)["loss"])[1:].all()  # at t = 0 there is no noise before
+        with pytest.raises(AssertionError, match="two noises"):
+            terms(objective, transformer, without)
+
+
+def test_which_objectives_train_the_variance() -> None:
+    trained = {kind: Objective(LINEAR, "epsilon", kind).trains_variance for kind in ("hybrid", "vlb", "simple")}
+    assert trained == {"hybrid": True, "vlb": True, "simple": False}
+    assert not Objective(LINEAR, "epsilon", "vlb", variance="beta").trains_variance
+    assert not any(Objective(LINEAR, "epsilon", form).trains_variance for form in ("su_raw", "su_noises", "su_reduced"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "weight"),
+    [
+        ({"weighting": "min_snr", "min_snr_gamma": 2.0}, lambda snr: snr.clamp(max=2.0) / snr),
+        ({"weighting": "soft_min_snr", "min_snr_gamma": 2.0}, lambda snr: 2.0 / (snr + 2.0)),
+        ({"weighting": "p2", "p2_gamma": 0.5}, lambda snr: 1 / (1 + snr).sqrt()),
+    ],
+)
+def test_weights_multiply_the_simple_term_alone(transformer, given, settings, weight) -> None:
+    factor = weight(LINEAR.snr)[T].float()
+    assert factor.max() > 10 * factor.min()
+    for kind, vlb_scale in (("simple", 0.0), ("hybrid", 3.0)):
+        plain = terms(Objective(LINEAR, "epsilon", kind, 3.0), transformer, given)
+        weighted = terms(Objective(LINEAR, "epsilon", kind, 3.0, **settings), transformer, given)
+        assert plain.keys() == weighted.keys()
+        assert all(torch.equal(plain[name], weighted[name]) for name in plain if name != "loss")
+        expected = factor * plain["simple"] + vlb_scale * plain.get("vlb", torch.zeros(4))
+        torch.testing.assert_close(weighted["loss"], expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("weighting", [name for name in get_args(Weighting) if name != "none"])
+def test_a_weighted_prediction_has_one_loss_in_every_space(tiny: Path, given, weighting) -> None:
+    transformer = models.load_transformer(str(tiny), dtype=torch.float32).double()
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+    found = {
+        space: terms(Objective(LINEAR, "epsilon", "simple", space=space, weighting=weighting), transformer, exact)
+        for space in get_args(LossSpace)
+    }
+    for space in found:
+        torch.testing.assert_close(found[space]["loss"], found["epsilon"]["loss"], rtol=1e-9, atol=0)
+    assert not torch.allclose(found["sample"]["simple"], found["epsilon"]["simple"], rtol=0.1)
+    unset = terms(Objective(LINEAR, "epsilon", "simple", weighting=weighting), transformer, exact)
+    assert torch.equal(unset["loss"], found["epsilon"]["loss"])  # by default it is the space of the prediction
+
+
+def test_fractional_timesteps_reach_the_network_in_float32(transformer, given) -> None:
+    with pytest.warns(UserWarning, match="lie above"):
+        matched = COSINE.matched_to(LINEAR)
+    seen: list[Tensor] = []
+    hook = transformer.register_forward_pre_hook(lambda _, a, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True)
+    found = terms(Objective(matched, "epsilon", "hybrid"), transformer, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        terms(Objective(matched, "epsilon", "hybrid"), transformer, given)
+        terms(Objective(COSINE, "epsilon", "hybrid"), transformer, given)
+    hook.remove()
+    # the base's timestep of the cosine schedule's noise, by bisection of the base's table
+    log_snr, levels = (LINEAR.snr.log().neg(), COSINE.snr.log().neg()[T])
+    right = torch.searchsorted(log_snr, levels).clamp(1, 999)
+    share = (levels - log_snr[right - 1]) / (log_snr[right] - log_snr[right - 1])
+    expected = (right - 1 + share).clamp(0, 999).float()
+    assert expected[1] % 1 > 0.01 and expected[-1] == 999
+    for timesteps in seen[:2]:
+        assert timesteps.dtype == torch.float32
+        torch.testing.assert_close(timesteps, expected, rtol=1e-6, atol=1e-6)
+    assert seen[2].dtype == torch.int64 and torch.equal(seen[2], T)
+    common = by_hand(COSINE, expected, transformer, given)
+    torch.testing.assert_close(found["loss"], hybrid_loss(*common, T, "epsilon")["loss"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "vlb", "simple", "su_raw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_network_alone_is_in_half_precision(tiny: Path, given, kind, dtype) -> None:
+    """On a float32 and on a bfloat16 base the terms are float32, those of the network's output made float32."""
+    transformer = models.load_transformer(str(tiny), dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = terms(Objective(LINEAR, "epsilon", kind), transformer, given)
+        schedule, output, *rest = by_hand(LINEAR, T, transformer, given)
+    assert output.dtype == torch.bfloat16
+    common = (schedule, output.float(), *rest)
+    expected = {
+        "hybrid": lambda: hybrid_loss(*common, T, "epsilon"),
+        "vlb": lambda: vlb_loss(*common, T, "epsilon"),
+        "simple": lambda: simple_loss(*common, T, "epsilon"),
+        "su_raw": lambda: su_loss(*common, given["rest"], T, "epsilon", "su_raw"),
+    }[kind]()
+    assert all(values.dtype == torch.float32 for values in found.values())
+    assert_same(found, expected)
