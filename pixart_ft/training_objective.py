@@ -25,7 +25,10 @@ def build_objective(config: TrainConfig, base: str) -> tuple[Objective, dict[str
     choice, revision = config.diffusion, config.model.revision
     native, native_prediction = models.load_schedule(base, revision=revision)
     described = _described(choice, models.schedule_config(base, revision=revision), native.num_steps)
-    schedule = conditioned(NoiseSchedule.from_diffusers_config(described), native, choice.time_conditioning)
+    try:
+        schedule = conditioned(NoiseSchedule.from_diffusers_config(described), native, choice.time_conditioning)
+    except ValueError as error:
+        raise UserError(f"diffusion.schedule {choice.schedule} with zero_snr {choice.zero_snr}: {error}") from error
     prediction_type: PredictionType = native_prediction if choice.prediction_type == "base" else choice.prediction_type
     objective = Objective(
         schedule=schedule,
@@ -96,7 +99,7 @@ def _faults(objective: Objective, *, learned_variance: bool) -> list[str]:
     if objective.schedule.has_zero_snr and objective.prediction_type == "epsilon":
         faults.append(
             "the schedule leaves no signal at its last step (zero SNR), where the noise says nothing of the picture; "
-            "set diffusion.prediction_type v_prediction or sample, or diffusion.zero_snr false"
+            "set diffusion.prediction_type v_prediction or sample, or train on a schedule without it"
         )
     try:
         assert len(objective.weights) == objective.schedule.num_steps

@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("pixart_ft/demo"), help="where the demo goes")
     parser.add_argument("--sheet", type=Path, default=Path("docs/pictures/demo.png"), help="the picture of it all")
     parser.add_argument("--vae-steps", type=int, default=3250)
-    parser.add_argument("--base-steps", type=int, default=10000)
+    parser.add_argument("--base-steps", type=int, default=6000)
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile (no C compiler)")
     args = parser.parse_args()
 

@@ -84,7 +84,7 @@ def at_common_levels(schedule: NoiseSchedule) -> NoiseSchedule:
     return schedule.respaced(sorted({int(i) for i in sigma_to_index(schedule, common, "nearest_log")}))
 
 
-def measure(objective: Objective, held_out: HeldOutSet, adapter: Path | None) -> dict[str, Bound]:
+def measured(objective: Objective, held_out: HeldOutSet, adapter: Path | None) -> dict[str, Bound]:
     """The bound with the learned and with the fixed variance, of the base or of an adapter on it."""
     transformer = models.load_transformer(models.resolve_base("demo"), dtype=torch.float32)
     if adapter is not None:
@@ -112,7 +112,7 @@ def result(row: Row, number: int, work: Path, steps: int) -> dict[str, object]:
         run_training(config, resume="auto" if config.run.folder.is_dir() else None)
         encoded = encode_once(config, base, *read_rows(config), 256, accelerator_for(config))
     assert encoded.held_out is not None
-    before, after = (measure(objective, encoded.held_out, a) for a in (None, config.run.folder))
+    before, after = (measured(objective, encoded.held_out, a) for a in (None, config.run.folder))
     fixed_before, fixed_after = before["beta_tilde"], after["beta_tilde"]
     learned = after["learned"]
     found = {
@@ -160,13 +160,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for runs and finished rows")
     parser.add_argument("--out", type=Path, default=Path("docs/objectives_table.md"), help="the table")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--rows", type=int, nargs="*", default=range(len(ROWS)), help="only these (several at once)")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number, row in enumerate(ROWS):
-        rows.append(result(row, number, args.work, args.steps))
-        args.out.write_text(table(rows, args.steps))
-        print(table(rows, args.steps).splitlines()[-1], flush=True)
+    for number in args.rows:
+        result(ROWS[number], number, args.work, args.steps)
+        finished = [json.loads(file.read_text()) for file in sorted(args.work.glob("row-*.json"))]
+        args.out.write_text(table(finished, args.steps))
+        print(f"{len(finished)} of {len(ROWS)} rows are in {args.out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ VLB = (
 )
 ZERO_SNR = (
     "the schedule leaves no signal at its last step (zero SNR), where the noise says nothing of the picture; "
-    "set diffusion.prediction_type v_prediction or sample, or diffusion.zero_snr false"
+    "set diffusion.prediction_type v_prediction or sample, or train on a schedule without it"
 )
 INFINITE = (
     "diffusion.weighting: weighting elbo is infinite on the epsilon error where this schedule leaves no signal; "

@@ -67,8 +67,9 @@ def variational_bound(
 ) -> Bound:
     """-log2 p(x0) / d is at most `total` (Ho et al. 2020, eq. 5), one draw of x_t for each t; T network calls.
 
-    noise(t) is eps (N, C, H, W) for index t. With a respaced schedule it is the bound of that shorter process. Raises
-    ValueError when `variance` is learned and the network has no variance channels.
+    noise(t) is eps (N, C, H, W) for index t. With a respaced schedule it is the bound of that shorter process (not for
+    posterior_mean prediction: that is the mean of the step the network was trained on). Raises ValueError when
+    `variance` is learned and the network has no variance channels.
     """
     columns: list[tuple[Tensor, ...]] = []
     for index in range(schedule.num_steps):
