@@ -133,8 +133,10 @@ def main() -> None:
 
     captions = [emoji.caption for emoji in noto]
     latents = encode_pictures(vae, pictures, args.work / f"latents-{args.vae_steps}.pt")
+    if not (args.work / "tokenizer").is_dir():  # made once: learnt again it numbers a few pieces otherwise
+        build_tokenizer(captions + [emoji.caption for emoji in fluent]).save_pretrained(str(args.work / "tokenizer"))
+    tokenizer = T5Tokenizer.from_pretrained(str(args.work / "tokenizer"))
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(captions + [emoji.caption for emoji in fluent])
     text_encoder = build_text_encoder(len(tokenizer))
     frequencies = [RELATIVES_FREQUENCY if RELATIVES.match(caption) else 1.0 for caption in captions]
     training = BaseTraining(
