@@ -65,10 +65,8 @@ class ShortSequenceAttention:
         `attention_mask` is the additive bias (N,1,L) the transformer makes of a 2-D mask. Returns (N,Q,D).
         """
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projected in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
-        )
+        query = _heads(attn, attn.to_q(hidden_states))
+        key, value = self.keys_and_values(attn, context)
         bias = None if attention_mask is None else attention_mask[:, None].to(dtype=query.dtype)
         if plain_is_faster(query, key):
             attended = plain_attention(query, key, value, bias)
@@ -76,6 +74,15 @@ class ShortSequenceAttention:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
         project, dropout = attn.to_out
         return dropout(project(attended.transpose(1, 2).flatten(2)))
+
+    def keys_and_values(self, attn: Attention, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Both (N,H,L,E) of what is attended to, (N,L,D)."""
+        return _heads(attn, attn.to_k(context)), _heads(attn, attn.to_v(context))
+
+
+def _heads(attn: Attention, projected: Tensor) -> Tensor:
+    """(N,L,D) -> (N,H,L,E)."""
+    return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
 
 def use_plain_attention(transformer: PixArtTransformer2DModel) -> None:

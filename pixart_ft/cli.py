@@ -1,7 +1,8 @@
 """The command line: `pixart-ft train` and `pixart-ft generate`. Parse, build, call.
 
 Every key of a configuration is an option, `--optim.learning_rate 2e-4` or `--optim.learning_rate=2e-4`;
-dashes and underscores are the same. Torch is imported only by a command that runs, so help is instant.
+dashes and underscores are the same, and a key that is true or false needs no value to be true. Torch is imported only
+by a command that runs, so help is instant.
 """
 
 import json
@@ -12,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pixart_ft.config import GenerateConfig, TrainConfig
+from pixart_ft.config import TrainConfig
 from pixart_ft.errors import UserError
+from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.settings import Config, default, expected, keys, load, shipped_configs, to_yaml, unknown_key
 
 WIDTH = 110
@@ -95,7 +97,8 @@ def _run(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}; choose from {', '.join(COMMANDS)}")
     command = COMMANDS[name]
-    given, problems = split_options(rest, [*keys(command.config), *command.options, *SWITCHES])
+    flags = [name for name, field in keys(command.config).items() if field.annotation in (bool, bool | None)]
+    given, problems = split_options(rest, [*keys(command.config), *command.options, *SWITCHES], flags)
     if "help" in given:
         print(help_text(command))
         return
@@ -106,8 +109,14 @@ def _run(arguments: list[str]) -> None:
         command.run(config, {option: given[option][-1] for option in command.options if option in given})
 
 
-def split_options(arguments: Iterable[str], known: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The values given to each known option, in order, and what could not be understood. Dashes become _."""
+def split_options(
+    arguments: Iterable[str], known: Iterable[str], flags: Iterable[str] = ()
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The values given to each known option, in order, and what could not be understood. Dashes become _.
+
+    flags: options that mean true where no value follows.
+    """
+    flags = set(flags)
     known = list(known)
     given: dict[str, list[str]] = {}
     problems = []
@@ -126,6 +135,8 @@ def split_options(arguments: Iterable[str], known: Iterable[str]) -> tuple[dict[
             problems.append(unknown_key(name, known))
         elif is_switch and equals:
             problems.append(f"{word}: takes no value")
+        elif name in flags and not (equals or has_value):
+            given.setdefault(name, []).append("true")
         elif not (is_switch or equals or has_value):
             problems.append(f"{word}: needs a value")
         else:

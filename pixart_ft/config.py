@@ -1,4 +1,4 @@
-"""The two configurations: every key, its type, default, meaning, and the rules between keys.
+"""The training configuration: every key, its type, default, meaning, and the rules between keys.
 
 The command line, the YAML files and the help all read the fields below, so a key is described once.
 `settings.py` reads a configuration and reports every mistake in it. No torch here: help is instant.
@@ -11,14 +11,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from pixart_ft.samplers import SAMPLERS
 from pixart_ft.settings import Config, Section, load
 
 HUB_BASE = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Sampler = Literal["ddim", "ddpm"]
-_SAMPLERS = "; ".join(f"{facts.name}: {facts.summary}" for facts in SAMPLERS.values())
+Sampler = Literal[
+    "ddpm",
+    "ddpm_greedy",
+    "iddpm",
+    "ddim",
+    "euler",
+    "euler_ancestral",
+    "edm",
+    "score_sde",
+    "annealed_langevin",
+    "pf_ode",
+]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 Source = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a name such as "demo" or a Hub id
 
@@ -216,52 +225,3 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     overrides: dotted key -> text, as {"train.steps": "60"}. Raises UserError with all mistakes together.
     """
     return load(TrainConfig, source, overrides)
-
-
-class GenerateConfig(Config):
-    """Everything a generation is told."""
-
-    model: Source | None = Field(
-        None,
-        min_length=1,
-        description=f'"demo", a diffusers folder, or a Hub id; null = what the adapter was trained on, else {HUB_BASE}',
-    )
-    revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
-    lora: Folder | None = Field(None, description="adapter folder or run folder; null = the base alone")
-    lora_scale: float = Field(1.0, description="strength of the adapter; 1 = as trained")
-    weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights of the run")
-    prompts: tuple[str, ...] = Field((), description="what to draw")
-    prompts_file: Folder | None = Field(None, description="text file with one prompt a line")
-    negative_prompt: str = Field("", description="what to steer away from")
-    sampler: Sampler = Field("ddim", description=_SAMPLERS)
-    steps: int = Field(30, ge=1, le=1000, description="sampler steps")
-    guidance: float = Field(4.5, ge=1, description="classifier-free guidance scale; 1 = off")
-    eta: float = Field(0.0, ge=0, le=1, description="noise DDIM adds back; 0 = deterministic")
-    spacing: Literal["iddpm", "trailing", "leading"] = Field("iddpm", description="timesteps visited")
-    variance: Literal["auto", "beta_tilde", "beta", "learned"] = Field(
-        "auto", description="step variance of DDPM; auto = learned where it is trained, else beta_tilde"
-    )
-    seed: int = Field(0, ge=0, description="seed of the first picture of each prompt; the next has seed + 1")
-    images_per_prompt: int = Field(1, ge=1, description="pictures per prompt")
-    width: int | None = Field(None, ge=16, multiple_of=16, description="pixels; null = the model's own")
-    height: int | None = Field(None, ge=16, multiple_of=16, description="pixels; null = the model's own")
-    batch_size: int = Field(4, ge=1, description="pictures drawn at once; does not change them")
-    dtype: Precision = Field("auto", description="weights; auto = bfloat16 on a GPU, float32 on a CPU")
-    device: str = Field("auto", min_length=1, description="cpu, cuda, cuda:1, mps; auto = the best there is")
-    out: Folder = Field(Path("pictures"), description="folder for the pictures and their grid")
-
-    unused = (
-        ("revision", "model", lambda model: model != "demo"),
-        ("lora_scale", "lora", lambda lora: lora is not None),
-        ("weights", "lora", lambda lora: lora is not None),
-        ("negative_prompt", "guidance", lambda guidance: guidance > 1),
-        ("eta", "sampler", lambda sampler: sampler == "ddim"),
-        ("variance", "sampler", lambda sampler: sampler == "ddpm"),
-    )
-    rules = (
-        (
-            ("prompts", "prompts_file"),
-            lambda prompts, file: not prompts and file is None,
-            'nothing to draw: give --prompt "..." (as often as you like) or --prompts-file FILE',
-        ),
-    )

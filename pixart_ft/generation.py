@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -11,11 +10,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixart_ft.adapters import find_adapter, read_metadata
-from pixart_ft.config import HUB_BASE, GenerateConfig
+from pixart_ft.comparison import run_comparison, settled_cells
+from pixart_ft.config import HUB_BASE
+from pixart_ft.drawing import Abilities, Settings, settled, size_of
 from pixart_ft.errors import UserError
+from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.pictures import grid, read_recipe, save_png
-from pixart_ft.samplers import SAMPLERS
-from pixart_ft.text_to_image import Settings, TextToImage
+from pixart_ft.text_to_image import TextToImage, read_abilities
 
 GRID_PIXELS = 8192  # longest side of grid.png, labels not counted
 
@@ -24,11 +25,43 @@ def run_generation(config: GenerateConfig) -> list[Path]:
     """Draw every prompt of `config` with every seed into its folder, and a grid; returns the pictures' paths.
 
     A picture that is there with the same recipe is kept. Raises UserError, before drawing, when a file that
-    would be written is there with another recipe, or none.
+    would be written is there with another recipe, or none. With `compare`, see `comparison.run_comparison`.
     """
     started = time.perf_counter()
     prompts = _prompts(config)
+    abilities = read_abilities(_base(config), lora=config.lora, weights=config.weights, revision=_revision(config))
+    adapter = None if config.lora is None else str(config.lora)
+    settings = settled(_settings(config, abilities), abilities, adapter)
+    cells = settled_cells(config, settings, abilities, adapter) if config.compare else {}
+    model = load_model(config, prompts)
+    if config.compare:
+        return run_comparison(config, model, prompts, cells)
     seeds = range(config.seed, config.seed + config.images_per_prompt)
+    jobs = {
+        config.out / _file_name(number, prompt, seed): (prompt, seed)
+        for number, prompt in enumerate(prompts)
+        for seed in seeds
+    }
+    recipes = {path: model.recipe(prompt, seed, settings) for path, (prompt, seed) in jobs.items()}
+    todo = _missing(recipes)
+    calls = model.calls(settings)
+    total = None if calls is None else len(todo) * calls
+    with tqdm(total=total, desc="generating", unit=" calls", dynamic_ncols=True) as bar:
+        drawn = model.draw([jobs[path] for path in todo], settings, batch_size=config.batch_size, progress=bar.update)
+        for path, picture in zip(todo, drawn, strict=True):
+            save_png(picture, path, recipes[path])
+        made = bar.n
+    sheet = _save_grid(config.out, list(jobs), prompts, seeds, max(settings.width or 0, settings.height or 0))
+    print(
+        f"pictures drawn: {len(todo)} in {time.perf_counter() - started:.1f} s; there already: {len(jobs) - len(todo)}"
+    )
+    print(_cost(settings, calls, made / len(todo) if todo else None))
+    print(f"pictures: {config.out}\nall of them on one sheet: {sheet}")
+    return list(jobs)
+
+
+def load_model(config: GenerateConfig, prompts: Sequence[str]) -> TextToImage:
+    """The base and adapter that a configuration asks for, all texts encoded and the text encoder freed."""
     device = _device(config.device)
     model = TextToImage.load(
         _base(config),
@@ -38,28 +71,45 @@ def run_generation(config: GenerateConfig) -> list[Path]:
         revision=_revision(config),
         dtype=_dtype(config.dtype, device),
         device=device,
+        prompts=[*prompts, config.negative_prompt],
     )
-    keys = [field.name for field in fields(Settings)]
-    settings = model.settled(Settings(**{key: getattr(config, key) for key in keys}))
-    jobs = {
-        config.out / _file_name(number, prompt, seed): (prompt, seed)
-        for number, prompt in enumerate(prompts)
-        for seed in seeds
-    }
-    recipes = {path: model.recipe(prompt, seed, settings) for path, (prompt, seed) in jobs.items()}
-    todo = _missing(recipes)
-    with tqdm(total=len(todo) * settings.steps, desc="generating", unit=" steps", dynamic_ncols=True) as bar:
-        drawn = model.draw([jobs[path] for path in todo], settings, batch_size=config.batch_size, progress=bar.update)
-        for path, picture in zip(todo, drawn, strict=True):
-            save_png(picture, path, recipes[path])
-    sheet = _save_grid(config.out, list(jobs), prompts, seeds, max(settings.width or 0, settings.height or 0))
-    calls = settings.steps * SAMPLERS[settings.sampler].calls_per_step
+    if config.tiling:
+        model.vae.enable_tiling()
+    return model
+
+
+def _settings(config: GenerateConfig, abilities: Abilities) -> Settings:
+    """How to sample, in the terms of the model."""
+    width, height = config.width, config.height
+    if config.aspect_ratio is not None:
+        width, height = size_of(config.aspect_ratio, abilities)
+    if config.image is not None and not config.image.is_file():
+        raise UserError(f"image: there is no file {config.image}")
+    interval = config.guidance_interval
+    return Settings(
+        sampler=config.sampler,
+        steps=config.steps,
+        guidance=config.guidance,
+        guidance_interval=None if interval is None else (interval[0], interval[1]),
+        negative_prompt=config.negative_prompt,
+        options=config.sampler_options(),
+        schedule=config.schedule,
+        time_conditioning=config.time_conditioning,
+        image=config.image,
+        strength=config.strength,
+        inversion=config.inversion,
+        width=width,
+        height=height,
+    )
+
+
+def _cost(settings: Settings, calls: int | None, on_average: float | None) -> str:
+    """What a picture takes."""
     both = "" if settings.guidance == 1 else ", with and without the prompt"
-    took = time.perf_counter() - started
-    print(f"pictures drawn: {len(todo)} in {took:.1f} s; there already: {len(jobs) - len(todo)}")
-    print(f"each batch: {settings.steps} {settings.sampler} steps, {calls} network calls{both}")
-    print(f"pictures: {config.out}\nall of them on one sheet: {sheet}")
-    return list(jobs)
+    if calls is None:
+        spent = "" if on_average is None else f", about {on_average:.0f} network calls{both}"
+        return f"each picture: {settings.sampler} to tolerance {settings.options['tolerance']}{spent}"
+    return f"each batch: {settings.steps} {settings.sampler} steps, {calls} network calls{both}"
 
 
 def _base(config: GenerateConfig) -> str:

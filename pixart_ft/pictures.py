@@ -21,9 +21,10 @@ def grid(
     *,
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
     cell: int | None = None,
 ) -> Image.Image:
-    """One white sheet with the pictures of `rows` in line, labels to the left and on top.
+    """One white sheet with the pictures of `rows` in line, labels to the left and on top, captions of a line below.
 
     rows: may be of different lengths; None leaves a cell white.
     cell: side in pixels of the square each picture is fitted into, proportions kept; None takes the longest
@@ -49,8 +50,8 @@ def grid(
     above = [_wrap(text, font, side, 3) for text in column_labels or ()]
     left = gap + (max((math.ceil(font.getlength(t)) for lines in beside for t in lines), default=-gap) + gap)
     top = gap + (max((len(lines) for lines in above), default=0) * line + gap if above else 0)
-    pitch = side + gap
-    sheet = Image.new("RGB", (left + columns * pitch, top + len(rows) * pitch), "white")
+    pitch, down = side + gap, side + gap + (line if captions else 0)
+    sheet = Image.new("RGB", (left + columns * pitch, top + len(rows) * down), "white")
     draw = ImageDraw.Draw(sheet)
     for column, lines in enumerate(above):
         for i, text in enumerate(lines):
@@ -58,12 +59,17 @@ def grid(
             draw.text((middle, top - gap - (len(lines) - i) * line), text, font=font, fill="black", anchor="ma")
     for row, lines in enumerate(beside):
         for i, text in enumerate(lines):
-            middle = top + row * pitch + side / 2
+            middle = top + row * down + side / 2
             draw.text((gap, middle + (i - len(lines) / 2) * line), text, font=font, fill="black")
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             if image is not None:
-                _paste(sheet, image, left + column * pitch, top + row * pitch, side)
+                _paste(sheet, image, left + column * pitch, top + row * down, side)
+    for row, texts in enumerate(captions or ()):
+        for column, text in enumerate(texts):
+            (shown,) = _wrap(text, font, side, 1) or [""]
+            below = left + column * pitch + side / 2, top + row * down + side
+            draw.text(below, shown, font=font, fill="black", anchor="ma")
     return sheet
 
 

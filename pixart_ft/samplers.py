@@ -1,10 +1,13 @@
-"""Facts about each sampler, as data: help, documentation and tests all read them here.
+"""Facts about each sampler, as data: configuration, schedulers, help, documentation and tests all read them here.
 
 No torch: asking for help must be instant. The formulas are in `diffusion/solvers.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+Space = Literal["index", "sigma", "sde"]
 
 
 @dataclass(frozen=True)
@@ -13,36 +16,168 @@ class SamplerFacts:
 
     name: str  # the word of `--sampler`
     title: str
-    order: int  # the error of a run of N steps falls like N**-order
-    calls_per_step: int  # network calls one step takes, guidance's second branch not counted
-    stochastic: bool  # whether the steps draw noise with the default settings
-    uses_learned_variance: bool  # whether it can use the network's variance half
-    space: Literal["index", "sigma"]  # steps on the indices of the schedule, or on noise-to-signal ratios
+    source: str
+    order: int | None  # the error of a run of N steps falls like N**-order; None: it converges in distribution only
+    calls_per_step: int  # network calls a step takes with the default settings, guidance's second branch not counted
+    stochastic: bool  # whether its steps draw noise with the default settings
+    needs_variance: bool  # whether it steps by the network's own variance
+    space: Space  # indices of the schedule; noise-to-signal ratios; the reverse SDE on a subset of the indices
+    settings: tuple[str, ...]  # the settings that it uses beside sampler, steps and guidance
     summary: str
 
+    @property
+    def spacings(self) -> tuple[str, ...]:
+        """How its steps may be spaced, the default first."""
+        if self.space == "sigma":
+            return ("karras", "exponential", "linspace", "trailing")
+        return ("iddpm", "trailing", "leading")
+
+
+_SIGMAS = ("spacing", "rho", "sigma_min", "sigma_max")
+_CHURN = ("s_churn", "s_min", "s_max", "s_noise")
 
 SAMPLERS: dict[str, SamplerFacts] = {
     facts.name: facts
     for facts in (
         SamplerFacts(
+            name="ddpm",
+            title="DDPM",
+            source="Ho et al. 2020, Alg. 2",
+            order=None,
+            calls_per_step=1,
+            stochastic=True,
+            needs_variance=False,
+            space="index",
+            settings=("spacing", "variance"),
+            summary="ancestral, fixed variance; wants 100 steps or more",
+        ),
+        SamplerFacts(
+            name="ddpm_greedy",
+            title="DDPM, greedy",
+            source="Su, the mean alone",
+            order=None,
+            calls_per_step=1,
+            stochastic=False,
+            needs_variance=False,
+            space="index",
+            settings=("spacing",),
+            summary="DDPM without its noise; smooth, washed out: for study",
+        ),
+        SamplerFacts(
+            name="iddpm",
+            title="iDDPM",
+            source="Nichol & Dhariwal 2021, secs. 3.1 and 4",
+            order=None,
+            calls_per_step=1,
+            stochastic=True,
+            needs_variance=True,
+            space="index",
+            settings=("spacing", "variance"),
+            summary="ancestral, with the variance that the network learned; good from 50 steps",
+        ),
+        SamplerFacts(
             name="ddim",
             title="DDIM",
+            source="Song et al. 2021a, eq. 12",
             order=1,
             calls_per_step=1,
             stochastic=False,
-            uses_learned_variance=False,
+            needs_variance=False,
             space="index",
+            settings=("spacing", "eta"),
             summary="deterministic at eta 0, good from 20 to 50 steps; at eta 1 it is DDPM with beta_tilde",
         ),
         SamplerFacts(
-            name="ddpm",
-            title="DDPM / iDDPM",
+            name="euler",
+            title="Euler",
+            source="Karras et al. 2022, Alg. 1 without its second order",
             order=1,
             calls_per_step=1,
+            stochastic=False,
+            needs_variance=False,
+            space="sigma",
+            settings=(*_SIGMAS, *_CHURN),
+            summary="DDIM on a grid of noise levels of your choice",
+        ),
+        SamplerFacts(
+            name="euler_ancestral",
+            title="Euler ancestral",
+            source="Song et al. 2021a, eq. 12, in sigma",
+            order=None,
+            calls_per_step=1,
             stochastic=True,
-            uses_learned_variance=True,
-            space="index",
-            summary="ancestral, with the learned variance where it is trained; wants 50 steps or more",
+            needs_variance=False,
+            space="sigma",
+            settings=(*_SIGMAS, "eta"),
+            summary="Euler that goes too far down and adds noise back, eta 1 by default",
+        ),
+        SamplerFacts(
+            name="edm",
+            title="EDM (Heun)",
+            source="Karras et al. 2022, Algs. 1 and 2",
+            order=2,
+            calls_per_step=2,
+            stochastic=False,
+            needs_variance=False,
+            space="sigma",
+            settings=(*_SIGMAS, *_CHURN),
+            summary="second order, deterministic, stochastic with s_churn; two calls a step, good from 12 steps",
+        ),
+        SamplerFacts(
+            name="score_sde",
+            title="Score SDE",
+            source="Song et al. 2021b, Alg. 1 and app. E to G",
+            order=None,
+            calls_per_step=2,
+            stochastic=True,
+            needs_variance=False,
+            space="sde",
+            settings=("spacing", "predictor", "corrector_steps", "corrector_snr", "corrector_first"),
+            summary="reverse SDE, predictor and Langevin corrector; wants 100 steps or more",
+        ),
+        SamplerFacts(
+            name="annealed_langevin",
+            title="Annealed Langevin",
+            source="Song & Ermon 2019, Alg. 1, with a last denoising step",
+            order=None,
+            calls_per_step=3,
+            stochastic=True,
+            needs_variance=False,
+            space="sigma",
+            settings=(*_SIGMAS, "langevin_steps", "langevin_step_size"),
+            summary="Langevin dynamics at each noise level in turn; wants 50 steps or more",
+        ),
+        SamplerFacts(
+            name="pf_ode",
+            title="Probability flow",
+            source="Song et al. 2021b, sec. 4.3",
+            order=1,
+            calls_per_step=1,
+            stochastic=False,
+            needs_variance=False,
+            space="sde",
+            settings=("spacing", "tolerance"),
+            summary="the deterministic ODE of score_sde, in even steps or, with a tolerance, adaptive ones",
         ),
     )
 }
+
+OPTIONS = tuple(dict.fromkeys(option for facts in SAMPLERS.values() for option in facts.settings))
+
+# (option, other, used): the option acts only where `used(value of other)` is true, None being the sampler's default.
+CONDITIONS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("rho", "spacing", lambda spacing: spacing in (None, "karras")),
+    ("sigma_min", "spacing", lambda spacing: spacing in (None, "karras", "exponential")),
+    ("sigma_max", "spacing", lambda spacing: spacing in (None, "karras", "exponential")),
+    ("s_min", "s_churn", bool),
+    ("s_max", "s_churn", bool),
+    ("s_noise", "s_churn", bool),
+    ("corrector_snr", "corrector_steps", lambda steps: steps != 0),
+    ("corrector_first", "corrector_steps", lambda steps: steps != 0),
+    ("spacing", "tolerance", lambda tolerance: tolerance is None),
+)
+
+
+def users_of(setting: str) -> tuple[str, ...]:
+    """The samplers that use a setting."""
+    return tuple(facts.name for facts in SAMPLERS.values() if setting in facts.settings)

@@ -1,10 +1,15 @@
-"""From text embeddings to pictures: the sampling loop with classifier-free guidance, and the VAE's decoder.
+"""From text embeddings to pictures: the sampling loop with classifier-free guidance, and the VAE on both ends.
 
 Shapes: N pictures, C latent channels, H W latent height and width, L text tokens, D text width.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,84 +17,157 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from pixart_ft.data.cache import encode_pixels
 from pixart_ft.data.captions import pad_text
-from pixart_ft.denoiser import denoise
-from pixart_ft.diffusion.process import PredictionType, network_timesteps, predict, to_x0
-from pixart_ft.diffusion.respacing import Spacing, spaced_indices
-from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.diffusion.solvers import Variance, ddim_step, ddpm_step
 from pixart_ft.errors import UserError
-from pixart_ft.samplers import SAMPLERS
+from pixart_ft.prepared import Network, prepared
+from pixart_ft.schedulers import ProbabilityFlowScheduler, RespacedDDIMScheduler
+
+# (number of calls made, samples so far) -> samples to go on with, or None for the same; an adaptive solver works on one
+# picture at a time and takes no other
+OnCall = Callable[[int, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: the mean half becomes u + scale (c - u) on all channels (Ho & Salimans 2022).
+
+    The variance half is the conditional branch's. At scale 1, and where the timestep lies outside `interval` (both
+    ends included), the unconditional branch is not run (Kynkaanniemi et al. 2024 guide in the middle only).
+    """
+
+    scale: float = 4.5
+    interval: tuple[float, float] | None = None
+
+    def applies(self, timestep: float) -> bool:
+        """Whether a call at this timestep is guided."""
+        return self.scale != 1 and (self.interval is None or self.interval[0] <= timestep <= self.interval[1])
 
 
 @torch.no_grad()
 def sample_latents(
     transformer: nn.Module,
-    schedule: NoiseSchedule,
-    prediction_type: PredictionType,
+    scheduler: Any,
     embeds: Tensor,
     mask: Tensor,
-    null: Tensor,
+    null: Tensor | Sequence[Tensor],
     *,
-    sampler: str,
-    steps: int,
-    guidance: float,
+    guidance: Guidance,
     generators: Sequence[torch.Generator],
     shape: tuple[int, int, int],
-    eta: float = 0.0,
-    variance: Variance = "beta_tilde",
-    spacing: Spacing = "iddpm",
+    start: Tensor | None = None,
     autocast: torch.dtype | None = None,
-    progress: Callable[[], object] | None = None,
+    on_call: OnCall | None = None,
 ) -> Tensor:
     """Latents (N, *shape) float32, in the VAE's scale, of the captions `embeds` (N, L, D) with `mask` (N, L).
 
-    null: (L', D), what the unconditional branch sees: the null caption, or a negative prompt.
-    guidance: the mean half of the output is u + guidance (c - u) on all channels (Ho & Salimans 2022), the
-        variance half is the conditional branch's; at 1 the unconditional branch is not run.
+    scheduler: one of `pixart_ft.schedulers`, or of diffusers, after `set_timesteps`.
+    null: (L', D), or N of them, what the unconditional branch sees: the null caption, or negative prompts.
     generators: one CPU generator a picture, for its first noise and every later one.
-    eta (ddim) and variance (ddpm): as in `diffusion.solvers`.
+    start: the sample (N, *shape) to begin with, at the scheduler's begin index; None: noise, at the first call.
     autocast: half type to run the network in; the latents stay float32.
-    progress: called after every step.
 
-    Raises ValueError for a network in training mode, and for settings that schedule or solver refuse.
+    Raises ValueError for a network in training mode, and for settings that the scheduler refuses.
     """
     if any(module.training for module in transformer.modules()):
         raise ValueError("the network is in training mode: its dropout would alter the pictures; call .eval()")
     assert len(generators) == len(embeds)
-    device = embeds.device
-    kept = torch.tensor(spaced_indices(schedule.num_steps, steps, spacing), device=device)
-    process = schedule.respaced(kept.tolist())
-    guided = guidance != 1.0
-    if guided:
-        embeds, mask = _with_unconditional(embeds, mask, null)
-
-    def noise() -> Tensor:
-        rows = [torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]
-        return torch.stack(rows).to(device)
-
-    x = noise()
-    for index in reversed(range(steps)):
-        t = torch.full((len(x),), index, dtype=torch.int64, device=device)
-        timesteps = network_timesteps(process, t)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            if guided:
-                both = denoise(transformer, x.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds, mask)
-                output = _guide(both, shape[0], guidance)
-            else:
-                output = denoise(transformer, x, timesteps, embeds, mask)
-        prediction = predict(process, output, x, t, prediction_type)
-        if prediction_type == "posterior_mean":  # that of the step it was trained on, not of the longer one taken here
-            prediction = replace(prediction, x0=to_x0(schedule, output[:, : shape[0]], x, kept[t], prediction_type))
-        if sampler == "ddim":
-            x = ddim_step(process, prediction, x, t, eta=eta, noise=noise() if eta else None)
-        elif sampler == "ddpm":
-            x = ddpm_step(process, prediction, x, t, variance=variance, noise=noise())
-        else:
-            raise ValueError(f"unknown sampler {sampler!r}; choose from {', '.join(SAMPLERS)}")
-        if progress is not None:
-            progress()
+    device, channels = embeds.device, shape[0]
+    if start is None:
+        start = torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]).to(device)
+        start = start * scheduler.init_noise_sigma
+    branches = partial(denoiser, transformer, guidance=guidance, channels=channels, size=shape[1:], autocast=autocast)
+    if isinstance(scheduler, ProbabilityFlowScheduler) and scheduler.tolerance is not None:
+        return _solved(scheduler, branches, embeds, mask, null, start, on_call)
+    timesteps = scheduler.timesteps.cpu()
+    x, extra = start, _step_arguments(scheduler, list(generators))
+    with branches(embeds, mask, null) as network:
+        for made, timestep in enumerate(timesteps[first_call(scheduler) :], start=1):
+            output = network(scheduler.scale_model_input(x, timestep), timestep.expand(len(x)))
+            if not _takes_variance(scheduler):
+                output = output[:, :channels]
+            x = scheduler.step(output, timestep, x, return_dict=False, **extra)[0]
+            if on_call is not None:
+                changed = on_call(made, x)
+                x = x if changed is None else changed
     return x
+
+
+@torch.no_grad()
+def invert_latents(
+    transformer: nn.Module,
+    scheduler: RespacedDDIMScheduler,
+    x0: Tensor,
+    embeds: Tensor,
+    mask: Tensor,
+    *,
+    calls: int,
+    autocast: torch.dtype | None = None,
+    on_call: OnCall | None = None,
+) -> Tensor:
+    """The noise that DDIM (eta 0, unguided) turns into the latents x0, to first order: x at kept step `calls`.
+
+    x0 (N, C, H, W) is taken for the sample at the least noise (Song et al. 2021, sec. 4.3); the scheduler must have its
+    timesteps. Raises ValueError for a network in training mode.
+    """
+    if any(module.training for module in transformer.modules()):
+        raise ValueError("the network is in training mode: its dropout would alter the pictures; call .eval()")
+    x, rising = x0.float(), scheduler.timesteps.cpu().flip(0)
+    unguided, channels, size = Guidance(1.0), x0.shape[1], x0.shape[2:]
+    with denoiser(
+        transformer, embeds, mask, embeds[0], guidance=unguided, channels=channels, size=size, autocast=autocast
+    ) as network:
+        for index in range(calls):
+            output = network(x, rising[index].expand(len(x)))
+            x = scheduler.encode(output, index, x)
+            if on_call is not None:
+                on_call(index + 1, x)
+    return x
+
+
+@contextmanager
+def denoiser(
+    transformer: nn.Module,
+    embeds: Tensor,
+    mask: Tensor,
+    null: Tensor | Sequence[Tensor],
+    *,
+    guidance: Guidance,
+    channels: int,
+    size: Sequence[int],
+    autocast: torch.dtype | None,
+) -> Iterator[Network]:
+    """The guided network of these texts: (x_t (N, C, H, W), timesteps (N,) on any device) -> output (N, C or 2C, H, W).
+
+    Arguments as in `sample_latents`; both branches go through the network in one batch.
+    """
+    device = embeds.device
+    if guidance.scale != 1:
+        embeds, mask = _with_unconditional(embeds, mask, null)
+    with prepared(transformer, embeds, mask, (size[0], size[1])) as network:
+
+        def guided(x: Tensor, timesteps: Tensor) -> Tensor:
+            applies = guidance.applies(float(timesteps[0]))
+            timesteps = timesteps.to(device)
+            with nullcontext() if autocast is None else torch.autocast(device.type, dtype=autocast):
+                if not applies:
+                    return network(x, timesteps)
+                both = network(x.repeat(2, 1, 1, 1), timesteps.repeat(2))
+            return _guide(both, channels, guidance.scale)
+
+        yield guided
+
+
+def encode_picture(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """The latents (N, C, H, W) float32 in the VAE's scale, posterior means, of pixels (N, 3, 8H, 8W) in -1..1.
+
+    Raises UserError if they are not finite.
+    """
+    means = encode_pixels(vae, pixels)[:, 0]
+    if not means.isfinite().all():
+        raise UserError(f"the VAE gave NaN or infinity in {vae.dtype}; use dtype bfloat16 or float32")
+    latents: Tensor = (means - _shift(vae)) * vae.config.scaling_factor
+    return latents
 
 
 @torch.no_grad()
@@ -100,8 +178,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     """
     if not latents.isfinite().all():
         raise UserError("sampling gave NaN or infinity; try dtype float32, a lower guidance or lora_scale")
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    unscaled = latents.float() / vae.config.scaling_factor + shift
+    unscaled = latents.float() / vae.config.scaling_factor + _shift(vae)
     pictures = []
     for latent in unscaled.to(vae.device, vae.dtype):
         picture = vae.decode(latent[None], return_dict=False)[0][0].float()
@@ -112,10 +189,58 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     return pictures
 
 
-def _with_unconditional(embeds: Tensor, mask: Tensor, null: Tensor) -> tuple[Tensor, Tensor]:
-    """Text and mask of 2N rows: `null` (L', D) for each row, then the rows, all padded to one length."""
-    length = max(embeds.shape[1], len(null))
-    null_embeds, null_mask = pad_text([null.to(embeds)] * len(embeds), length)
+def _shift(vae: AutoencoderKL) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0
+
+
+def _solved(
+    scheduler: ProbabilityFlowScheduler,
+    branches: Callable[[Tensor, Tensor, Tensor | Sequence[Tensor]], AbstractContextManager[Network]],
+    embeds: Tensor,
+    mask: Tensor,
+    null: Tensor | Sequence[Tensor],
+    start: Tensor,
+    on_call: OnCall | None,
+) -> Tensor:
+    """Each picture of `start` by itself, since the steps follow from its error."""
+    found: list[Tensor] = []
+    for row in range(len(start)):
+        part = slice(row, row + 1)
+        with branches(embeds[part], mask[part], null if isinstance(null, Tensor) else null[part]) as network:
+            made = itertools.count(1)
+
+            def watched(x: Tensor, timesteps: Tensor, network: Network = network, made: Any = made) -> Tensor:
+                output = network(x, timesteps)
+                if on_call is not None:
+                    on_call(next(made), x)
+                return output
+
+            found.append(scheduler.solve(watched, start[part])[0])
+    return torch.cat(found)
+
+
+def first_call(scheduler: Any) -> int:
+    """The position in `timesteps` that sampling begins at; not all of diffusers' schedulers can begin late."""
+    return getattr(scheduler, "begin_index", None) or 0
+
+
+def _step_arguments(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
+    """What `step` takes beside the usual: some of diffusers' draw no noise and take no generator."""
+    takes = inspect.signature(scheduler.step).parameters
+    return {"generator": generators} if "generator" in takes else {}
+
+
+def _takes_variance(scheduler: Any) -> bool:
+    """Whether `step` wants the network's variance half: our schedulers, and diffusers' with a learned variance."""
+    learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
+    return bool(getattr(scheduler, "takes_variance", learned))
+
+
+def _with_unconditional(embeds: Tensor, mask: Tensor, null: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Text and mask of 2N rows: the unconditional ones, then the given, all padded to one length."""
+    rows = [null] * len(embeds) if isinstance(null, Tensor) else null
+    length = max(embeds.shape[1], *(len(row) for row in rows))
+    null_embeds, null_mask = pad_text([row.to(embeds) for row in rows], length)
     missing = length - embeds.shape[1]
     return (
         torch.cat([null_embeds, F.pad(embeds, (0, 0, 0, missing))]),

@@ -3,9 +3,8 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
@@ -16,32 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata, find_adapter, load_adapter
-from pixart_ft.data.captions import encode_captions, null_caption, pad_text
-from pixart_ft.diffusion.process import PredictionType
-from pixart_ft.diffusion.respacing import Spacing
+from pixart_ft.adapters import AdapterMetadata, find_adapter, load_adapter, read_metadata
+from pixart_ft.data.captions import encode_captions, pad_text, prepare_text
+from pixart_ft.data.datasets import load_picture
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
-from pixart_ft.diffusion.solvers import Variance
+from pixart_ft.drawing import Abilities, Settings, inversion_calls, recipe_of, scheduler_for, settled
 from pixart_ft.environment import versions
-from pixart_ft.errors import UserError
 from pixart_ft.models import VarianceState
-from pixart_ft.samplers import SAMPLERS
-from pixart_ft.sampling import decode_latents, sample_latents
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How pictures are sampled; together with the model, a prompt and a seed it fixes a picture."""
-
-    sampler: str = "ddim"
-    steps: int = 30
-    guidance: float = 4.5
-    negative_prompt: str = ""  # in place of the null caption, unless empty
-    eta: float = 0.0  # DDIM alone
-    spacing: Spacing = "iddpm"
-    variance: Variance | Literal["auto"] = "auto"  # DDPM alone; auto: learned if trained, else beta_tilde
-    width: int | None = None  # pixels; None: the size the model was trained at
-    height: int | None = None
+from pixart_ft.sampling import Guidance, decode_latents, encode_picture, invert_latents, sample_latents
+from pixart_ft.schedulers import RespacedDDIMScheduler
 
 
 @dataclass(frozen=True)
@@ -54,19 +36,83 @@ class Adapter:
     metadata: AdapterMetadata
 
 
+@dataclass
+class TextEncoder:
+    """Prompts to embeddings, each encoded once; the encoder itself can be freed when all are known.
+
+    known: prepared prompt -> (L, D); that of "" is the null caption, an adapter's own where there is one.
+    """
+
+    max_tokens: int
+    tokenizer: PreTrainedTokenizerBase
+    encoder: T5EncoderModel | None
+    known: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls, base: str, *, revision: str | None, dtype: torch.dtype, device: torch.device | str, max_tokens: int
+    ) -> Self:
+        """Of a resolved base."""
+        tokenizer, encoder = models.load_text_encoder(base, dtype=dtype, revision=revision)
+        return cls(max_tokens, tokenizer, encoder.to(device))
+
+    def of(self, prompt: str) -> Tensor:
+        """The embedding (L, D) of a prompt on the CPU. Raises ValueError for a new one after the encoder was freed."""
+        prepared = prepare_text(prompt)
+        if prepared not in self.known:
+            if self.encoder is None:
+                raise ValueError(f"the text encoder was freed before {prompt!r} was encoded; give load() all prompts")
+            (self.known[prepared],) = encode_captions(
+                self.encoder, self.tokenizer, [prompt], max_tokens=self.max_tokens
+            )
+        return self.known[prepared]
+
+    def encode_and_free(self, prompts: Sequence[str]) -> None:
+        """Encode these and the empty prompt, and drop the encoder."""
+        for prompt in ("", *prompts):
+            self.of(prompt)
+        self.encoder = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def read_abilities(
+    base: str | Path,
+    *,
+    lora: str | Path | None = None,
+    weights: Literal["ema", "raw"] = "ema",
+    revision: str | None = None,
+) -> Abilities:
+    """What a base, with an adapter, can draw; arguments as in `TextToImage.load`. Reads configurations, no weights.
+
+    Raises UserError for a base that is no PixArt-Sigma, and for an adapter that cannot be read.
+    """
+    place = models.resolve_base(str(base))
+    models.check_base(place, revision=revision)
+    schedule, prediction_type = models.load_schedule(place, revision=revision)
+    variance: VarianceState = "trained" if models.has_variance(place, revision=revision) else "none"
+    if lora is not None:
+        metadata = read_metadata(find_adapter(lora, weights=weights))
+        trained_on = NoiseSchedule.from_diffusers_config(metadata.schedule)
+        schedule = conditioned(trained_on, schedule, metadata.time_conditioning)
+        prediction_type, variance = metadata.prediction_type, metadata.variance
+    return Abilities(
+        schedule,
+        prediction_type,
+        variance,
+        size=models.native_size(place, revision=revision),
+        unit=models.size_unit(place, revision=revision),
+    )
+
+
 @dataclass(frozen=True)
 class TextToImage:
     """A PixArt-Sigma ready to draw: `TextToImage.load("demo", lora="runs/mine").generate("an apple")`."""
 
     transformer: PixArtTransformer2DModel
     vae: AutoencoderKL
-    tokenizer: PreTrainedTokenizerBase
-    text_encoder: T5EncoderModel
-    schedule: NoiseSchedule
-    prediction_type: PredictionType
-    variance_state: VarianceState
-    null_caption: Tensor  # (1, D)
-    max_tokens: int
+    text: TextEncoder
+    abilities: Abilities
     base: str
     revision: str | None
     fingerprint: str  # of the base's transformer
@@ -84,6 +130,7 @@ class TextToImage:
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        prompts: Sequence[str] | None = None,
     ) -> Self:
         """Load base and adapter.
 
@@ -91,38 +138,32 @@ class TextToImage:
         lora: an adapter folder or a run folder; lora_scale multiplies its effect, 1 as trained; weights
             chooses between the averaged and the last weights of a run.
         dtype: float32, bfloat16, or float16, under which the transformer's weights stay float32.
+        prompts: all that will be drawn, negative ones too: they are encoded first, and the text encoder, larger than
+            the transformer, is freed before that is loaded.
 
         Raises UserError when a part is missing, or the adapter is for another base or lacks a key.
         """
         place = models.resolve_base(str(base))
+        abilities = read_abilities(base, lora=lora, weights=weights, revision=revision)
+        folder = None if lora is None else find_adapter(lora, weights=weights)
+        metadata = None if folder is None else read_metadata(folder)
+        text = TextEncoder.load(
+            place, revision=revision, dtype=dtype, device=device, max_tokens=metadata.max_tokens if metadata else 300
+        )
+        if prompts is not None:
+            text.encode_and_free(prompts)
         held = torch.float32 if dtype == torch.float16 else dtype
         transformer = models.load_transformer(place, dtype=held, revision=revision)
-        schedule, prediction_type = models.load_schedule(place, revision=revision)
-        variance_state, max_tokens = models.variance_of(transformer), 300
-        tokenizer, text_encoder = models.load_text_encoder(place, dtype=dtype, revision=revision)
-        text_encoder.to(device)
         adapter = None
-        if lora is None:
-            null = null_caption(text_encoder, tokenizer)
-        else:
-            folder = find_adapter(lora, weights=weights)
-            metadata, null = load_adapter(transformer, folder, scale=lora_scale)
-            trained_on = NoiseSchedule.from_diffusers_config(metadata.schedule)
-            schedule = conditioned(trained_on, schedule, metadata.time_conditioning)
-            prediction_type, variance_state = metadata.prediction_type, metadata.variance
-            max_tokens = metadata.max_tokens
+        if folder is not None and metadata is not None:
+            _, text.known[""] = load_adapter(transformer, folder, scale=lora_scale)
             file = (folder / "adapter_model.safetensors").read_bytes()
             adapter = Adapter(str(lora), lora_scale, hashlib.sha256(file).hexdigest(), metadata)
         return cls(
             transformer=transformer.to(device),
-            vae=models.decoder_only(models.load_vae(place, dtype=dtype, revision=revision)).to(device),
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            schedule=schedule,
-            prediction_type=prediction_type,
-            variance_state=variance_state,
-            null_caption=null,
-            max_tokens=max_tokens,
+            vae=models.load_vae(place, dtype=dtype, revision=revision).to(device),
+            text=text,
+            abilities=abilities,
             base=str(base),
             revision=revision,
             fingerprint=models.fingerprint(transformer),
@@ -139,55 +180,33 @@ class TextToImage:
         guidance: float = 4.5,
         seeds: Sequence[int] = (0,),
         negative_prompt: str = "",
-        eta: float = 0.0,
-        spacing: Spacing = "iddpm",
-        variance: Variance | Literal["auto"] = "auto",
         width: int | None = None,
         height: int | None = None,
+        options: Mapping[str, object] | None = None,
+        settings: Settings | None = None,
         batch_size: int = 4,
     ) -> list[Image.Image]:
         """One picture for every prompt and seed: all seeds of the first prompt, then of the next.
 
-        Arguments as in `Settings`; batch_size pictures are drawn at once. Raises UserError as `settled` does.
+        options: the sampler's own settings, as {"eta": 0.5}; settings: everything as a `Settings`, in place of the
+        arguments before it; batch_size pictures are drawn at once. Raises UserError as `settled` does.
         """
-        settings = Settings(sampler, steps, guidance, negative_prompt, eta, spacing, variance, width, height)
+        if settings is None:
+            settings = Settings(
+                sampler=sampler,
+                steps=steps,
+                guidance=guidance,
+                negative_prompt=negative_prompt,
+                width=width,
+                height=height,
+                options=options or {},
+            )
         jobs = list(itertools.product([prompts] if isinstance(prompts, str) else prompts, seeds))
         return list(self.draw(jobs, self.settled(settings), batch_size=batch_size))
 
     def settled(self, settings: Settings) -> Settings:
-        """The settings with this model's own size and variance filled in.
-
-        Raises UserError with everything that is wrong: an unknown sampler, a setting that it does not use,
-        steps or a size that the model cannot give, a learned variance that is not there or was not trained.
-        """
-        faults = []
-        if settings.sampler not in SAMPLERS:
-            faults.append(f"sampler: unknown {settings.sampler!r}; choose from {', '.join(SAMPLERS)}")
-        if settings.eta != 0 and settings.sampler != "ddim":
-            faults.append(f"eta ({settings.eta:g}) is for DDIM, not for sampler {settings.sampler}; remove it")
-        if not 0 <= settings.eta <= 1:
-            faults.append(f"eta must lie between 0 and 1, got {settings.eta:g}")
-        if settings.variance != "auto" and settings.sampler != "ddpm":
-            faults.append(f"variance ({settings.variance}) is for DDPM, not for {settings.sampler}; remove it")
-        if not 1 <= settings.steps <= self.schedule.num_steps:
-            faults.append(f"steps must lie between 1 and {self.schedule.num_steps}, got {settings.steps}")
-        unit = self.transformer.config.patch_size * self._vae_factor
-        native = self.transformer.config.sample_size * self._vae_factor
-        width, height = settings.width or native, settings.height or native
-        for key, size in (("width", width), ("height", height)):
-            if size < unit or size % unit:
-                near = max(unit, round(size / unit) * unit)
-                faults.append(f"{key} ({size}) must be a multiple of {unit} (patch size times VAE factor); try {near}")
-        if settings.negative_prompt and settings.guidance == 1:
-            faults.append("negative_prompt is unused at guidance 1; raise guidance or remove it")
-        if settings.variance == "learned" and self.variance_state != "trained":
-            faults.append(_untrained_variance(self.variance_state, self.adapter))
-        if faults:
-            raise UserError("\n".join(faults))
-        variance = settings.variance
-        if settings.sampler == "ddpm" and variance == "auto":
-            variance = "learned" if self.variance_state == "trained" else "beta_tilde"
-        return replace(settings, variance=variance, width=width, height=height)
+        """The settings with this model's own size and the sampler's own options; see `drawing.settled`."""
+        return settled(settings, self.abilities, None if self.adapter is None else self.adapter.path)
 
     def draw(
         self,
@@ -200,39 +219,66 @@ class TextToImage:
         """The picture of each (prompt, seed) in turn, `batch_size` at once; `settings` must be `settled`.
 
         A seed means what it does in diffusers: torch.Generator("cpu").manual_seed(seed) draws the noise.
-        `progress` is called after each step with the number of pictures it moved on.
+        `progress` is called after each network call with the number of pictures it moved on.
         """
-        assert settings.width is not None and settings.height is not None
-        device = next(self.transformer.parameters()).device
-        unique = list(dict.fromkeys(prompt for prompt, _ in jobs))
-        texts = dict(zip(unique, self._encode(unique), strict=True))
-        null = self._encode([settings.negative_prompt])[0] if settings.negative_prompt else self.null_caption
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            embeds, mask = pad_text([texts[prompt] for prompt, _ in batch])
-            latents = sample_latents(
-                self.transformer,
-                self.schedule,
-                self.prediction_type,
-                embeds.to(device),
-                mask.to(device),
-                null.to(device),
-                sampler=settings.sampler,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                generators=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
-                shape=(
-                    self.transformer.config.in_channels,
-                    settings.height // self._vae_factor,
-                    settings.width // self._vae_factor,
-                ),
-                eta=settings.eta,
-                variance="beta_tilde" if settings.variance == "auto" else settings.variance,
-                spacing=settings.spacing,
-                autocast=None if self.dtype == torch.float32 else self.dtype,
-                progress=None if progress is None else partial(progress, len(batch)),
-            )
-            yield from decode_latents(self.vae, latents)
+            yield from decode_latents(self.vae, self.latents(batch, settings, progress=progress))
+
+    def latents(
+        self,
+        jobs: Sequence[tuple[str, int]],
+        settings: Settings,
+        *,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """The latents (N, C, H, W) float32 of (prompt, seed) pairs, all at once; arguments as in `draw`."""
+        assert settings.width is not None and settings.height is not None
+        device = next(self.transformer.parameters()).device
+        factor = models.vae_factor(self.vae)
+        shape = (self.transformer.config.in_channels, settings.height // factor, settings.width // factor)
+        embeds, mask = (x.to(device) for x in pad_text([self.text.of(prompt) for prompt, _ in jobs]))
+        generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
+        scheduler = scheduler_for(settings, self.abilities)
+        autocast = None if self.dtype == torch.float32 else self.dtype
+
+        def on_call(call: int, sample: Tensor) -> None:
+            if progress is not None:
+                progress(len(sample))
+
+        begin = None
+        if settings.image is not None:
+            x0 = encode_picture(self.vae, load_picture(settings.image, (settings.width, settings.height))[None])
+            x0 = x0.to(device).expand(len(jobs), *shape)
+            if settings.inversion:
+                assert isinstance(scheduler, RespacedDDIMScheduler)
+                calls = inversion_calls(settings)
+                begin = invert_latents(
+                    self.transformer, scheduler, x0, embeds, mask, calls=calls, autocast=autocast, on_call=on_call
+                )
+            else:
+                noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+                begin = scheduler.add_noise(x0, noise, scheduler.timesteps[[scheduler.begin_index]])
+        return sample_latents(
+            self.transformer,
+            scheduler,
+            embeds,
+            mask,
+            self.text.of(settings.negative_prompt).to(device),
+            guidance=Guidance(settings.guidance, settings.guidance_interval),
+            generators=generators,
+            shape=shape,
+            start=begin,
+            autocast=autocast,
+            on_call=on_call,
+        )
+
+    def calls(self, settings: Settings) -> int | None:
+        """The network calls that one picture takes, guidance's second branch not counted; None if it decides itself."""
+        scheduler = scheduler_for(settings, self.abilities)
+        if settings.options.get("tolerance") is not None:
+            return None
+        return len(scheduler.timesteps) - (scheduler.begin_index or 0) + inversion_calls(settings)
 
     def recipe(self, prompt: str, seed: int, settings: Settings) -> dict[str, object]:
         """All that a picture follows from, as plain JSON values."""
@@ -240,7 +286,7 @@ class TextToImage:
         values = {
             "prompt": prompt,
             "seed": seed,
-            **asdict(settings),
+            **recipe_of(settings),
             "model": self.base,
             "revision": self.revision,
             "fingerprint": self.fingerprint,
@@ -249,22 +295,7 @@ class TextToImage:
             "device": next(self.transformer.parameters()).device.type,
             "versions": versions(),
         }
+        if settings.image is not None:
+            values["image_sha256"] = hashlib.sha256(settings.image.read_bytes()).hexdigest()
         plain: dict[str, object] = json.loads(json.dumps(values))
         return plain
-
-    @property
-    def _vae_factor(self) -> int:
-        return models.vae_factor(self.vae)
-
-    def _encode(self, captions: Sequence[str]) -> list[Tensor]:
-        return encode_captions(self.text_encoder, self.tokenizer, captions, max_tokens=self.max_tokens)
-
-
-def _untrained_variance(state: VarianceState, adapter: Adapter | None) -> str:
-    if state == "none":
-        return "variance: learned needs variance channels, and this network has none; use beta_tilde or auto"
-    by = f"the adapter {adapter.path}" if adapter else "this model"
-    return (
-        f"variance: learned needs a trained variance, and {by} was trained by an objective that leaves it "
-        "stale; use beta_tilde or auto, or train with diffusion.objective hybrid"
-    )

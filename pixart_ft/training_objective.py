@@ -10,11 +10,12 @@ import torch
 
 from pixart_ft import models
 from pixart_ft.adapters import AdapterMetadata
-from pixart_ft.config import Diffusion, TrainConfig
+from pixart_ft.config import Diffusion, TrainConfig, Validation
 from pixart_ft.diffusion.process import PredictionType
-from pixart_ft.diffusion.schedules import NoiseSchedule, TimeConditioning, conditioned
+from pixart_ft.diffusion.schedules import NoiseSchedule, TimeConditioning, conditioned, named_config
 from pixart_ft.errors import UserError
 from pixart_ft.objective import Objective
+from pixart_ft.schedulers import build_scheduler
 
 
 def build_objective(config: TrainConfig, base: str) -> tuple[Objective, dict[str, object]]:
@@ -44,9 +45,8 @@ def build_objective(config: TrainConfig, base: str) -> tuple[Objective, dict[str
         variance=choice.variance,
     )
     faults = _faults(objective, learned_variance=models.has_variance(base, revision=revision))
-    steps = config.validation.steps
-    if config.validation.prompts and steps > schedule.num_steps:
-        faults.append(f"validation.steps {steps} is more than the {schedule.num_steps} steps of the process; lower it")
+    if config.validation.prompts:
+        faults += _sampling_faults(config.validation, objective)
     if faults:
         raise UserError("\n  - ".join([f"diffusion: these settings do not work with {config.model.base}:", *faults]))
     if prediction_type != native_prediction:
@@ -73,19 +73,22 @@ def warn_of_relearning(adapter: AdapterMetadata, objective: Objective, time_cond
 
 
 def _described(choice: Diffusion, base: Mapping[str, object], num_steps: int) -> dict[str, object]:
-    ends = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "su_linear": (0.02 / num_steps, 0.02)}
-    if choice.schedule == "base":
-        described = dict(base)
-    elif choice.schedule == "cosine":
-        described = {"num_train_timesteps": num_steps, "beta_schedule": "squaredcos_cap_v2"}
-    else:
-        start, end = ends[choice.schedule]
-        # Su's betas 0.02 t / T are a straight line too
-        name = "scaled_linear" if choice.schedule == "scaled_linear" else "linear"
-        described = {
-            "num_train_timesteps": num_steps, "beta_schedule": name, "beta_start": start, "beta_end": end
-        }  # fmt: skip
+    described = dict(base) if choice.schedule == "base" else named_config(choice.schedule, num_steps)
     return described | ({"rescale_betas_zero_snr": True} if choice.zero_snr else {})
+
+
+def _sampling_faults(choice: Validation, objective: Objective) -> list[str]:
+    """Why the sample grids cannot be drawn as asked."""
+    if choice.sampler == "iddpm" and not objective.trains_variance:
+        return [
+            f"validation.sampler iddpm steps by the learned variance, which diffusion.objective {objective.kind} "
+            "leaves stale; set validation.sampler ddpm or ddim, or diffusion.objective hybrid"
+        ]
+    try:
+        build_scheduler(choice.sampler, objective.schedule, objective.prediction_type).set_timesteps(choice.steps)
+    except ValueError as error:
+        return [f"validation.sampler {choice.sampler} with validation.steps {choice.steps}: {error}"]
+    return []
 
 
 def _faults(objective: Objective, *, learned_variance: bool) -> list[str]:

@@ -29,7 +29,8 @@ from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
 from pixart_ft.objective import Objective
 from pixart_ft.report import finish
-from pixart_ft.sampling import decode_latents, sample_latents
+from pixart_ft.sampling import Guidance, decode_latents, sample_latents
+from pixart_ft.schedulers import build_scheduler
 from pixart_ft.settings import flat, load, to_yaml
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once, read_rows
@@ -254,25 +255,22 @@ def _sampler(
     vae = models.decoder_only(models.load_vae(base, dtype=torch.float32, revision=config.model.revision)).to(device)
     side = resolution // models.vae_factor(vae)
     half = None if config.train.mixed_precision == "no" else compute_dtype(config)
-    learned = choice.sampler == "ddpm" and objective.trains_variance
+    scheduler = build_scheduler(choice.sampler, objective.schedule, objective.prediction_type)
 
     def draw() -> list[Image.Image]:
         pictures = []
         for text in encoded.prompts:
             embeds, mask = pad_text([text] * len(choice.seeds))
+            scheduler.set_timesteps(choice.steps)
             latents = sample_latents(
                 transformer,
-                objective.schedule,
-                objective.prediction_type,
+                scheduler,
                 embeds.to(device),
                 mask.to(device),
                 encoded.null_caption.to(device),
-                sampler=choice.sampler,
-                steps=choice.steps,
-                guidance=choice.guidance,
+                guidance=Guidance(choice.guidance),
                 generators=[torch.Generator("cpu").manual_seed(seed) for seed in choice.seeds],
                 shape=(vae.config.latent_channels, side, side),
-                variance="learned" if learned else "beta_tilde",
                 autocast=half,
             )
             pictures += decode_latents(vae, latents)

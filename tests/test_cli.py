@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pixart_ft import cli
-from pixart_ft.config import HUB_BASE, GenerateConfig, TrainConfig, load_config
+from pixart_ft.config import HUB_BASE, TrainConfig, load_config
 from pixart_ft.errors import UserError
+from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.settings import keys, load
 
 ROOT = Path(__file__).parents[1]
@@ -99,6 +100,31 @@ def test_prompts_may_be_given_one_by_one(tmp_path: Path, capsys: pytest.CaptureF
     config = load(GenerateConfig, resolved)
     assert config.prompts == ("a cat: on a mat", "no")
     assert (config.lora, config.lora_scale, config.seed) == (Path("run"), -0.5, 3)
+
+
+@pytest.mark.parametrize("flag", ["compare", "tiling", "inversion", "corrector_first"])
+@pytest.mark.parametrize("given", ["{}", "{} true", "{}=true", "{} --seed 3", "{}=false", "{} false"])
+def test_true_or_false_may_be_said_by_the_name_alone(
+    flag: str, given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs = {"inversion": ["--image", "a.png"], "corrector_first": ["--sampler", "score_sde"]}.get(flag, [])
+    arguments = given.format(f"--{flag.replace('_', '-')}").split()
+    assert cli.main(["generate", "--prompt", "a", *needs, *arguments, "--dry-run"]) == 0
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(capsys.readouterr().out)
+    config = load(GenerateConfig, resolved)
+    assert getattr(config, flag) is ("false" not in given)
+    assert config.seed == (3 if "seed" in given else 0)
+
+
+def test_a_name_alone_is_no_value_for_other_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert problems(capsys, "generate", "--prompt", "a", "--steps", "--seed") == [
+        "configuration: 2 problems",
+        "--steps: needs a value",
+        "--seed: needs a value",
+    ]
+    (one,) = problems(capsys, "generate", "--prompt", "a", "--tiling", "twice")
+    assert one == 'configuration: tiling is "twice"; expected true | false'
 
 
 def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(

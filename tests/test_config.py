@@ -7,10 +7,12 @@ from typing import Any, get_args
 import pytest
 from pydantic import ValidationError
 
-from pixart_ft.config import GenerateConfig, Sampler, TrainConfig, load_config
+from pixart_ft.config import Sampler, TrainConfig, load_config
 from pixart_ft.errors import UserError
-from pixart_ft.samplers import SAMPLERS
+from pixart_ft.generate_config import GenerateConfig
+from pixart_ft.samplers import OPTIONS, SAMPLERS, users_of
 from pixart_ft.settings import default, keys, load, shipped_configs, to_yaml
+from tests.sampling_by_hand import OPTION_VALUES
 
 ROOT = Path(__file__).parents[1]
 BASE = {"data.folder": "pictures"}
@@ -153,8 +155,37 @@ def test_training_accepts_what_only_looks_odd() -> None:
             {"prompts": ["a"], "width": "100"},
             "width is 100; expected integer >= 16, a multiple of 16, or null",
         ),
-        ({"prompts": ["a"], "sampler": "ddpm", "eta": "0.5"}, 'eta is 0.5, unused while sampler is "ddpm"'),
-        ({"prompts": ["a"], "variance": "beta"}, 'variance is "beta", unused while sampler is "ddim"'),
+        (
+            {"prompts": ["a"], "sampler": "ddpm", "variance": "learned"},
+            'sampler "ddpm" takes variance beta_tilde or beta, not "learned"; the sampler that .* learned one is iddpm',
+        ),
+        ({"prompts": ["a"], "sampler": "dpm"}, 'sampler is "dpm"; expected ' + r" \| ".join(SAMPLERS)),
+        (
+            {"prompts": ["a"], "schedule": "cosin"},
+            r'schedule is "cosin"; expected base \| linear \| scaled_linear \| cosine \| su_linear',
+        ),
+        ({"prompts": ["a"], "steps": "0"}, "steps is 0; expected integer >= 1"),
+        ({"prompts": ["a"], "guidance_interval": "[9, 1]"}, r"guidance_interval \[9, 1\] ends before it begins"),
+        ({"prompts": ["a"], "guidance_interval": "[9]"}, r"guidance_interval is \[9\]; expected \[number, ...\]"),
+        (
+            {"prompts": ["a"], "guidance_interval": "[1, 9]", "guidance": "1"},
+            r"guidance_interval is \[1, 9\], unused while guidance is 1",
+        ),
+        ({"prompts": ["a"], "strength": "0.5"}, "strength is 0.5, unused while image is null"),
+        ({"prompts": ["a"], "inversion": "true"}, "inversion is true, unused while image is null"),
+        ({"prompts": ["a"], "image": "a.png", "strength": "0"}, "strength is 0; expected number > 0"),
+        ({"prompts": ["a"], "image": "a.png", "strength": "1.5"}, "strength is 1.5; expected number > 0, <= 1"),
+        ({"prompts": ["a"], "time_conditioning": "index"}, 'time_conditioning is "index", unused while schedule is'),
+        (
+            {"prompts": ["a"], "sampler": "pf_ode", "tolerance": "0.1", "steps": "9"},
+            "steps is 9, unused while tolerance is 0.1",
+        ),
+        ({"prompts": ["a"], "aspect_ratio": "3:2", "width": "64"}, 'width is 64, unused while aspect_ratio is "3:2"'),
+        ({"prompts": ["a"], "aspect_ratio": "3:2", "height": "64"}, 'height is 64, unused while aspect_ratio is "3:2"'),
+        ({"prompts": ["a"], "compare_steps": "[3]"}, r"compare_steps is \[3\], unused while compare is false"),
+        ({"prompts": ["a"], "compare_samplers": "[ddim]"}, r'compare_samplers is \["ddim"\], unused while compare is'),
+        ({"prompts": ["a"], "compare": "true", "compare_steps": "[]"}, r"compare_steps is \[\]; expected .*not empty"),
+        ({"prompts": ["a"], "compare": "true", "compare_samplers": "[a]"}, r'compare_samplers\[0\] is "a"; expected'),
         ({"prompts": ["a"], "lora_scale": "0.5"}, "lora_scale is 0.5, unused while lora is null"),
         ({"prompts": ["a"], "weights": "raw"}, 'weights is "raw", unused while lora is null'),
         (
@@ -170,6 +201,78 @@ def test_training_accepts_what_only_looks_odd() -> None:
 def test_generation_refuses(overrides: dict[str, str | list[str]], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         load(GenerateConfig, {}, overrides)
+
+
+def given(sampler: str, option: str) -> dict[str, Any]:
+    """The option away from its default, and what makes it matter."""
+    spacing = {"spacing": {"spacing": SAMPLERS[sampler].spacings[-1]}}
+    return {"prompts": ["a"], "sampler": sampler} | (OPTION_VALUES | spacing)[option]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_option_is_for_the_samplers_that_use_it(sampler: str, option: str) -> None:
+    values = given(sampler, option)
+    if option in SAMPLERS[sampler].settings:
+        options = load(GenerateConfig, values).sampler_options()
+        assert options == {key: value for key, value in values.items() if key in OPTIONS}
+        return
+    with pytest.raises(UserError, match=f'{option} is .*, unused while sampler is "{sampler}"; change one'):
+        load(GenerateConfig, values)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_help_names_the_samplers_of_an_option(option: str) -> None:
+    field = keys(GenerateConfig)[option]
+    assert default(field) is None  # the scheduler's own
+    if option != "spacing":  # every sampler's
+        assert (field.description or "").startswith(f"of {', '.join(users_of(option))}: ")
+
+
+def test_no_option_is_given_unless_asked_for() -> None:
+    assert load(GenerateConfig, {"prompts": ["a"], "sampler": "edm"}).sampler_options() == {}
+
+
+@pytest.mark.parametrize("spacing", ["iddpm", "trailing", "leading", "karras", "exponential", "linspace"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_spacing_is_for_the_samplers_that_know_it(sampler: str, spacing: str) -> None:
+    values = {"prompts": ["a"], "sampler": sampler, "spacing": spacing}
+    if spacing in SAMPLERS[sampler].spacings:
+        assert load(GenerateConfig, values).spacing == spacing
+        return
+    with pytest.raises(UserError, match=f'spacing "{spacing}" is not for sampler "{sampler}": iddpm, trailing and lea'):
+        load(GenerateConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("rho", {"sampler": "euler", "spacing": "linspace", "rho": 3.0}),
+        ("rho", {"sampler": "edm", "spacing": "exponential", "rho": 3.0}),
+        ("s_noise", {"sampler": "euler", "s_noise": 1.1}),
+        ("s_min", {"sampler": "edm", "s_min": 0.1}),
+        ("s_max", {"sampler": "edm", "s_churn": 0.0, "s_max": 9.0}),
+        ("corrector_snr", {"sampler": "score_sde", "corrector_steps": 0, "corrector_snr": 0.2}),
+        ("corrector_first", {"sampler": "score_sde", "corrector_steps": 0, "corrector_first": True}),
+        ("spacing", {"sampler": "pf_ode", "tolerance": 0.1, "spacing": "leading"}),
+    ],
+    ids=str,
+)
+def test_an_option_that_another_one_makes_idle_is_refused(key: str, values: dict[str, Any]) -> None:
+    """A setting is used or refused, never ignored."""
+    with pytest.raises(UserError, match=f"^configuration: {key} "):
+        load(GenerateConfig, values | {"prompts": ["a"]})
+
+
+def test_a_comparison_refuses_what_each_cell_decides_for_itself() -> None:
+    choices = {"sampler": "edm", "steps": 9, "images_per_prompt": 2}
+    for key, value in (*choices.items(), *((key, value) for o in OPTION_VALUES.values() for key, value in o.items())):
+        with pytest.raises(UserError, match=f"{key} is .*, unused while compare is true; change one"):
+            load(GenerateConfig, {"prompts": ["a"], "compare": True, key: value})
+    shared = {"guidance": 2.0, "image": "a.png", "strength": 0.3, "schedule": "cosine", "aspect_ratio": "3:2"}
+    config = load(GenerateConfig, {"prompts": ["a"], "compare": True, "compare_steps": [3], **shared})
+    assert (config.compare_steps, config.image, config.strength) == ((3,), Path("a.png"), 0.3)
+    assert set(config.compare_samplers) < set(SAMPLERS)
 
 
 def test_every_shipped_configuration_is_valid_and_has_a_card() -> None:

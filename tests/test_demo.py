@@ -13,7 +13,8 @@ from pixart_ft import models
 from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, merge, save_adapter
 from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
 from pixart_ft.data.datasets import read_folder
-from pixart_ft.sampling import sample_latents
+from pixart_ft.sampling import Guidance, sample_latents
+from pixart_ft.schedulers import build_scheduler
 from pixart_ft.text_to_image import TextToImage
 
 ROOT = Path(__file__).parent.parent
@@ -79,20 +80,19 @@ def test_stock_pipeline_with_the_merged_adapter_draws_the_same(adapter: Path, gu
     """float32 DDIM, trailing spacing, 25 steps, same seed: latents within 1e-4."""
     ours = TextToImage.load("demo", lora=adapter)
     prompt, seed = "Red Apple ", 7
-    embeds = ours._encode([prompt])[0]
+    embeds = ours.text.of(prompt)
+    able = ours.abilities
+    scheduler = build_scheduler("ddim", able.schedule, able.prediction_type, {"spacing": "trailing"})
+    scheduler.set_timesteps(25)
     latents = sample_latents(
         ours.transformer,
-        ours.schedule,
-        ours.prediction_type,
+        scheduler,
         embeds[None],
         torch.ones(1, len(embeds), dtype=torch.int64),
-        ours.null_caption,
-        sampler="ddim",
-        steps=25,
-        guidance=guidance,
+        ours.text.of(""),
+        guidance=Guidance(guidance),
         generators=[torch.Generator().manual_seed(seed)],
         shape=(4, 32, 32),
-        spacing="trailing",
     )
     merge(ours.transformer)
     stock = PixArtSigmaPipeline.from_pretrained(str(models.DEMO_FOLDER), transformer=ours.transformer)

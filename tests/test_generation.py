@@ -3,17 +3,22 @@
 Oracle: the bytes on the disk, and pictures drawn again from a recipe alone.
 """
 
+import hashlib
+import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
-from pixart_ft.config import GenerateConfig
+from pixart_ft.drawing import Settings
 from pixart_ft.errors import UserError
+from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.generation import run_generation
 from pixart_ft.pictures import grid, read_recipe
-from pixart_ft.text_to_image import Settings, TextToImage
+from pixart_ft.samplers import SAMPLERS
+from pixart_ft.text_to_image import TextToImage
 from tests.test_text_to_image import make_adapter
 
 PROMPTS = ("a red circle on grey", "Ein Käfer, über/unter ..\\" + " lang" * 30)
@@ -58,7 +63,8 @@ def test_pictures_grid_and_summary(tiny: Path, tmp_path: Path, capsys: pytest.Ca
     expected = grid([pictures[:2], pictures[2:]], cell=64, **labels)
     assert Image.open(tmp_path / "out" / "grid.png").tobytes() == expected.tobytes()
     printed = capsys.readouterr().out
-    assert "pictures drawn: 4 in" in printed and "3 network calls, with and without the prompt" in printed
+    assert "pictures drawn: 4 in" in printed
+    assert "each batch: 3 ddpm steps, 3 network calls, with and without the prompt\n" in printed
     assert str(tmp_path / "out" / "grid.png") in printed
 
 
@@ -68,20 +74,53 @@ def test_same_command_twice_is_bit_identical(tiny: Path, adapter: Path, tmp_path
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_recipe_is_enough_to_draw_the_picture_again(tiny: Path, adapter: Path, tmp_path: Path) -> None:
-    path = run_generation(config(tiny, tmp_path / "out", lora=adapter, lora_scale=0.7, prompts=("a circle",)))[1]
-    recipe = read_recipe(path)
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"sampler": "iddpm", "guidance_interval": (100.0, 900.0), "negative_prompt": "black"},
+        {"sampler": "edm", "s_churn": 1.5, "rho": 5.0, "schedule": "cosine", "time_conditioning": "index"},
+        {"sampler": "score_sde", "corrector_first": True, "corrector_steps": 2, "aspect_ratio": "2:1"},
+        {"sampler": "ddim", "image": "003.png", "strength": 0.4, "inversion": True},
+    ],
+    ids=lambda choices: choices.get("sampler", "ddpm"),
+)
+def test_recipe_is_enough_to_draw_the_picture_again(
+    tiny: Path, adapter: Path, pictures: Path, tmp_path: Path, choices: dict[str, Any]
+) -> None:
+    if "image" in choices:
+        choices = choices | {"image": pictures / choices["image"]}
+    asked = config(tiny, tmp_path / "out", lora=adapter, lora_scale=0.7, prompts=("a circle",), **choices)
+    path = run_generation(asked)[1]
+    recipe: dict[str, Any] = read_recipe(path)
     model = TextToImage.load(
-        recipe["model"],  # type: ignore[arg-type]
-        lora=recipe["adapter"]["path"],  # type: ignore[index]
-        lora_scale=recipe["adapter"]["scale"],  # type: ignore[index]
+        recipe["model"],
+        lora=recipe["adapter"]["path"],
+        lora_scale=recipe["adapter"]["scale"],
     )
     assert recipe["fingerprint"] == model.fingerprint
-    assert recipe["versions"]["torch"]  # type: ignore[index]
-    settings = {field.name: recipe[field.name] for field in fields(Settings)}
-    assert (settings["variance"], settings["width"]) == ("learned", 64)  # as used, not "auto"
-    again = model.generate(recipe["prompt"], seeds=[0, recipe["seed"]], **settings)[1]  # type: ignore[arg-type,list-item]
+    assert recipe["versions"]["torch"]
+    shared = [
+        "sampler",
+        "steps",
+        "guidance",
+        "negative_prompt",
+        "schedule",
+        "time_conditioning",
+        "strength",
+        "inversion",
+    ]
+    assert all(recipe[key] == getattr(asked, key) for key in shared)
+    assert recipe["guidance_interval"] == (asked.guidance_interval and list(asked.guidance_interval))
+    values = {field.name: recipe[field.name] for field in fields(Settings)}
+    assert tuple(values["options"]) == SAMPLERS[values["sampler"]].settings  # as used, and none of another's
+    assert values["options"].items() >= asked.sampler_options().items()
+    values["image"] = None if values["image"] is None else Path(values["image"])
+    settings = Settings(**values)
+    assert (settings.width, settings.height) == ((96, 48) if "aspect_ratio" in choices else (64, 64))
+    again = model.generate(recipe["prompt"], seeds=[5, recipe["seed"]], settings=settings)[1]
     assert again.tobytes() == Image.open(path).tobytes()
+    assert ("image_sha256" in recipe) == ("image" in choices)
 
 
 def test_second_run_draws_only_what_is_missing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +174,69 @@ def test_prompts_of_a_file(tiny: Path, tmp_path: Path) -> None:
 def test_device_and_settings_that_cannot_be_used_leave_nothing(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="device: 'gpu' cannot be used here"):
         run_generation(config(tiny, tmp_path / "out", device="gpu"))
-    with pytest.raises(UserError, match=r"eta .* is for DDIM"):
+    with pytest.raises(UserError, match="sampler ddpm: sampler ddpm does not use eta"):
         run_generation(config(tiny, tmp_path / "out", eta=0.5))
+    with pytest.raises(UserError, match="sigma_max 200 must lie in order within this schedule's noise levels"):
+        run_generation(config(tiny, tmp_path / "out", sampler="euler", sigma_max=200.0))
+    with pytest.raises(UserError, match="aspect_ratio is 'wide'; write width:height"):
+        run_generation(config(tiny, tmp_path / "out", aspect_ratio="wide"))
+    with pytest.raises(UserError, match=r"image: there is no file .*absent\.png"):
+        run_generation(config(tiny, tmp_path / "out", image=tmp_path / "absent.png"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_to_start_from_is_part_of_the_recipe(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """Not its name alone: another picture at the same path is another recipe."""
+    photo = tmp_path / "photo.png"
+    photo.write_bytes((pictures / "003.png").read_bytes())
+    asked = config(tiny, tmp_path / "out", prompts=("a circle",), steps=5, image=photo, strength=0.4)
+    paths = run_generation(asked)
+    assert read_recipe(paths[0])["image_sha256"] == hashlib.sha256(photo.read_bytes()).hexdigest()
+    photo.write_bytes((pictures / "004.png").read_bytes())
+    with pytest.raises(UserError, match="was made by another recipe: image_sha256 '"):
+        run_generation(asked)
+
+
+@pytest.mark.parametrize(
+    ("choices", "cost"),
+    [
+        ({"sampler": "edm", "guidance": 1.0}, "each batch: 3 edm steps, 5 network calls"),
+        ({"sampler": "ddim", "steps": 5, "image": "003.png", "strength": 0.6, "inversion": True},
+         "each batch: 5 ddim steps, 5 network calls, with and without the prompt"),
+    ],
+    ids=["edm", "inversion"],
+)  # fmt: skip
+def test_the_cost_is_printed(
+    tiny: Path, pictures: Path, tmp_path: Path, choices: dict[str, Any], cost: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = {key: pictures / value if key == "image" else value for key, value in choices.items()}
+    run_generation(config(tiny, tmp_path / "out", **choices))
+    assert cost in capsys.readouterr().out.splitlines()
+
+
+def test_the_calls_of_an_adaptive_solver_are_counted(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    choices = {"sampler": "pf_ode", "steps": 30, "tolerance": 0.5, "prompts": ("a circle",)}
+    run_generation(config(tiny, tmp_path / "out", **choices))
+    printed = capsys.readouterr().out
+    found = re.search(r"^each picture: pf_ode to tolerance 0\.5, about (\d+) network calls, with and", printed, re.M)
+    assert found, printed
+    model, inputs = TextToImage.load(tiny), []
+    model.transformer.register_forward_pre_hook(lambda _, args: inputs.append(len(args[0])))
+    settings = Settings(sampler="pf_ode", options={"tolerance": 0.5})
+    model.generate("a circle", seeds=[5, 6], settings=settings)
+    assert int(found[1]) == round(len(inputs) / 2) > 10
+    run_generation(config(tiny, tmp_path / "out", **choices))  # nothing left to draw, nothing known of the cost
+    assert "each picture: pf_ode to tolerance 0.5\n" in capsys.readouterr().out
+
+
+def test_tiles_are_decoded_to_nearly_the_same_picture(tiny: Path, tmp_path: Path) -> None:
+    choices: dict[str, Any] = {"prompts": ("a circle",), "images_per_prompt": 1, "width": 128, "height": 128}
+    whole, tiled = (
+        Image.open(run_generation(config(tiny, tmp_path / str(tiling), tiling=tiling, **choices))[0])
+        for tiling in (False, True)
+    )
+    assert tiled.size == (128, 128) and tiled.tobytes() != whole.tobytes()
+    away = ImageStat.Stat(ImageChops.difference(tiled, whole)).mean
+    assert max(away) < 0.5 * max(ImageStat.Stat(whole).stddev)

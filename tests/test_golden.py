@@ -1,75 +1,40 @@
-"""Every golden array of the groups in scope, recomputed by the package's own functions in float64 and in float32.
+"""Every expected array of the golden files, recomputed by the package's own functions in float64 and in float32.
 
 Oracle: tests/golden/golden_dev.{json,npz}, made by an independent float64 implementation that was checked
 against public reference code. The JSON drives everything: configurations, array names, roles. With
 PIXART_FT_GOLDEN=PREFIX, PREFIX.json and PREFIX.npz are checked instead. Each group prints how many of its
-expected arrays were compared; an expected array without a counterpart fails; what is not built yet is skipped
-and counted as such. Tolerance: 1e-9 of max(1, |x|); in float32 see `float32_tolerance`.
+expected arrays were compared; an expected array without a counterpart fails. The scheduler classes, driven step by
+step with the files' noise, must reproduce the same trajectories. Tolerance: 1e-9 of max(1, |x|); in float32 see
+`float32_tolerance`.
 """
 
 import dataclasses
 import functools
-import json
-import os
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import likelihood, objectives, process, sigmas, solvers, weighting
 from pixart_ft.diffusion.schedules import NoiseSchedule
+from tests.golden_files import Golden, load_golden, mixture_denoiser, mixture_network
+from tests.golden_samplers import LOOKUPS, sde_value, sigma_value, traj_value
+from tests.golden_schedulers import scheduled_sigma_value, scheduled_traj_value
 
-PREFIX = os.environ.get("PIXART_FT_GOLDEN", str(Path(__file__).parent / "golden" / "golden_dev"))
 TOLERANCE = 1e-9
-NOT_YET = {
-    "sigma": "samplers in sigma",
-    "sde": "score samplers",
-}
-
 
 Variance = Literal["learned"] | process.FixedVariance
+Value = Callable[[Golden, str], Tensor | None]  # the counterpart of an array, or None for a name that it does not know
 SPACES: dict[str, process.LossSpace] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Golden:
-    """One pair of files: parts of the JSON, the role of each array by name, the arrays as tensors."""
-
-    config: dict[str, Any]
-    respacing: list[dict[str, Any]]
-    roles: dict[str, str]
-    arrays: dict[str, Tensor]
-
-    def expected(self, group: str) -> list[str]:
-        return [name for name, role in self.roles.items() if role == "expected" and name.startswith(f"{group}/")]
-
-    def schedules(self, group: str, identifier: str) -> tuple[NoiseSchedule, NoiseSchedule]:
-        """The original process of one configuration, and the (possibly respaced) one in use."""
-        entries = self.config["schedules" if group == "schedule" else group]
-        (entry,) = (entry for entry in entries if entry["id"] == identifier)
-        original = build_schedule(entry)
-        return original, original.respaced(entry["respacing"]) if "respacing" in entry else original
-
-
-def build_schedule(entry: dict[str, Any]) -> NoiseSchedule:
-    names = {"b0": "beta_start", "b1": "beta_end", "s": "offset", "cap": "max_beta", "rescale": "rescale"}
-    arguments = {names[key]: value for key, value in entry.get("args", {}).items()}
-    schedule = getattr(NoiseSchedule, entry["name"])(entry["T"], **arguments)
-    return schedule.zero_terminal_snr() if entry.get("zero_snr") else schedule
 
 
 @pytest.fixture(scope="module")
 def golden() -> Golden:
-    content = json.loads(Path(f"{PREFIX}.json").read_text())
-    roles = {name: facts["role"] for name, facts in content["arrays"].items()}
-    arrays = {name: torch.from_numpy(array) for name, array in np.load(f"{PREFIX}.npz").items()}
-    return Golden(content["config"], content["respacing"], roles, arrays)
+    return load_golden()
 
 
 def schedule_value(golden: Golden, name: str) -> Tensor | None:
@@ -164,31 +129,13 @@ def hybrid_value(golden: Golden, name: str) -> Tensor | None:
     return None if term is None else terms[term].detach()
 
 
-def mixture_denoiser(golden: Golden, x: Tensor, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """E[x0 | x] and log p(x) of x = a x0 + s eps for the file's mixture: the network of its trajectories."""
-    weights, means, variances = (golden.arrays[f"gmm/{key}"] for key in ("weights", "means", "variances"))
-    noised = a**2 * variances + s**2
-    distance = x.unsqueeze(1) - a * means
-    log_each = weights.log() - 0.5 * (distance**2 / noised + torch.log(2 * torch.pi * noised)).flatten(2).sum(dim=2)
-    share = torch.softmax(log_each, dim=1).view(len(x), -1, 1, 1, 1)
-    return (share * (means + a * variances * distance / noised)).sum(dim=1), torch.logsumexp(log_each, dim=1)
-
-
 def gmm_value(golden: Golden, name: str) -> Tensor | None:
-    """Checks the mixture above, which the trajectories rely on."""
+    """Checks the mixture, which the trajectories rely on."""
     _, check, array = name.split("/")
     x, (a, s) = golden.arrays[f"gmm/{check}/x"], golden.arrays[f"gmm/{check}/a_s"]
     x0_hat, log_density = mixture_denoiser(golden, x, a, s)
     eps = (x - a * x0_hat) / s
     return {"x0_hat": x0_hat, "eps": eps, "score": -eps / s, "logp": log_density}.get(array)
-
-
-def mixture_network(golden: Golden, original: NoiseSchedule, x: Tensor, timesteps: Tensor) -> Tensor:
-    """The network of trajectories and bounds: [eps of the mixture, sin(x + 0.01 timestep)] at original indices (N,)."""
-    alpha_bar = process.at(original.alpha_bar, timesteps, x)
-    x0, _ = mixture_denoiser(golden, x, alpha_bar[:1].sqrt(), (1 - alpha_bar[:1]).sqrt())
-    eps = (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
-    return torch.cat([eps, torch.sin(x + 0.01 * timesteps.to(x.dtype).view(-1, 1, 1, 1))], dim=1)
 
 
 @functools.cache
@@ -232,49 +179,7 @@ def lookup_value(golden: Golden, name: str) -> Tensor | None:
     return sigmas.sigma_to_index(schedule, sigma, lookups[array]) if array in lookups else None
 
 
-def traj_value(golden: Golden, name: str) -> Tensor | None:
-    _, identifier, array = name.split("/")
-    original, schedule = golden.schedules("traj", identifier)
-    tables = {
-        "timesteps": schedule.timesteps,
-        "respaced_betas": schedule.betas,
-        "respaced_posterior_log_variance_clipped": schedule.posterior_log_variance,
-    }
-    if array in tables:
-        return tables[array]
-    method = re.fullmatch(r"(i?ddpm|ddim)_(encode|eta[\d.]+|tilde_beta|beta|greedy|learned_range)(_clip)?", array)
-    if method is None:
-        return None
-
-    def predict(x: Tensor, t: Tensor) -> process.Prediction:
-        output = mixture_network(golden, original, x, schedule.timesteps[t])
-        prediction = process.predict(schedule, output, x, t, "epsilon")
-        return dataclasses.replace(prediction, x0=prediction.x0.clamp(-1, 1)) if method[3] else prediction
-
-    def step(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        prediction = predict(x, t)
-        if method[2] == "encode":
-            return solvers.ddim_encode_step(schedule, prediction, x, t)
-        if method[1] == "ddim":
-            eta = float(method[2].removeprefix("eta"))
-            return solvers.ddim_step(schedule, prediction, x, t, eta=eta, noise=noise)
-        variances: dict[str, solvers.Variance] = {
-            "tilde_beta": "beta_tilde",
-            "beta": "beta",
-            "greedy": "none",
-            "learned_range": "learned",
-        }
-        return solvers.ddpm_step(schedule, prediction, x, t, variance=variances[method[2]], noise=noise)
-
-    encode = method[2] == "encode"
-    states = [golden.arrays[f"traj/{identifier}/encode_x0" if encode else "traj/x_T"]]
-    indices = range(schedule.num_steps - 1) if encode else reversed(range(schedule.num_steps))
-    for index, noise in zip(indices, golden.arrays[f"traj/{identifier}/noise"], strict=False):
-        states.append(step(states[-1], torch.full((len(states[0]),), index), noise))
-    return torch.stack(states)
-
-
-IN_SCOPE: dict[str, Callable[[Golden, str], Tensor | None]] = {
+VALUES: dict[str, Value] = {
     "schedule": schedule_value,
     "pointwise": pointwise_value,
     "hybrid": hybrid_value,
@@ -282,7 +187,18 @@ IN_SCOPE: dict[str, Callable[[Golden, str], Tensor | None]] = {
     "lookup": lookup_value,
     "gmm": gmm_value,
     "traj": traj_value,
+    "sigma": sigma_value,
+    "sde": sde_value,
 }
+SCHEDULED: dict[str, Value] = {"traj": scheduled_traj_value, "sigma": scheduled_sigma_value}
+# No class clips x0, knows a network of sigma instead of a timestep, or is a lookup alone.
+NOT_SCHEDULED = re.compile(r"traj/.*_clip|sigma/[^/]*/(exact/.*|.*/check_[kD])")
+
+
+def scheduled(name: str) -> bool:
+    """Whether a scheduler class makes this array; none takes an eta above DDPM's."""
+    eta = re.search(r"eta([\d.]+)", name)
+    return NOT_SCHEDULED.fullmatch(name) is None and (eta is None or float(eta[1]) <= 1)
 
 
 def float32_tolerance(golden: Golden, name: str) -> Tensor | float:
@@ -290,10 +206,22 @@ def float32_tolerance(golden: Golden, name: str) -> Tensor | float:
 
     For values, 1e-6 times what roundings are multiplied by, if that is more: between x_t, x0 and eps
     1 / sqrt(alpha_bar) where there is little signal and 1 / sqrt(1 - alpha_bar) where there is little noise; from the
-    posterior's mean also 1 / its weight of x0. Along a trajectory the largest sqrt(alpha_bar_prev / alpha_bar) of its
-    steps. Shaped to broadcast against the array.
+    posterior's mean also 1 / its weight of x0; from y to x0, sigma. Along a trajectory the largest
+    sqrt(alpha_bar_prev / alpha_bar) of its steps. Shaped to broadcast against the array.
     """
     group, identifier, *_, array = name.split("/")
+    if array in ("check_D", "marginal_t_a_s"):
+        factor = 1 / golden.arrays[name][:, 2:]
+        if array == "check_D":
+            factor = golden.arrays[f"{name.removesuffix(array)}check_sigma"].view(-1, 1, 1, 1, 1)
+        return (1e-6 * factor).clamp(min=1e-5)
+    if array in ("sigmas", "check_k"):
+        return 1e-5
+    if group == "sigma":
+        variances = 1 + golden.arrays[f"{name.removesuffix(array)}sigmas"] ** 2
+        return 1e-4 * (variances[:-1] / variances[1:]).max().sqrt().item()
+    if group == "sde":
+        return 1e-4
     _, schedule = golden.schedules(group, identifier)
     if group == "traj":
         return 1e-4 * (schedule.alpha_bar_prev / schedule.alpha_bar).max().sqrt().item()
@@ -323,12 +251,13 @@ def mismatch(ours: Tensor, expected: Tensor) -> Tensor:
     return difference.nan_to_num(nan=torch.inf)
 
 
-def compare(golden: Golden, inputs: Golden, group: str, tolerance: Callable[[str], Tensor | float]) -> str:
-    """Fails unless every expected array of a group has a counterpart within tolerance; returns what was compared."""
-    names = golden.expected(group)
+def compare(
+    golden: Golden, inputs: Golden, names: list[str], value: Value, tolerance: Callable[[str], Tensor | float]
+) -> str:
+    """Fails unless each of these arrays has a counterpart within tolerance; returns what was compared."""
     problems, worst = [], 0.0
     for name in names:
-        ours = IN_SCOPE[group](inputs, name)
+        ours = value(inputs, name)
         if ours is None:
             problems.append(f"{name}: no counterpart")
             continue
@@ -338,22 +267,70 @@ def compare(golden: Golden, inputs: Golden, group: str, tolerance: Callable[[str
             problems.append(f"{name}: off by {difference.max():.1e}")
     assert names, "the file has no expected array of this group"
     assert not problems, "\n".join(problems)
-    return f"compared {len(names)} of {len(names)} expected arrays, worst {worst:.1e}"
+    return f"worst {worst:.1e}"
 
 
-@pytest.mark.parametrize("group", IN_SCOPE)
+def in_float32(golden: Golden) -> Golden:
+    """All arrays in float32 but the noise levels that are looked up, of which float32 is too coarse a notion."""
+    kept = re.compile(r"sigma/.*/(check_sigma|sigmas)")
+    arrays = {name: array if kept.fullmatch(name) else array.float() for name, array in golden.arrays.items()}
+    return dataclasses.replace(golden, arrays=arrays)
+
+
+def report(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    with capsys.disabled():
+        print(f"\ngolden {line}", end=" ")
+
+
+@pytest.mark.parametrize("group", VALUES)
 def test_group(golden: Golden, group: str, capsys: pytest.CaptureFixture[str]) -> None:
-    report = compare(golden, golden, group, lambda name: TOLERANCE)
-    with capsys.disabled():
-        print(f"\ngolden {group}: {report}", end=" ")
+    names = golden.expected(group)
+    worst = compare(golden, golden, names, VALUES[group], lambda name: TOLERANCE)
+    report(capsys, f"{group}: compared {len(names)} of {len(names)} expected arrays, {worst}")
 
 
-@pytest.mark.parametrize("group", ["pointwise", "hybrid", "vlb", "traj"])
+@pytest.mark.parametrize("group", ["pointwise", "hybrid", "vlb", "traj", "sigma", "sde"])
 def test_group_in_float32(golden: Golden, group: str, capsys: pytest.CaptureFixture[str]) -> None:
-    single = dataclasses.replace(golden, arrays={name: array.float() for name, array in golden.arrays.items()})
-    report = compare(golden, single, group, functools.partial(float32_tolerance, golden))
-    with capsys.disabled():
-        print(f"\ngolden {group} in float32: {report}", end=" ")
+    names = golden.expected(group)
+    worst = compare(golden, in_float32(golden), names, VALUES[group], functools.partial(float32_tolerance, golden))
+    report(capsys, f"{group} in float32: compared {len(names)} of {len(names)} expected arrays, {worst}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("group", SCHEDULED)
+def test_schedulers(golden: Golden, group: str, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
+    """The scheduler classes, called as a pipeline calls them but with the files' noise, pass the same states."""
+    names = [name for name in golden.expected(group) if scheduled(name)]
+    if dtype == torch.float64:
+        worst = compare(golden, golden, names, SCHEDULED[group], lambda name: TOLERANCE)
+    else:
+        tolerance = functools.partial(float32_tolerance, golden)
+        worst = compare(golden, in_float32(golden), names, SCHEDULED[group], tolerance)
+    total = len(golden.expected(group))
+    report(
+        capsys, f"{group} by schedulers in {str(dtype)[6:]}: compared {len(names)} of {total} expected arrays, {worst}"
+    )
+
+
+@pytest.mark.parametrize("variant", LOOKUPS)
+@pytest.mark.parametrize("method", ["euler", "heun", "edm_alg2", "euler_churn", "euler_ancestral_eta0.7"])
+def test_sigma_schedulers_where_the_file_may_not_go(golden: Golden, variant: str, method: str) -> None:
+    """Coarse levels, where the lookups differ, and churn below its cap from the first step on: as the plain loop does.
+
+    The loop is the one that the files prove; levels, timesteps and the start's variance are worked out by numpy.
+    """
+    chain = {"id": "coarse", "name": "linear", "T": 40, "args": {"rescale": True}, "sigma_min": 0.1, "sigma_max": 9.0}
+    entry = chain | {"N": 9, "rho": 4.0, "churn": [1.5, 0.0, math.inf, 1.1]}
+    shape = golden.arrays["gmm/means"].shape[1:]
+    drawn = torch.randn(10, 2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    arrays = golden.arrays | {"sigma/coarse/latent": drawn[0], "sigma/coarse/noise": drawn[1:]}
+    coarse = dataclasses.replace(golden, config={"sigma": [entry]}, arrays=arrays)
+    for name in (f"sigma/coarse/{variant}/sigmas", f"sigma/coarse/{variant}/{method}"):
+        expected = sigma_value(coarse, name)
+        assert expected is not None
+        coarse.arrays[name] = expected
+        ours = scheduled_sigma_value(coarse, name)
+        assert ours is not None and mismatch(ours, expected).max() < TOLERANCE
 
 
 def test_respacing(golden: Golden, capsys: pytest.CaptureFixture[str]) -> None:
@@ -361,20 +338,8 @@ def test_respacing(golden: Golden, capsys: pytest.CaptureFixture[str]) -> None:
         schedule = NoiseSchedule.linear(entry["T"]).respaced(entry["spec"])
         accepted = [entry["timesteps"], entry.get("timesteps_exact_rational", entry["timesteps"])]
         assert schedule.timesteps.tolist() in accepted, entry["spec"]
-    with capsys.disabled():
-        print(f"\ngolden respacing: compared {len(golden.respacing)} of {len(golden.respacing)} lists", end=" ")
-
-
-@pytest.mark.parametrize("group", NOT_YET)
-def test_not_yet_covered(golden: Golden, group: str) -> None:
-    count = sum(group_of(name) == group for name, role in golden.roles.items() if role == "expected")
-    pytest.skip(f"golden {group}: {count} expected arrays not yet covered ({NOT_YET[group]})")
+    report(capsys, f"respacing: compared {len(golden.respacing)} of {len(golden.respacing)} lists")
 
 
 def test_every_expected_array_belongs_to_a_known_group(golden: Golden) -> None:
-    known = {*IN_SCOPE, *NOT_YET}
-    assert {group_of(name) for name, role in golden.roles.items() if role == "expected"} <= known
-
-
-def group_of(name: str) -> str:
-    return name.split("/")[0]
+    assert golden.groups <= set(VALUES)

@@ -55,6 +55,30 @@ def test_labels_fit_beside_and_above_the_pictures(side: int) -> None:
         assert ink(sheet.crop((x + side, 0, x + side + gap, top))) is None
 
 
+@pytest.mark.parametrize("side", [64, 256])
+def test_captions_are_one_line_below_their_own_picture(side: int) -> None:
+    rows = [[plain("red", (side, side)), plain("blue", (side, side))]] * 2
+    captions = [["3 calls, 0.1 s", "x" * 300], ["", "many words that go on"]]
+    labels = {"row_labels": ["one", "two"], "column_labels": ["a", "b"]}
+    sheet, bare = grid(rows, captions=captions, **labels), grid(rows, **labels)
+    gap = max(4, side // 32)
+    line = (sheet.height - bare.height) // 2
+    left, top = bare.width - 2 * (side + gap), bare.height - 2 * (side + gap)
+    assert sheet.width == bare.width and sheet.height == bare.height + 2 * line and 8 < line < side
+    assert sheet.crop((0, 0, sheet.width, top)).tobytes() == bare.crop((0, 0, bare.width, top)).tobytes()
+    for row, texts in enumerate(captions):
+        for column, text in enumerate(texts):
+            x, y = left + column * (side + gap), top + row * (side + gap + line)
+            picture = sheet.crop((x, y, x + side, y + side))
+            assert picture.tobytes() == rows[row][column].tobytes()
+            inked = ink(sheet.crop((x, y + side, x + side, y + side + line)))
+            assert (inked is None) == (text == "")
+            assert ink(sheet.crop((x + side, y, x + side + gap, y + side + gap + line))) is None
+            assert ink(sheet.crop((x, y + side + line, x + side, y + side + line + gap))) is None
+            if inked is not None and len(text) < 20:  # in the middle
+                assert abs(inked[0] - (side - inked[2])) <= 2
+
+
 def test_long_labels_wrap_at_words_and_end_in_an_ellipsis() -> None:
     font = pictures._font(12)
     assert isinstance(font, ImageFont.FreeTypeFont)

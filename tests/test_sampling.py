@@ -1,58 +1,39 @@
-"""The sampling loop, guidance and decoding on the tiny pipeline.
+"""The sampling loop, inversion and decoding on the tiny pipeline; every row of the samplers' table is sampled.
 
-Oracles: a network that knows the noise, the closed form of guidance, and the stock pipeline's decoder.
+Oracles: networks that know the noise, a loop of five lines, the exact denoiser of normal data, the stock pipeline's
+decoder.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, PixArtSigmaPipeline
-from torch import Tensor, nn
+from torch import nn
 
-from pixart_ft.data.captions import drop_captions, pad_text
-from pixart_ft.diffusion.process import q_posterior
-from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.data.captions import pad_text
 from pixart_ft.errors import UserError
 from pixart_ft.models import load_transformer, load_vae
-from pixart_ft.sampling import _guide, decode_latents, sample_latents
+from pixart_ft.samplers import SAMPLERS
+from pixart_ft.sampling import decode_latents, invert_latents
+from pixart_ft.schedulers import RespacedDDIMScheduler
+from tests.sampling_by_hand import (
+    OPTION_VALUES,
+    SCHEDULE,
+    SHAPE,
+    NormalData,
+    Oracle,
+    generators,
+    ready,
+    sample,
+    seen,
+    texts,
+)
 
-SHAPE = (4, 8, 8)
-SCHEDULE = NoiseSchedule.linear()
-
-
-class Oracle(nn.Module):
-    """Answers with the exact prediction for one x0, at the noise level of the timestep it is given."""
-
-    def __init__(self, x0: Tensor, prediction_type: str) -> None:
-        super().__init__()
-        self.x0, self.kind, self.weight = x0, prediction_type, nn.Parameter(torch.zeros(1))
-
-    def forward(self, x: Tensor, timestep: Tensor, **_: object) -> tuple[Tensor]:
-        alpha_bar = SCHEDULE.alpha_bar[timestep].view(-1, 1, 1, 1)
-        a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        eps = (x - a * self.x0) / s
-        posterior = q_posterior(SCHEDULE, self.x0.double(), x.double(), timestep).mean
-        mean = {
-            "epsilon": eps,
-            "v_prediction": a * eps - s * self.x0,
-            "sample": self.x0.expand_as(x),
-            "posterior_mean": posterior,
-        }[self.kind]
-        return (torch.cat([mean, torch.zeros_like(x)], dim=1).float(),)
-
-
-class WithVariance(nn.Module):
-    """A network whose variance half is one number everywhere."""
-
-    def __init__(self, network: nn.Module, value: float) -> None:
-        super().__init__()
-        self.network, self.value = network, value
-
-    def forward(self, *args: object, **kwargs: object) -> tuple[Tensor]:
-        mean = self.network(*args, **kwargs)[0][:, : SHAPE[0]]
-        return (torch.cat([mean, torch.full_like(mean, self.value)], dim=1),)
+USES = [(name, option) for name, facts in SAMPLERS.items() for option in facts.settings]
 
 
 @pytest.fixture(scope="module")
@@ -66,56 +47,6 @@ def vae(tiny: Path) -> AutoencoderKL:
     return load_vae(str(tiny), dtype=torch.float32)
 
 
-def texts(lengths: Sequence[int]) -> list[Tensor]:
-    """Embeddings of captions of these lengths."""
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(length, 32, generator=generator) for length in lengths]
-
-
-NULL = torch.randn(1, 32, generator=torch.Generator().manual_seed(2))
-
-
-def sample(
-    network: nn.Module,
-    seeds: Sequence[int] = (0,),
-    *,
-    captions: Sequence[Tensor] | None = None,
-    null: Tensor = NULL,
-    prediction_type: str = "epsilon",
-    sampler: str = "ddim",
-    steps: int = 5,
-    guidance: float = 4.5,
-    **settings: object,
-) -> Tensor:
-    embeds, mask = pad_text(captions or texts([3 + seed % 4 for seed in seeds]))
-    return sample_latents(
-        network,
-        SCHEDULE,
-        prediction_type,  # type: ignore[arg-type]
-        embeds,
-        mask,
-        null,
-        sampler=sampler,
-        steps=steps,
-        guidance=guidance,
-        generators=[torch.Generator().manual_seed(seed) for seed in seeds],
-        shape=SHAPE,
-        **settings,  # type: ignore[arg-type]
-    )
-
-
-def seen(network: nn.Module, **settings: object) -> tuple[list[dict[str, Tensor]], Tensor]:
-    """The network's inputs, call by call, and the latents."""
-    calls: list[dict[str, Tensor]] = []
-    hook = network.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append({"x": args[0], **kwargs}), with_kwargs=True
-    )
-    try:
-        return calls, sample(network, **settings)  # type: ignore[arg-type]
-    finally:
-        hook.remove()
-
-
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize(
     "settings",
@@ -124,18 +55,32 @@ def seen(network: nn.Module, **settings: object) -> tuple[list[dict[str, Tensor]
         {"sampler": "ddim", "steps": 7, "spacing": "trailing"},
         {"sampler": "ddim", "steps": 20, "eta": 1.0},
         {"sampler": "ddpm", "steps": 20, "variance": "beta"},
-        {"sampler": "ddpm", "steps": 13, "variance": "learned", "spacing": "trailing"},
+        {"sampler": "iddpm", "steps": 13, "spacing": "trailing"},
+        *({"sampler": name, "steps": 9} for name, facts in SAMPLERS.items() if facts.space != "sde"),
+        {"sampler": "edm", "steps": 9, "s_churn": 3.0},
+        {"sampler": "euler", "steps": 9, "s_churn": 3.0, "spacing": "trailing"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_exact_network_leads_to_its_picture(prediction_type: str, settings: dict[str, object]) -> None:
+def test_exact_network_leads_to_its_picture(prediction_type: str, settings: dict[str, Any]) -> None:
     x0 = 3 * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    latents = sample(Oracle(x0, prediction_type).eval(), [0, 1], prediction_type=prediction_type, **settings)  # type: ignore[arg-type]
+    latents = sample(Oracle(x0, prediction_type).eval(), [0, 1], prediction_type=prediction_type, **settings)
     assert (latents - x0).abs().max() < 2e-4
 
 
-@pytest.mark.parametrize("settings", [{"sampler": "ddim"}, {"sampler": "ddpm", "variance": "learned"}])
-def test_a_posterior_mean_is_that_of_the_trained_step_however_few_are_taken(settings: dict[str, object]) -> None:
+@pytest.mark.parametrize("sampler", [name for name, facts in SAMPLERS.items() if facts.space == "sde"])
+def test_an_sde_comes_the_closer_to_the_picture_the_more_steps_it_takes(sampler: str) -> None:
+    x0 = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    network = Oracle(x0, "epsilon").eval()
+    errors = [
+        (sample(network, [0, 1], sampler=sampler, steps=steps) - x0).square().mean().sqrt().item()
+        for steps in (20, 60, 180)
+    ]
+    assert errors[1] < 0.5 * errors[0] and errors[2] < 0.5 * errors[1] < 0.1, errors
+
+
+@pytest.mark.parametrize("settings", [{"sampler": "ddim"}, {"sampler": "iddpm"}])
+def test_a_posterior_mean_is_that_of_the_trained_step_however_few_are_taken(settings: dict[str, Any]) -> None:
     """The same way to the picture as by the noise; float32 keeps x0 to 1e-3 at the first step, which counts least."""
     x0 = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(4))
     paths = [
@@ -145,13 +90,44 @@ def test_a_posterior_mean_is_that_of_the_trained_step_however_few_are_taken(sett
     torch.testing.assert_close(*paths, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}])
-def test_batch_mates_do_not_change_a_picture(network: nn.Module, settings: dict[str, object]) -> None:
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_unguided_sampling_is_a_plain_loop_bit_for_bit(network: nn.Module, sampler: str) -> None:
+    seeds, captions = [0, 1], texts([5, 3])
+    embeds, mask = pad_text(captions)
+    rng, scheduler = generators(seeds), ready(sampler)
+    x = torch.stack([torch.randn(SHAPE, generator=g) for g in rng]) * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            given = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "timestep": t.expand(2)}
+            nothing = {"resolution": None, "aspect_ratio": None}
+            output = network(scheduler.scale_model_input(x, t), **given, added_cond_kwargs=nothing).sample
+            x = scheduler.step(output, t, x, generator=rng).prev_sample
+    assert torch.equal(sample(network, seeds, captions=captions, sampler=sampler, guidance=1.0), x)
+
+
+@pytest.mark.parametrize("settings", [*({"sampler": name, "steps": 3} for name in SAMPLERS), {"eta": 1.0}], ids=str)
+def test_batch_mates_do_not_change_a_picture(network: nn.Module, settings: dict[str, Any]) -> None:
     seeds, captions = range(8), texts(range(1, 9))
-    together = sample(network, seeds, captions=captions, **settings)  # type: ignore[arg-type]
+    together = sample(network, seeds, captions=captions, **settings)
     for seed, caption, latents in zip(seeds, captions, together, strict=True):
-        alone = sample(network, [seed], captions=[caption], **settings)[0]  # type: ignore[arg-type]
+        alone = sample(network, [seed], captions=[caption], **settings)[0]
         assert (latents - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+def test_an_adaptive_solver_takes_each_picture_by_itself(network: nn.Module) -> None:
+    """Bit for bit where the texts have the batch's length, since not even the arithmetic of a batch is shared."""
+    captions, nulls, settings = texts([4, 4, 2]), texts([3, 3, 1]), {"sampler": "pf_ode", "tolerance": 0.1}
+    calls: list[int] = []
+    loop = {"on_call": lambda call, x: calls.append(call)}
+    together = sample(network, [5, 6, 7], captions=captions, null=nulls, loop=loop, **settings)
+    counts = []
+    for row in range(3):
+        made, (alone,) = seen(
+            network, [5 + row], captions=captions[row : row + 1], null=nulls[row : row + 1], **settings
+        )
+        counts.append(len(made))
+        assert (together[row] - alone).abs().max() <= (0.0 if row < 2 else 1e-5) * alone.abs().max()
+    assert calls == [call for count in counts for call in range(1, count + 1)]
 
 
 def test_what_reaches_the_network(network: nn.Module) -> None:
@@ -164,47 +140,39 @@ def test_what_reaches_the_network(network: nn.Module) -> None:
         assert torch.equal(call["x"][:2], call["x"][2:])
     first = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
     assert torch.equal(calls[0]["x"][1], first)
+    calls, latents = seen(network, seeds=[0, 1], steps=4, sampler="edm")
+    assert {call["timestep"].dtype for call in calls} == {torch.float32} and len(calls) == 7
 
 
-@pytest.mark.parametrize("null_length", [1, 9])
-def test_unconditional_input_is_that_of_dropped_captions(network: nn.Module, null_length: int) -> None:
-    captions, null = texts([3, 5]), torch.randn(null_length, 32)
-    calls, _ = seen(network, seeds=[0, 1], captions=captions, null=null, steps=1)
-    length = max(5, null_length)
-    for half, expected in enumerate((drop_captions(captions, [True, True], null), captions)):
-        embeds, mask = pad_text(expected, length)
-        rows = slice(2 * half, 2 * half + 2)
-        assert calls[0]["encoder_hidden_states"][rows].numpy().tobytes() == embeds.numpy().tobytes()
-        given = calls[0]["encoder_attention_mask"][rows]
-        assert given.dtype == mask.dtype and given.numpy().tobytes() == mask.numpy().tobytes()
+@pytest.mark.parametrize(
+    "settings",
+    [{"sampler": name} for name in SAMPLERS]
+    + [{"sampler": name, "s_churn": churn} for name in ("euler", "edm") for churn in (0.5, 50.0)]
+    + [{"sampler": "euler", "sigma_max": 80.0}, {"sampler": "edm", "spacing": "trailing"}],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_the_first_noise_is_scaled_to_the_first_level(network: nn.Module, settings: dict[str, Any]) -> None:
+    """The network always sees unit variance: on a level sigma of noise alone, sigma / sqrt(1 + sigma^2)."""
+    scheduler = ready(**settings)
+    calls, _ = seen(network, [3], scheduler=scheduler)
+    noise, sigma = torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)), 0.0
+    if SAMPLERS[settings["sampler"]].space == "sigma":
+        sigma = settings.get("sigma_max", SCHEDULE.sigmas[-1].item())
+        sigma *= 1 + min(settings.get("s_churn", 0.0) / 5, math.sqrt(2) - 1)  # churn raises the first level too
+    assert scheduler.init_noise_sigma == pytest.approx(sigma or 1.0)
+    scale = sigma / math.sqrt(1 + sigma**2) if sigma else 1.0
+    torch.testing.assert_close(calls[0]["x"][0], noise * scale, rtol=1e-6, atol=1e-6)
 
 
-def test_guidance_moves_all_mean_channels_and_no_variance() -> None:
-    without, given = torch.randn(2, 3, 8, 2, 2)
-    guided = _guide(torch.cat([without, given]), 4, 4.5)
-    assert torch.allclose(guided[:, :4], without[:, :4] + 4.5 * (given - without)[:, :4])
-    assert torch.equal(guided[:, 4:], given[:, 4:])
-
-
-def test_guidance_one_runs_the_conditional_branch_alone(network: nn.Module) -> None:
-    calls, latents = seen(network, guidance=1.0)
-    assert [len(call["x"]) for call in calls] == [1] * 5
-    assert torch.equal(latents, sample(network, guidance=1.0, null=torch.full((7, 32), float("nan"))))
-    caption = texts([3])
-    own = sample(network, captions=caption, null=caption[0], guidance=4.5)  # u = c
-    assert torch.allclose(
-        own, sample(network, captions=caption, guidance=1.0), rtol=0, atol=1e-4 * own.abs().max().item()
-    )
-    assert (latents - sample(network, guidance=4.5)).abs().max() > 0.1
-
-
-@pytest.mark.parametrize(("value", "bound"), [(-1.0, "beta_tilde"), (1.0, "beta")])
-def test_learned_variance_is_the_networks_own(network: nn.Module, value: float, bound: str) -> None:
-    learned = sample(WithVariance(network, value).eval(), sampler="ddpm", variance="learned")
-    fixed = sample(network, sampler="ddpm", variance=bound)
-    other = sample(WithVariance(network, 0.0).eval(), sampler="ddpm", variance="learned")
-    assert torch.allclose(learned, fixed, rtol=0, atol=1e-5 * fixed.abs().max().item())
-    assert (learned - other).abs().max() > 1e-3 * fixed.abs().max()
+@pytest.mark.parametrize(("sampler", "option"), USES)
+def test_every_option_of_every_sampler_moves_the_picture(network: nn.Module, sampler: str, option: str) -> None:
+    spacings = {"spacing": {"spacing": SAMPLERS[sampler].spacings[-1]}}
+    given = (OPTION_VALUES | spacings)[option]
+    without = {key: value for key, value in given.items() if key != option}
+    moved = sample(network, sampler=sampler, guidance=1.0, **given)
+    assert moved.isfinite().all()
+    plain = sample(network, sampler=sampler, guidance=1.0, **without)
+    assert (moved - plain).abs().max() > 1e-3 * plain.abs().max()
 
 
 def test_ddim_at_eta_one_is_ddpm_with_the_same_noise(network: nn.Module) -> None:
@@ -213,37 +181,74 @@ def test_ddim_at_eta_one_is_ddpm_with_the_same_noise(network: nn.Module) -> None
     assert (ddim - sample(network)).abs().max() > 1e-3 * ddpm.abs().max()
 
 
-def test_same_seed_same_bits_and_the_global_random_state_is_left_alone(network: nn.Module) -> None:
+@pytest.mark.parametrize("sampler", ["ddpm", "iddpm", "score_sde", "annealed_langevin"])
+def test_same_seed_same_bits_and_the_global_random_state_is_left_alone(network: nn.Module, sampler: str) -> None:
     before = torch.get_rng_state()
-    first = sample(network, sampler="ddpm")
+    first = sample(network, sampler=sampler)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
-    assert torch.equal(sample(network, sampler="ddpm"), first)
+    assert torch.equal(sample(network, sampler=sampler), first)
     torch.set_rng_state(before)
 
 
 def test_autocast_runs_the_network_in_the_half_type_and_keeps_latents_float32(network: nn.Module) -> None:
-    half = sample(network, autocast=torch.bfloat16)
+    half = sample(network, loop={"autocast": torch.bfloat16})
     exact = sample(network)
     assert half.dtype == torch.float32
     assert 0 < (half - exact).abs().max() < 0.2 * exact.abs().max()
 
 
-def test_progress_and_refusals(network: nn.Module) -> None:
-    steps: list[int] = []
-    sample(network, steps=3, progress=lambda: steps.append(1))
-    assert len(steps) == 3
-    with pytest.raises(ValueError, match="choose from ddim, ddpm"):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_call_is_told_and_may_change_the_sample(network: nn.Module, sampler: str) -> None:
+    scheduler, samples = ready(sampler, 3), []
+    found = sample(network, scheduler=scheduler, loop={"on_call": lambda call, x: samples.append((call, x))})
+    assert [call for call, _ in samples] == list(range(1, len(scheduler.timesteps) + 1))
+    assert torch.equal(samples[-1][1], found)
+    zero = torch.zeros(1, *SHAPE)
+    last = len(scheduler.timesteps) - 1
+    changed = {"on_call": lambda call, x: zero if call == last else None}
+    calls, _ = seen(network, sampler=sampler, steps=3, loop=changed)
+    assert calls[-1]["x"].abs().max() == 0 and calls[-2]["x"].abs().max() > 0
+
+
+def test_refusals(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"unknown sampler 'dim'; choose from {', '.join(SAMPLERS)}"):
         sample(network, sampler="dim")
     with pytest.raises(ValueError, match="choose 1 to 1000"):
         sample(network, steps=1001)
+    embeds, mask = pad_text(texts([3]))
     inner = network.get_submodule("transformer_blocks.0")
     inner.train()
     try:
         with pytest.raises(ValueError, match="training mode"):
             sample(network)
+        with pytest.raises(ValueError, match="training mode"):
+            invert_latents(network, ready(), torch.zeros(1, *SHAPE), embeds, mask, calls=1)  # type: ignore[arg-type]
     finally:
         inner.eval()
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_what_ddim_inverts_ddim_draws_again_to_first_order(share: float) -> None:
+    """All the way to noise or half of it: the round trip's error is halved when the steps are doubled."""
+    data = torch.randn(2, 3, *SHAPE, generator=torch.Generator().manual_seed(6))
+    x0, network = data[0] * 0.5 + data[1, :1], NormalData(data[1, :1].double(), 0.5).eval()
+    embeds, mask = pad_text(texts([2, 3, 4]))
+    errors = []
+    for steps in (20, 40, 80, 160):
+        scheduler = ready(steps=steps)
+        assert isinstance(scheduler, RespacedDDIMScheduler)
+        kept = round(steps * share)
+        noised = invert_latents(network, scheduler, x0, embeds, mask, calls=kept - 1)
+        scheduler.set_begin_index(scheduler.step_starts[steps - kept])
+        again = sample(network, range(3), scheduler=scheduler, guidance=1.0, loop={"start": noised})
+        errors.append((again - x0).square().mean().sqrt().item())
+        assert noised.dtype == torch.float32 and (noised - x0).square().mean() > 0.1
+    orders = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+    assert orders == pytest.approx([1, 1, 1], abs=0.15), errors
+    assert errors[-1] < 0.02
+    if share == 1.0:  # the noise of normal data is normal too
+        assert noised.std().item() == pytest.approx(1.0, abs=0.1)
 
 
 def test_decoding_is_the_stock_pipelines(tiny: Path, vae: AutoencoderKL) -> None:

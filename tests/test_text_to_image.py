@@ -3,21 +3,26 @@
 Oracles: the stock diffusers pipeline with the adapter merged into it, and the base itself.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, PixArtSigmaPipeline
 from torch import Tensor
 
+from pixart_ft import models
 from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, load_adapter, merge, save_adapter
 from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
+from pixart_ft.drawing import Settings
 from pixart_ft.errors import UserError
 from pixart_ft.models import fingerprint, load_text_encoder, load_transformer
-from pixart_ft.text_to_image import Settings, TextToImage
+from pixart_ft.samplers import SAMPLERS
+from pixart_ft.text_to_image import TextToImage
 from tests.tiny import build_tiny_pipeline
 
 PROMPTS = ["a red circle on grey", "A photo of the black triangle on pink "]
@@ -113,7 +118,7 @@ def test_stock_pipeline_with_the_adapter_merged_draws_the_same(
         output_type="latent",
     ).images
     unused = {} if guidance == 1 else {"negative_prompt": negative}
-    ours = sampled(adapted, PROMPTS, seeds=[7], steps=25, guidance=guidance, spacing="trailing", **unused)
+    ours = sampled(adapted, PROMPTS, seeds=[7], steps=25, guidance=guidance, options={"spacing": "trailing"}, **unused)
     # An untrained network sends the latents to some hundreds, so this is far within 1e-4 of a trained one's.
     assert (ours - stock).abs().max() < 1e-5 * stock.abs().max()
     assert stock.std() > 0.1
@@ -173,9 +178,10 @@ def test_adapter_brings_its_null_caption_schedule_prediction_and_limit(tiny: Pat
         null_scale=2.0,
     )
     model = TextToImage.load(tiny, lora=folder)
-    assert torch.equal(model.null_caption, 2 * TextToImage.load(tiny).null_caption)
-    assert (model.prediction_type, model.max_tokens, model.variance_state) == ("v_prediction", 7, "stale")
-    assert model.schedule.alpha_bar[-1] < 1e-8  # the cosine schedule's; the base's is 4e-5
+    assert torch.equal(model.text.of(""), 2 * TextToImage.load(tiny).text.of(""))
+    able = model.abilities
+    assert (able.prediction_type, model.text.max_tokens, able.variance) == ("v_prediction", 7, "stale")
+    assert able.schedule.alpha_bar[-1] < 1e-8  # the cosine schedule's; the base's is 4e-5
     with pytest.warns(UserWarning, match="max_tokens 7 and were cut"):
         model.generate("a red circle on a blue picture of pink", steps=1)
 
@@ -197,39 +203,125 @@ def test_raw_weights_lie_beside_the_averaged_ones(tiny: Path, tmp_path: Path) ->
     )
 
 
-def test_variance_of_ddpm(tiny: Path, tmp_path: Path, base: TextToImage) -> None:
-    ddpm = Settings(sampler="ddpm")
-    assert base.settled(ddpm).variance == "learned"
-    drawn = {v: sampled(base, PROMPTS[0], sampler="ddpm", steps=3, variance=v) for v in ("auto", "learned", "beta")}
-    assert torch.equal(drawn["auto"], drawn["learned"]) and not torch.equal(drawn["learned"], drawn["beta"])
+def test_the_learned_variance_wants_a_network_whose_variance_was_trained(
+    tiny: Path, tmp_path: Path, base: TextToImage
+) -> None:
+    learned = Settings(sampler="iddpm", steps=3)
+    assert base.settled(learned).options["variance"] == "learned"
+    fixed = {"variance": "beta_tilde"}
+    drawn = [
+        sampled(base, PROMPTS[0], sampler=name, options=options, steps=3)
+        for name, options in (("iddpm", {}), ("iddpm", {"variance": "learned"}), ("iddpm", fixed), ("ddpm", fixed))
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3])
+    assert not torch.equal(drawn[0], drawn[2])
     stale = TextToImage.load(tiny, lora=make_adapter(tiny, tmp_path / "stale", variance="stale"))
-    assert stale.settled(ddpm).variance == "beta_tilde"
-    with pytest.raises(UserError, match=r"stale was trained by an objective that leaves it.*use beta_tilde"):
-        stale.settled(replace(ddpm, variance="learned"))
+    with pytest.raises(UserError, match=r"the adapter .*stale was trained by .* stale; .* or set variance beta_tilde"):
+        stale.generate(PROMPTS[0], settings=learned)
     assert torch.equal(
+        sampled(stale, PROMPTS[0], sampler="iddpm", steps=3, options=fixed),
         sampled(stale, PROMPTS[0], sampler="ddpm", steps=3),
-        sampled(stale, PROMPTS[0], sampler="ddpm", steps=3, variance="beta_tilde"),
     )
     four = TextToImage.load(build_tiny_pipeline(tmp_path / "four", out_channels=4))
-    assert four.settled(ddpm).variance == "beta_tilde"
-    assert four.generate(PROMPTS[0], sampler="ddpm", steps=2)[0].size == (64, 64)
-    with pytest.raises(UserError, match="this network has none"):
-        four.generate(PROMPTS[0], sampler="ddpm", variance="learned")
+    for name, options in (("ddpm", {}), ("iddpm", fixed)):
+        assert four.generate(PROMPTS[0], sampler=name, options=options, steps=2)[0].size == (64, 64)
+    with pytest.raises(UserError, match="this network has no variance channels; use ddpm"):
+        four.generate(PROMPTS[0], sampler="iddpm")
 
 
 def test_all_wrong_settings_are_named_at_once(base: TextToImage) -> None:
     with pytest.raises(UserError) as caught:
-        base.settled(Settings(sampler="euler", eta=2.0, variance="beta", steps=1001, width=8))
+        base.generate(PROMPTS[0], sampler="dpm", steps=0, width=8, negative_prompt="red", guidance=1.0)
     report = str(caught.value)
-    assert [line.split()[0] for line in report.splitlines()] == [
-        "sampler:",
-        "eta",
-        "eta",
-        "variance",
-        "steps",
-        "width",
+    assert [line.split()[0] for line in report.splitlines()] == ["width", "negative_prompt", "steps", "sampler:"]
+    assert f"choose from {', '.join(SAMPLERS)}" in report
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_the_same_bytes_twice_and_alone(base: TextToImage, sampler: str) -> None:
+    """Bytes of the same call; to rounding, three seeds at once and one by one. All network calls are foretold."""
+    settings = base.settled(Settings(sampler=sampler, steps=3))
+    inputs: list[int] = []
+    hook = base.transformer.register_forward_pre_hook(lambda _, args: inputs.append(len(args[0])))
+    moved: list[int] = []
+    jobs = [(PROMPTS[0], seed) for seed in (3, 4, 5)]
+    with decoded(base) as latents:
+        first = list(base.draw(jobs, settings, progress=moved.append))
+    hook.remove()
+    assert [picture.tobytes() for picture in base.generate(PROMPTS[0], seeds=[3, 4, 5], settings=settings)] == [
+        picture.tobytes() for picture in first
     ]
-    assert "choose from ddim, ddpm" in report
+    assert {picture.size for picture in first} == {(64, 64)} and len({p.tobytes() for p in first}) == 3
+    assert inputs == [6] * (base.calls(settings) or 0) and moved == [3] * len(inputs)
+    for job, together in zip(jobs, latents, strict=True):
+        (alone,) = base.latents([job], settings)
+        assert alone.isfinite().all()
+        assert (together - alone).abs().max() < 1e-5 * alone.abs().max()
+
+
+def test_an_adaptive_solver_tells_of_all_its_network_calls(base: TextToImage) -> None:
+    settings = base.settled(Settings(sampler="pf_ode", options={"tolerance": 0.5}))
+    inputs: list[int] = []
+    hook = base.transformer.register_forward_pre_hook(lambda _, args: inputs.append(len(args[0])))
+    moved: list[int] = []
+    base.latents([(PROMPTS[0], 0), (PROMPTS[1], 1)], settings, progress=moved.append)
+    hook.remove()
+    assert base.calls(settings) is None
+    assert sum(moved) == len(inputs)  # each call moves on one picture
+
+
+@pytest.mark.parametrize("how", ["index", "snr_matched"])
+@pytest.mark.filterwarnings("ignore:of 1000 noise levels")
+def test_another_schedule_reaches_the_network(base: TextToImage, how: str) -> None:
+    told: list[float] = []
+    hook = base.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: told.append(kwargs["timestep"][0].item()), with_kwargs=True
+    )
+    settings = base.settled(Settings(steps=3, schedule="cosine", time_conditioning=how))  # type: ignore[arg-type]
+    drawn = base.latents([(PROMPTS[0], 0)], settings)
+    hook.remove()
+    # By numpy: at index 500 cosine has sigma 1.01555, which the linear schedule reaches at 261.03.
+    assert told == ([999, 500, 0] if how == "index" else pytest.approx([999, 261.03, 0], abs=0.01))
+    plain = base.latents([(PROMPTS[0], 0)], base.settled(Settings(steps=3)))
+    assert (drawn - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_guidance_may_act_in_the_middle_alone(base: TextToImage) -> None:
+    rows: list[int] = []
+    hook = base.transformer.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    base.generate(PROMPTS[0], settings=Settings(steps=5, guidance_interval=(200, 600)))
+    hook.remove()
+    assert rows == [1, 1, 2, 2, 1]  # at 999, 749, 500, 250, 0
+
+
+def test_prompts_known_at_loading_free_the_text_encoder_and_draw_the_same(
+    tiny: Path, adapter: Path, adapted: TextToImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders: list[Any] = []
+    load, load_network = models.load_text_encoder, models.load_transformer
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        tokenizer, encoder = load(*args, **kwargs)
+        encoders.append(weakref.ref(encoder))
+        return tokenizer, encoder
+
+    def after(*args: Any, **kwargs: Any) -> Any:
+        assert [found() for found in encoders] == [None], "both T5 and the transformer are in memory"
+        return load_network(*args, **kwargs)
+
+    monkeypatch.setattr(models, "load_text_encoder", loaded)
+    monkeypatch.setattr(models, "load_transformer", after)
+    model = TextToImage.load(tiny, lora=adapter, prompts=[*PROMPTS, "black"])
+    assert model.text.encoder is None
+    for settings in ({}, {"negative_prompt": "black"}):
+        ours, theirs = (m.generate(PROMPTS, steps=2, **settings) for m in (model, adapted))
+        assert [picture.tobytes() for picture in ours] == [picture.tobytes() for picture in theirs]
+    assert model.generate(f" {PROMPTS[0].upper()}", steps=1)  # the same text once prepared
+    new = r"the text encoder was freed before 'a new one' was encoded; give load\(\) all prompts"
+    with pytest.raises(ValueError, match=new):
+        model.generate("a new one", steps=1)
+    with pytest.raises(ValueError, match=new):
+        model.generate(PROMPTS[0], negative_prompt="a new one", steps=1)
 
 
 def test_bfloat16_draws_nearly_the_same(tiny: Path, adapter: Path, adapted: TextToImage) -> None:

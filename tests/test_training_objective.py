@@ -16,6 +16,7 @@ from pixart_ft.config import TrainConfig, load_config
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.objective import Objective
+from pixart_ft.samplers import SAMPLERS
 from pixart_ft.training_objective import build_objective, warn_of_relearning
 from pixart_ft.training_run import run_training
 
@@ -96,10 +97,47 @@ def test_what_makes_no_sense_is_refused_all_at_once(base: Path, channels, diffus
 
 def test_more_sampling_steps_than_the_process_has_are_refused(base: Path) -> None:
     change(base, "scheduler/scheduler_config.json", trained_betas=BETAS)
-    refusal = "validation.steps 4 is more than the 3 steps of the process; lower it"
+    refusal = "validation.sampler ddim with validation.steps 4: cannot take 4 steps of a process of 3; choose 1 to 3"
     assert faults(base, {"prompts": ["a"], "steps": 4}) == [refusal]
     for allowed in ({"prompts": ["a"], "steps": 3}, {"steps": 4}):
         assert build_objective(configured(base, allowed), str(base))[0].schedule.num_steps == 3
+
+
+@pytest.mark.parametrize("objective", ["simple", "su_noises", "vlb"])
+def test_the_learned_variance_is_not_sampled_with_unless_it_is_trained(base: Path, objective: str) -> None:
+    fixed = {"variance": "beta_tilde"} if objective == "vlb" else {}
+    refusal = (
+        f"validation.sampler iddpm steps by the learned variance, which diffusion.objective {objective} leaves stale; "
+        "set validation.sampler ddpm or ddim, or diffusion.objective hybrid"
+    )
+    drawn = {"prompts": ["a"], "sampler": "iddpm"}
+    assert faults(base, drawn, objective=objective, **fixed) == [refusal]
+    for allowed in ({"sampler": "iddpm"}, drawn | {"sampler": "ddpm"}):  # no prompts, no grid
+        build_objective(configured(base, allowed, objective=objective, **fixed), str(base))
+    for trains in ("hybrid", "vlb"):
+        build_objective(configured(base, drawn, objective=trains), str(base))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.filterwarnings("ignore:the base predicts")
+def test_a_sampler_that_cannot_walk_the_schedule_is_refused_before_any_weight(base: Path, sampler: str) -> None:
+    drawn = {"prompts": ["a"], "sampler": sampler}
+    zero = {"zero_snr": True, "prediction_type": "v_prediction"}
+    mean = {"prediction_type": "posterior_mean"}
+    space, with_steps = SAMPLERS[sampler].space, f"validation.sampler {sampler} with validation.steps 25"
+    if space == "index":
+        build_objective(configured(base, drawn, **zero), str(base))
+    else:
+        assert faults(base, drawn, **zero) == [
+            f"{with_steps}: sampler {sampler} divides by the signal, and this schedule has zero terminal SNR (no "
+            "signal at its last step); use ddim, ddpm or iddpm, or a schedule without rescale_betas_zero_snr"
+        ]
+    if space == "sigma":
+        assert faults(base, drawn, **mean) == [
+            f"{with_steps}: sampler {sampler} steps between the timesteps, where a posterior mean has no meaning"
+        ]
+    else:
+        build_objective(configured(base, drawn, **mean), str(base))
 
 
 @pytest.mark.parametrize(

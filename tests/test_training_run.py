@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
 from pixart_ft import models
@@ -21,6 +22,7 @@ from pixart_ft.config import TrainConfig
 from pixart_ft.errors import UserError
 from pixart_ft.pictures import read_recipe
 from pixart_ft.settings import load
+from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_run import run_training
 
@@ -154,6 +156,30 @@ def test_validation_and_samples_do_not_move_the_course(options, tmp_path) -> Non
     often = train(options, validation__every=1, validation__samples_every=1)
     never = train(options, run__folder=tmp_path / "other", validation__prompts=[], data__held_out_fraction=0.3)
     assert losses(often) == losses(never)
+
+
+@pytest.mark.parametrize("sampler", ["iddpm", "edm"])
+def test_the_grid_is_drawn_as_generate_draws(options, tiny, sampler) -> None:
+    """Before the first step the adapter adds nothing: the base's own pictures, by the sampler named."""
+    run = train(
+        options,
+        train__steps=1,
+        optim__warmup_steps=0,
+        data__held_out_fraction=0.0,
+        validation__sampler=sampler,
+        validation__steps=4,
+        validation__prompts=["a red circle", "a black square on pink"],
+        validation__seeds=[3, 4],
+    )
+    drawn = [Image.open(path).convert("RGB") for path in sorted((run / "samples" / "step-000000").glob("*.png"))]
+    model = TextToImage.load(tiny)
+    expected = model.generate(["a red circle", "a black square on pink"], sampler=sampler, steps=4, seeds=[3, 4])
+    assert len(drawn) == len(expected) == 4
+    for ours, theirs in zip(drawn, expected, strict=True):
+        (away,) = ImageStat.Stat(ImageChops.difference(ours, theirs).convert("L")).mean
+        assert away < 0.02  # a rounding here and there, of 255 levels; DDIM's pictures are 0.1 away from iDDPM's
+    with pytest.raises(UserError, match=r"validation\.sampler iddpm steps by the learned variance"):
+        train(options, run__folder=run / "x", validation__sampler="iddpm", diffusion__objective="simple")
 
 
 def test_what_a_run_leaves(options, capsys) -> None:

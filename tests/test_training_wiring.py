@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pixart_ft import models, objective, sampling
+from pixart_ft import models, objective, prepared
 from pixart_ft.adapters import LoraSettings, attach, load_adapter
 from pixart_ft.config import load_config
 from pixart_ft.data.captions import encode_captions, pad_text
@@ -153,7 +153,7 @@ def test_held_out_loss_by_hand(run, tiny, options) -> None:
 def test_training_and_sampling_see_the_same_null_caption(options, tiny, tmp_path, monkeypatch) -> None:
     """With every caption dropped, the network trains on what the unconditional branch is later given."""
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"training": [], "sampling": []}
-    for module, calls in ((objective, seen["training"]), (sampling, seen["sampling"])):
+    for module, calls in ((objective, seen["training"]), (prepared, seen["sampling"])):
 
         def recording(transformer, x_t, timesteps, embeds, mask, calls=calls, whole=module.denoise):
             calls.append((embeds.clone(), mask.clone()))

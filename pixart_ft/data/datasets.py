@@ -138,13 +138,14 @@ def verify_pictures(rows: Sequence[Row], size: int, *, progress: bool = True) ->
         warnings.warn(_listed("pictures that lose over half to the centre crop", cropped, 3), stacklevel=2)
 
 
-def load_picture(path: str | Path, size: int) -> Tensor:
-    """The picture as (3, size, size) float32 in [-1, 1].
+def load_picture(path: str | Path, size: int | tuple[int, int]) -> Tensor:
+    """The picture as (3, height, width) float32 in [-1, 1]; `size` is its side, or (width, height).
 
-    Upright by EXIF, transparency on white, the centre square, Lanczos. Raises UserError naming the path.
+    Upright by EXIF, transparency on white, cropped to the centre, Lanczos. Raises UserError naming the path.
     """
-    square = ImageOps.fit(_open_rgb(path), (size, size), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(numpy.array(square)).permute(2, 0, 1).contiguous()
+    size = (size, size) if isinstance(size, int) else size
+    fitted = ImageOps.fit(_open_rgb(path), size, Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32) / 127.5 - 1
 
 

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from pixart_ft.diffusion.respacing import kept_indices
 
 TimeConditioning = Literal["index", "snr_matched"]
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "su_linear"]
 
 # The keys of a diffusers scheduler_config.json that define the process; the others are a sampler's business.
 DIFFUSERS_KEYS = (
@@ -202,6 +203,19 @@ class NoiseSchedule:
     def _with_alpha_bar(cls, alpha_bar: Tensor, timesteps: Tensor) -> Self:
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         return cls.from_betas(1 - alpha_bar / previous, timesteps)
+
+
+def named_config(name: ScheduleName, num_steps: int = 1000) -> dict[str, object]:
+    """A schedule with its own defaults, in the words of a diffusers scheduler config. Raises ValueError for another."""
+    if name == "cosine":
+        return {"num_train_timesteps": num_steps, "beta_schedule": "squaredcos_cap_v2"}
+    ends = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "su_linear": (0.02 / num_steps, 0.02)}
+    if name not in ends:
+        raise ValueError(f"unknown schedule {name!r}; choose from {', '.join(get_args(ScheduleName))}")
+    start, end = ends[name]
+    # Su's betas 0.02 t / T are a straight line too
+    line = "scaled_linear" if name == "scaled_linear" else "linear"
+    return {"num_train_timesteps": num_steps, "beta_schedule": line, "beta_start": start, "beta_end": end}
 
 
 def conditioned(schedule: NoiseSchedule, native: NoiseSchedule, time_conditioning: TimeConditioning) -> NoiseSchedule:

@@ -82,6 +82,20 @@ def eps_at_sigma(model_output: Tensor, x: Tensor, sigma: float, prediction_type:
     raise ValueError(f"{prediction_type} has no meaning between two steps; only epsilon, v_prediction and sample do")
 
 
+def x0_at_sigma(model_output: Tensor, y: Tensor, sigma: float, prediction_type: PredictionType) -> Tensor:
+    """The guess of x0 in a network's output (N, C or 2C, H, W) at y = x0 + sigma eps, at any sigma.
+
+    The network received y / sqrt(1 + sigma^2). Raises ValueError for posterior_mean, as `eps_at_sigma`.
+    """
+    if prediction_type == "sample":
+        return promoted(split_output(model_output, y.shape[1])[0])
+    y = promoted(y)
+    a = (1 + sigma**2) ** -0.5
+    if prediction_type == "v_prediction":
+        return a * (a * y - sigma * promoted(split_output(model_output, y.shape[1])[0]))
+    return y - sigma * eps_at_sigma(model_output, a * y, sigma, prediction_type)
+
+
 def karras_sigmas(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
     """Even steps in sigma^(1/rho) (Karras et al. 2022, eq. 5); larger rho, more steps at little noise."""
     _check(count, sigma_min, sigma_max)

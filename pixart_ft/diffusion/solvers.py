@@ -1,10 +1,16 @@
-"""One sampling step each, from x_t to x_{t-1} of the given schedule. The noise is an argument.
+"""One sampling step each of the six systems. The noise is an argument. Symbols: `pixart_ft.diffusion`.
 
-To take fewer steps, respace the schedule (`NoiseSchedule.respaced`): t then indexes the kept steps. The mean
-is made from `prediction.x0` alone, so a caller that clips x0 needs to change nothing else.
-Symbols: `pixart_ft.diffusion`.
+On indices (DDPM, DDIM): from x_t to x_{t-1} of the given schedule. To take fewer steps, respace the schedule
+(`NoiseSchedule.respaced`): t then indexes the kept steps. The mean is made from `prediction.x0` alone, so a caller
+that clips x0 needs to change nothing else.
+
+On noise levels (Euler, EDM): y = x0 + sigma eps = x_t / sqrt(alpha_bar), sigma a number, down to 0 at the end.
+
+On the SDE: dx = -beta/2 x dt + sqrt(beta) dw, and `beta` of a step is a number: the integral of beta over it for
+Euler-Maruyama and the ODE, 1 - alpha_bar / alpha_bar_prev for the others (Song et al. 2021b).
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -14,6 +20,7 @@ from pixart_ft.diffusion.process import Prediction, at, q_posterior, to_eps
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 Variance = Literal["beta_tilde", "beta", "learned", "none"]
+Predictor = Literal["euler_maruyama", "reverse_diffusion", "ancestral"]
 
 
 def ddim_sigma(schedule: NoiseSchedule, eta: float) -> Tensor:
@@ -93,6 +100,107 @@ def ddpm_step(
     is_last = (t == 0).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1))
     std = torch.exp(0.5 * log_variance).masked_fill(is_last, 0)
     return mean + std * _required(noise, f"variance {variance!r}")
+
+
+def euler_step(y: Tensor, denoised: Tensor, sigma: float, next_sigma: float) -> Tensor:
+    """y + (next_sigma - sigma) (y - x0) / sigma: one step of dy/dsigma = eps (Karras et al. 2022, eq. 3).
+
+    It is `ddim_step` with eta = 0 in these variables. To next_sigma = 0 it gives `denoised` itself, the guess of x0.
+    """
+    return denoised if next_sigma == 0 else y + (next_sigma - sigma) * slope(y, denoised, sigma)
+
+
+def slope(y: Tensor, denoised: Tensor, sigma: float) -> Tensor:
+    """dy/dsigma = (y - x0) / sigma, which is the predicted eps (Karras et al. 2022, Alg. 1, line 3)."""
+    return (y - denoised) / sigma
+
+
+def heun_step(y: Tensor, first: Tensor, second: Tensor, sigma: float, next_sigma: float) -> Tensor:
+    """y moved by the mean of the slopes at both ends of the step (Karras et al. 2022, Alg. 1, lines 6 to 8).
+
+    first: the slope at (y, sigma); second: at (where Euler's step arrived, next_sigma), which must not be 0.
+    """
+    return y + (next_sigma - sigma) * 0.5 * (first + second)
+
+
+def churned_sigma(sigma: float, steps: int, s_churn: float, s_min: float, s_max: float) -> float:
+    """The level that churn raises sigma to: (1 + gamma) sigma (Karras et al. 2022, Alg. 2, lines 4 and 5).
+
+    gamma = min(s_churn / steps, sqrt(2) - 1) where s_min <= sigma <= s_max, else 0.
+    """
+    return sigma * (1 + min(s_churn / steps, math.sqrt(2) - 1)) if s_min <= sigma <= s_max else sigma
+
+
+def churn(y: Tensor, sigma: float, raised: float, s_noise: float, noise: Tensor) -> Tensor:
+    """y at the raised level: y + sqrt(raised^2 - sigma^2) s_noise noise (Karras et al. 2022, Alg. 2, line 6)."""
+    return y + math.sqrt(raised**2 - sigma**2) * s_noise * noise
+
+
+def ancestral_split(sigma: float, next_sigma: float, eta: float) -> tuple[float, float]:
+    """(down, up) with down^2 + up^2 = next_sigma^2: where the Euler step goes, and the noise that is then added.
+
+    up = min(next_sigma, eta next_sigma sqrt(1 - next_sigma^2 / sigma^2)), which is `ddim_sigma` in these variables.
+    """
+    up = min(next_sigma, eta * next_sigma * math.sqrt(max(0.0, 1 - (next_sigma / sigma) ** 2)))
+    return math.sqrt(next_sigma**2 - up**2), up
+
+
+def euler_ancestral_step(
+    y: Tensor, denoised: Tensor, sigma: float, next_sigma: float, *, eta: float = 1.0, noise: Tensor | None = None
+) -> Tensor:
+    """An Euler step below next_sigma, and noise back up to it. With eta = 1 it is DDPM with beta tilde.
+
+    Raises ValueError when noise is to be added and there is none.
+    """
+    down, up = ancestral_split(sigma, next_sigma, eta)
+    y = euler_step(y, denoised, sigma, down)
+    return y + up * _required(noise, f"eta {eta:g}") if up > 0 else y
+
+
+def sde_step(predictor: Predictor, x: Tensor, score: Tensor, beta: float, noise: Tensor | None = None) -> Tensor:
+    """One step of the reverse SDE; without noise its mean, which is what the last step returns.
+
+    euler_maruyama     x + beta (x/2 + score) + sqrt(beta) noise
+    reverse_diffusion  (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) noise (Song et al. 2021b, eq. 46)
+    ancestral          (x + beta score) / sqrt(1 - beta) + sqrt(beta) noise (their eq. 4)
+    """
+    if predictor == "euler_maruyama":
+        mean = x + beta * (0.5 * x + score)
+    elif predictor == "reverse_diffusion":
+        mean = (2 - math.sqrt(1 - beta)) * x + beta * score
+    elif predictor == "ancestral":
+        mean = (x + beta * score) / math.sqrt(1 - beta)
+    else:
+        raise ValueError(f"unknown predictor {predictor!r}; choose euler_maruyama, reverse_diffusion or ancestral")
+    return mean if noise is None else mean + math.sqrt(beta) * noise
+
+
+def pf_ode_step(x: Tensor, score: Tensor, beta: float) -> Tensor:
+    """x + beta/2 (x + score): Euler's step of the probability-flow ODE (Song et al. 2021b, eq. 13)."""
+    return x + 0.5 * beta * (x + score)
+
+
+def langevin_step(x: Tensor, score: Tensor, step: Tensor | float, noise: Tensor) -> Tensor:
+    """x + step score + sqrt(2 step) noise (Song et al. 2021b, Algs. 4 and 5; Song & Ermon 2019 call 2 step alpha)."""
+    root = (2 * step).sqrt() if isinstance(step, Tensor) else math.sqrt(2 * step)
+    return x + step * score + root * noise
+
+
+def langevin_step_size(
+    score: Tensor, noise: Tensor, alpha: float, snr: float, norms: Literal["per_sample", "batch_mean"] = "per_sample"
+) -> Tensor:
+    """2 alpha (snr |noise| / |score|)^2 (Song et al. 2021b, Alg. 5), shaped to multiply the score; 0 where that is 0.
+
+    norms: of each sample, so that no batch-mate changes a picture; or their means over the batch, as in the authors'
+    code.
+    """
+    lengths = [x.flatten(1).norm(dim=1) for x in (noise, score)]
+    if norms == "batch_mean":
+        lengths = [x.mean().expand(len(score)) for x in lengths]
+    elif norms != "per_sample":
+        raise ValueError(f"unknown norms {norms!r}; choose per_sample or batch_mean")
+    ratio = torch.where(lengths[1] > 0, lengths[0] / lengths[1], 0.0)
+    return (2 * alpha * (snr * ratio) ** 2).view(-1, *[1] * (score.ndim - 1))
 
 
 def _required(noise: Tensor | None, reason: str) -> Tensor:

@@ -1,0 +1,177 @@
+"""How pictures are drawn, whatever the weights: the settings, what they ask of a model, the scheduler they mean."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from inspect import signature
+from pathlib import Path
+from typing import Literal
+
+from pixart_ft.diffusion.process import PredictionType
+from pixart_ft.diffusion.schedules import NoiseSchedule, ScheduleName, TimeConditioning, conditioned, named_config
+from pixart_ft.errors import UserError
+from pixart_ft.models import VarianceState
+from pixart_ft.samplers import CONDITIONS, SAMPLERS
+from pixart_ft.schedulers import SCHEDULERS, build_scheduler
+from pixart_ft.schedulers.base import PixArtScheduler
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures are sampled; together with the model, a prompt and a seed it fixes a picture."""
+
+    sampler: str = "ddim"
+    steps: int = 30
+    guidance: float = 4.5
+    guidance_interval: tuple[float, float] | None = None  # timesteps between which guidance acts; None: everywhere
+    negative_prompt: str = ""  # in place of the null caption, unless empty
+    options: Mapping[str, object] = field(default_factory=dict)  # the sampler's own: SAMPLERS[sampler].settings
+    schedule: ScheduleName | Literal["base"] = "base"  # the noise levels walked through; base: those trained on
+    time_conditioning: TimeConditioning = "snr_matched"  # what another schedule tells the network
+    image: Path | None = None  # a picture to start from
+    strength: float = 0.6  # share of the steps that are run on it
+    inversion: bool = False  # start from the noise that DDIM finds for it, not from a random one
+    width: int | None = None  # pixels; None: the size the model was trained at
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a model allows.
+
+    schedule, prediction_type, variance   what it was trained on, to predict, and the state of its learned variance
+    size, unit                            the side of its pictures, and what sides must be multiples of, pixels
+    """
+
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    variance: VarianceState
+    size: int
+    unit: int
+
+
+def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler:
+    """The scheduler that the settings mean, with its timesteps, at the call that sampling begins with.
+
+    Raises ValueError for what the sampler or the schedule cannot do.
+    """
+    schedule = model.schedule
+    if settings.schedule != "base":
+        words = named_config(settings.schedule, schedule.num_steps)
+        schedule = conditioned(NoiseSchedule.from_diffusers_config(words), schedule, settings.time_conditioning)
+    scheduler = build_scheduler(settings.sampler, schedule, model.prediction_type, settings.options)
+    scheduler.set_timesteps(settings.steps)
+    if settings.image is not None:
+        scheduler.set_begin_index(scheduler.step_starts[_skipped(settings)])
+    return scheduler
+
+
+def inversion_calls(settings: Settings) -> int:
+    """How many network calls find the noise of the start picture."""
+    return settings.steps - 1 - _skipped(settings) if settings.inversion else 0
+
+
+def settled(settings: Settings, model: Abilities, adapter: str | None = None) -> Settings:
+    """The settings with the model's own size and the sampler's own options filled in; `adapter` is for messages.
+
+    Raises UserError with everything that is wrong: an unknown sampler, an option that it does not use or cannot take,
+    steps or a size that the model cannot give, a learned variance that is not there or was not trained.
+    """
+    faults = []
+    width, height = settings.width or model.size, settings.height or model.size
+    for key, size in (("width", width), ("height", height)):
+        if size < model.unit or size % model.unit:
+            near = max(model.unit, round(size / model.unit) * model.unit)
+            faults.append(
+                f"{key} ({size}) must be a multiple of {model.unit} (patch size times VAE factor); try {near}"
+            )
+    if settings.negative_prompt and settings.guidance == 1:
+        faults.append("negative_prompt is unused at guidance 1; raise guidance or remove it")
+    if settings.guidance_interval is not None and settings.guidance == 1:
+        faults.append("guidance_interval is unused at guidance 1; raise guidance or remove it")
+    start_faults = _start_faults(settings)
+    faults += [*start_faults, *_idle_options(settings)]
+    if settings.steps < 1:
+        faults.append(f"steps must be at least 1, got {settings.steps}")
+    if settings.sampler not in SAMPLERS:
+        faults.append(f"sampler: unknown {settings.sampler!r}; choose from {', '.join(SAMPLERS)}")
+    elif _learned(settings) and model.variance != "trained":
+        faults.append(_untrained_variance(model.variance, adapter))
+    options: dict[str, object] = {}
+    if settings.sampler in SAMPLERS and settings.steps >= 1:
+        try:
+            scheduler = scheduler_for(replace(settings, image=None) if start_faults else settings, model)
+            options = {key: scheduler.config[key] for key in SAMPLERS[settings.sampler].settings}
+        except ValueError as error:
+            faults.append(f"sampler {settings.sampler}: {error}")
+    if faults:
+        raise UserError("\n".join(faults))
+    return replace(settings, options=options, width=width, height=height)
+
+
+def size_of(aspect_ratio: str, model: Abilities) -> tuple[int, int]:
+    """Width and height, multiples of the model's unit, of a ratio such as "3:2", with about the area it was trained on.
+
+    Raises UserError for anything else.
+    """
+    try:
+        across, down = (float(part) for part in aspect_ratio.split(":"))
+        ratio = across / down
+    except (ValueError, ZeroDivisionError):
+        ratio = 0.0
+    if not 1 / 8 <= ratio <= 8:
+        raise UserError(f"aspect_ratio is {aspect_ratio!r}; write width:height, as 3:2, between 1:8 and 8:1")
+    width, height = model.size * ratio**0.5, model.size / ratio**0.5
+    return tuple(max(model.unit, round(side / model.unit) * model.unit) for side in (width, height))
+
+
+def recipe_of(settings: Settings) -> dict[str, object]:
+    """The settings as plain values, the sampler's options among them."""
+    values = asdict(settings)
+    image = values.pop("image")
+    return values | {"image": None if image is None else str(image)}
+
+
+def _learned(settings: Settings) -> bool:
+    """Whether the steps are to be taken by the network's own variance."""
+    return SAMPLERS[settings.sampler].needs_variance and settings.options.get("variance", "learned") == "learned"
+
+
+def _skipped(settings: Settings) -> int:
+    """The steps that a start picture saves; at least one is run."""
+    return 0 if settings.image is None else settings.steps - max(1, round(settings.steps * settings.strength))
+
+
+def _idle_options(settings: Settings) -> list[str]:
+    """Options that differ from the sampler's defaults and do nothing beside the others."""
+    options, kind = settings.options, SCHEDULERS.get(settings.sampler)
+    defaults = {} if kind is None else {k: p.default for k, p in signature(kind.__init__).parameters.items()}
+    return [
+        f"{option} is {options[option]!r}, unused while {other} is {options.get(other)!r}; change one"
+        for option, other, used in CONDITIONS
+        if options.get(option) not in (None, defaults.get(option)) and not used(options.get(other))
+    ]
+
+
+def _start_faults(settings: Settings) -> list[str]:
+    if settings.image is None:
+        return ["inversion starts from a picture: give image"] if settings.inversion else []
+    faults = []
+    if not 0 < settings.strength <= 1:
+        faults.append(
+            f"strength must lie above 0 (the picture itself) and at most at 1 (only noise), got {settings.strength}"
+        )
+    if settings.options.get("tolerance") is not None:
+        faults.append("image starts at a step, and pf_ode with a tolerance has none; remove tolerance")
+    if settings.inversion and (settings.sampler != "ddim" or settings.options.get("eta")):
+        faults.append("inversion is DDIM backwards: use sampler ddim with eta 0")
+    return faults
+
+
+def _untrained_variance(state: VarianceState, adapter: str | None) -> str:
+    if state == "none":
+        return "sampler iddpm steps by a learned variance, and this network has no variance channels; use ddpm"
+    by = f"the adapter {adapter}" if adapter else "this model"
+    return (
+        f"sampler iddpm steps by a learned variance, and {by} was trained by an objective that leaves it stale; use "
+        "sampler ddpm, or set variance beta_tilde, or train with diffusion.objective hybrid"
+    )

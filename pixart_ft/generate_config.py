@@ -1,0 +1,150 @@
+"""The configuration of `pixart-ft generate`: every key, its type, default, meaning, and the rules between keys.
+
+Which sampler uses which key is read from the table in `samplers.py`. No torch here: help is instant.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from pixart_ft.config import HUB_BASE, Folder, Precision, Sampler, Source
+from pixart_ft.samplers import CONDITIONS, OPTIONS, SAMPLERS, users_of
+from pixart_ft.settings import Config
+
+_SAMPLERS = "; ".join(f"{facts.name}: {facts.summary}" for facts in SAMPLERS.values())
+
+
+def _uses(option: str, sampler: str) -> bool:
+    return option in SAMPLERS[sampler].settings
+
+
+def _of(option: str) -> str:
+    return f"of {', '.join(users_of(option))}: "
+
+
+class GenerateConfig(Config):
+    """Everything a generation is told."""
+
+    model: Source | None = Field(
+        None,
+        min_length=1,
+        description=f'"demo", a diffusers folder, or a Hub id; null = what the adapter was trained on, else {HUB_BASE}',
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
+    lora: Folder | None = Field(None, description="adapter folder or run folder; null = the base alone")
+    lora_scale: float = Field(1.0, description="strength of the adapter; 1 = as trained")
+    weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights of the run")
+    prompts: tuple[str, ...] = Field((), description="what to draw")
+    prompts_file: Folder | None = Field(None, description="text file with one prompt a line")
+    negative_prompt: str = Field("", description="what to steer away from")
+    seed: int = Field(0, ge=0, description="seed of the first picture of each prompt; the next has seed + 1")
+    images_per_prompt: int = Field(1, ge=1, description="pictures per prompt")
+    width: int | None = Field(None, ge=16, multiple_of=16, description="pixels; null = the model's own")
+    height: int | None = Field(None, ge=16, multiple_of=16, description="pixels; null = the model's own")
+    aspect_ratio: str | None = Field(None, description="such as 3:2, with the area the model was trained on")
+    image: Folder | None = Field(None, description="picture to start from, cropped to the size; null = noise")
+    strength: float = Field(
+        0.6, gt=0, le=1, description="share of the steps run on image; 1 = only noise is left of it"
+    )
+    inversion: bool = Field(False, description="start from the noise that DDIM finds for image, not from a random one")
+    sampler: Sampler = Field("ddim", description=_SAMPLERS)
+    steps: int = Field(30, ge=1, le=1000, description="sampler steps")
+    guidance: float = Field(4.5, ge=1, description="classifier-free guidance scale; 1 = off")
+    guidance_interval: tuple[float, ...] | None = Field(
+        None, min_length=2, max_length=2, description="timesteps between which guidance acts; null = all"
+    )
+    schedule: Literal["base", "linear", "scaled_linear", "cosine", "su_linear"] = Field(
+        "base", description="noise levels to walk through; base = those of the training"
+    )
+    time_conditioning: Literal["index", "snr_matched"] = Field(
+        "snr_matched", description="what another schedule tells the network: its index, or where it knows that noise"
+    )
+    spacing: Literal["iddpm", "trailing", "leading", "karras", "exponential", "linspace"] | None = Field(
+        None, description="how the steps are spread; null = iddpm on indices and SDE, karras on noise levels"
+    )
+    variance: Literal["beta_tilde", "beta", "learned"] | None = Field(
+        None, description=_of("variance") + "of each step; null = beta_tilde for ddpm, learned for iddpm"
+    )
+    eta: float | None = Field(None, ge=0, le=1, description=_of("eta") + "noise added back; null = 0 for ddim, else 1")
+    rho: float | None = Field(
+        None, gt=0, description=_of("rho") + "of karras; null = 7, larger = more steps at the end"
+    )
+    sigma_min: float | None = Field(None, gt=0, description=_of("sigma_min") + "last level; null = the schedule's")
+    sigma_max: float | None = Field(None, gt=0, description=_of("sigma_max") + "first level; null = the schedule's")
+    s_churn: float | None = Field(None, ge=0, description=_of("s_churn") + "noise added before each step; null = 0")
+    s_min: float | None = Field(None, ge=0, description=_of("s_min") + "least level with churn; null = 0")
+    s_max: float | None = Field(None, gt=0, description=_of("s_max") + "last level with churn; null = no limit")
+    s_noise: float | None = Field(None, gt=0, description=_of("s_noise") + "strength of churn's noise; null = 1")
+    predictor: Literal["euler_maruyama", "reverse_diffusion", "ancestral"] | None = Field(
+        None, description=_of("predictor") + "null = reverse_diffusion"
+    )
+    corrector_steps: int | None = Field(None, ge=0, description=_of("corrector_steps") + "per step; null = 1")
+    corrector_snr: float | None = Field(None, gt=0, description=_of("corrector_snr") + "size of its step; null = 0.16")
+    corrector_first: bool | None = Field(
+        None, description=_of("corrector_first") + "before the predictor, as the authors' code; null = after it"
+    )
+    langevin_steps: int | None = Field(None, ge=1, description=_of("langevin_steps") + "at each level; null = 3")
+    langevin_step_size: float | None = Field(
+        None, gt=0, lt=2, description=_of("langevin_step_size") + "in units of the level's variance; null = 0.3"
+    )
+    tolerance: float | None = Field(
+        None, gt=0, description=_of("tolerance") + "error allowed an adaptive solver; null = even steps"
+    )
+    compare: bool = Field(False, description="a sheet of compare_samplers times compare_steps instead, with their cost")
+    compare_samplers: tuple[Sampler, ...] = Field(
+        ("ddpm", "iddpm", "ddim", "euler", "edm", "score_sde"), min_length=1, description="rows of that sheet"
+    )
+    compare_steps: tuple[int, ...] = Field((10, 25, 50), min_length=1, description="columns of that sheet")
+    batch_size: int = Field(4, ge=1, description="pictures drawn at once; does not change them")
+    tiling: bool = Field(False, description="decode in overlapping tiles: less memory for large pictures")
+    dtype: Precision = Field("auto", description="weights; auto = bfloat16 on a GPU, float32 on a CPU")
+    device: str = Field("auto", min_length=1, description="cpu, cuda, cuda:1, mps; auto = the best there is")
+    out: Folder = Field(Path("pictures"), description="folder for the pictures and their grid")
+
+    unused = (
+        ("revision", "model", lambda model: model != "demo"),
+        ("lora_scale", "lora", lambda lora: lora is not None),
+        ("weights", "lora", lambda lora: lora is not None),
+        ("negative_prompt", "guidance", lambda guidance: guidance > 1),
+        ("guidance_interval", "guidance", lambda guidance: guidance > 1),
+        ("strength", "image", lambda image: image is not None),
+        ("inversion", "image", lambda image: image is not None),
+        ("time_conditioning", "schedule", lambda schedule: schedule != "base"),
+        ("steps", "tolerance", lambda tolerance: tolerance is None),
+        ("width", "aspect_ratio", lambda ratio: ratio is None),
+        ("height", "aspect_ratio", lambda ratio: ratio is None),
+        ("compare_samplers", "compare", lambda compare: compare),
+        ("compare_steps", "compare", lambda compare: compare),
+        *((key, "compare", lambda compare: not compare) for key in ("sampler", "steps", "images_per_prompt", *OPTIONS)),
+        *((key, "sampler", partial(_uses, key)) for key in OPTIONS),
+        *CONDITIONS,
+    )
+    rules = (
+        (
+            ("prompts", "prompts_file"),
+            lambda prompts, file: not prompts and file is None,
+            'nothing to draw: give --prompt "..." (as often as you like) or --prompts-file FILE',
+        ),
+        (
+            ("spacing", "sampler"),
+            lambda spacing, sampler: spacing is not None and spacing not in SAMPLERS[sampler].spacings,
+            "spacing {} is not for sampler {}: iddpm, trailing and leading are for indices and the SDE, karras, "
+            "exponential, linspace and trailing for noise levels",
+        ),
+        (
+            ("sampler", "variance"),
+            lambda sampler, variance: sampler == "ddpm" and variance == "learned",
+            "sampler {} takes variance beta_tilde or beta, not {}; the sampler that steps by the learned one is iddpm",
+        ),
+        (
+            ("guidance_interval",),
+            lambda interval: interval is not None and interval[0] > interval[1],
+            "guidance_interval {} ends before it begins",
+        ),
+    )
+
+    def sampler_options(self) -> dict[str, object]:
+        """The options of the sampler that were given."""
+        return {key: getattr(self, key) for key in OPTIONS if getattr(self, key) is not None}

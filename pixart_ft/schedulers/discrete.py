@@ -1,0 +1,218 @@
+"""Samplers on the indices of the schedule: DDPM, its greedy form, iDDPM and DDIM."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from pixart_ft.diffusion.process import Prediction, predict, promoted, to_eps, to_x0
+from pixart_ft.diffusion.respacing import Spacing, spaced_indices
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.diffusion.solvers import Variance, ddim_encode_step, ddim_step, ddpm_step
+from pixart_ft.schedulers.base import PixArtScheduler
+
+
+class IndexScheduler(PixArtScheduler):
+    """Walks down a respaced schedule; the samples are x_t, of unit variance.
+
+    process: the respaced schedule of the steps chosen; kept: their indices in the whole one.
+    """
+
+    spacing: Spacing
+    process: NoiseSchedule
+    kept: list[int]
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the steps: a number of them, spaced as configured, or the indices themselves, falling.
+
+        Raises ValueError for a number that the schedule does not have, or indices that it lacks or do not fall.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("give either num_inference_steps or timesteps")
+        if timesteps is not None:
+            self.kept = [int(index) for index in reversed(list(timesteps))]
+            last = self.schedule.num_steps - 1
+            falls = all(before < after for before, after in pairwise(self.kept))
+            if not self.kept or not falls or self.kept[0] < 0 or self.kept[-1] > last:
+                raise ValueError(f"timesteps must fall, from at most {last} to at least 0, got {list(timesteps)}")
+        elif num_inference_steps is not None:
+            self.kept = spaced_indices(self.schedule.num_steps, num_inference_steps, self.spacing)
+        self.process = self.schedule.respaced(self.kept)
+        self._walk(device)
+
+    def _walk(self, device: torch.device | str | None) -> None:
+        """List the calls: one a step, here."""
+        self._ready(self.process.timesteps.flip(0), range(len(self.kept)), device)
+
+    def _call_levels(self) -> Tensor:
+        return self.process.sigmas.flip(0)
+
+    def _predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
+        """The network's output at index t (N,) of `process`."""
+        prediction = predict(self.process, output, x, t, self.prediction_type)
+        if self.prediction_type == "posterior_mean":  # that of the step it was trained on, not of the longer one here
+            whole = torch.tensor(self.kept, device=t.device)[t]
+            mean = output[:, : x.shape[1]]
+            x0 = to_x0(self.schedule, mean, x, whole, self.prediction_type)
+            prediction = replace(prediction, x0=x0, eps=to_eps(self.process, x0, x, t, "sample"))
+        return prediction
+
+    def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        index = len(self.kept) - 1 - call
+        t = torch.full((len(x),), index, dtype=torch.int64, device=x.device)
+        prediction = self._predict(output, x, t)
+        return self._down(prediction, x, t, draw if index > 0 else None), prediction.x0
+
+    def _down(self, prediction: Prediction, x: Tensor, t: Tensor, draw: Callable[[], Tensor] | None) -> Tensor:
+        """x one kept step on; `draw` is None at the last, which adds no noise."""
+        raise NotImplementedError
+
+
+class _Ancestral(IndexScheduler):
+    """DDPM (Ho et al. 2020, Alg. 2) on a subset of the steps, whatever its variance.
+
+    diffusers' DDPM, where its last step is not at t = 0 (trailing, or leading with an offset), adds noise there that
+    the algorithm does not have: 0.37 on unit latents with the variance beta (golden/validation.md, deviation 3).
+    """
+
+    variance: Variance
+
+    def _down(self, prediction: Prediction, x: Tensor, t: Tensor, draw: Callable[[], Tensor] | None) -> Tensor:
+        if draw is None or self.variance == "none":
+            return ddpm_step(self.process, prediction, x, t, variance="none")
+        return ddpm_step(self.process, prediction, x, t, variance=self.variance, noise=draw())
+
+
+class RespacedDDPMScheduler(_Ancestral):
+    """DDPM with a fixed variance, beta_tilde or beta; the network's own, if any, is dropped."""
+
+    sampler = "ddpm"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        network_timesteps: list[float] | None = None,
+        spacing: Spacing = "iddpm",
+        variance: Literal["beta_tilde", "beta"] = "beta_tilde",
+    ) -> None:
+        if variance not in ("beta_tilde", "beta"):
+            raise ValueError(f"DDPM's variance is beta_tilde or beta, got {variance!r}; iDDPM steps by the learned one")
+        self._read_process()
+        self.spacing, self.variance = spacing, variance
+
+
+class GreedyDDPMScheduler(_Ancestral):
+    """DDPM without its noise: the posterior's mean alone (Su's greedy form)."""
+
+    sampler = "ddpm_greedy"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        network_timesteps: list[float] | None = None,
+        spacing: Spacing = "iddpm",
+    ) -> None:
+        self._read_process()
+        self.spacing, self.variance = spacing, "none"
+
+
+class IDDPMScheduler(_Ancestral):
+    """DDPM with the variance that the network learned (Nichol & Dhariwal 2021, eq. 15 and sec. 4).
+
+    It needs the network's whole output, which the stock pipeline cuts in half. variance: learned; or a fixed one, for a
+    network whose own was not trained.
+    """
+
+    sampler = "iddpm"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        network_timesteps: list[float] | None = None,
+        spacing: Spacing = "iddpm",
+        variance: Literal["learned", "beta_tilde", "beta"] = "learned",
+    ) -> None:
+        if variance not in ("learned", "beta_tilde", "beta"):
+            raise ValueError(f"unknown variance {variance!r}; choose learned, beta_tilde or beta")
+        self._read_process()
+        self.spacing, self.variance = spacing, variance
+
+    def _predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
+        if self.variance == "learned" and output.shape[1] == x.shape[1]:
+            raise ValueError(
+                f"iDDPM needs the network's {2 * x.shape[1]} channels, got {output.shape[1]}: the variance half is "
+                "missing. diffusers' PixArtSigmaPipeline throws it away; use pixart_ft.pipeline.PixArtPipeline, which "
+                "keeps it. A network without a variance half takes RespacedDDPMScheduler"
+            )
+        return super()._predict(output, x, t)
+
+
+class RespacedDDIMScheduler(IndexScheduler):
+    """DDIM (Song et al. 2021, eq. 12), any eta in 0..1.
+
+    diffusers' DDIM takes t - T // N for the previous step, whatever the next one in the list is: 0.05 off with linspace
+    spacing, 0.008 with trailing where N does not divide T (golden/validation.md, deviation 5).
+    """
+
+    sampler = "ddim"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        network_timesteps: list[float] | None = None,
+        spacing: Spacing = "iddpm",
+        eta: float = 0.0,
+    ) -> None:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must be 0 (no noise) to 1 (as much as DDPM), got {eta:g}")
+        self._read_process()
+        self.spacing, self.eta = spacing, eta
+
+    def _down(self, prediction: Prediction, x: Tensor, t: Tensor, draw: Callable[[], Tensor] | None) -> Tensor:
+        if draw is None or self.eta == 0:
+            return ddim_step(self.process, prediction, x, t)
+        return ddim_step(self.process, prediction, x, t, eta=self.eta, noise=draw())
+
+    def encode(self, model_output: Tensor, index: int, sample: Tensor) -> Tensor:
+        """DDIM backwards: the sample one kept step noisier than `index` of `process`, where the network was called."""
+        x = promoted(sample)
+        t = torch.full((len(x),), index, dtype=torch.int64, device=x.device)
+        return ddim_encode_step(self.process, self._predict(model_output, x, t), x, t).to(sample.dtype)
