@@ -73,6 +73,7 @@ def test_a_sheet_for_each_prompt_with_labels_and_cost(
                 assert re.fullmatch(rf"{CALLS[name][column]} calls, \d+\.\d s", sheet["captions"][row][column])
         recipe = read_recipe(path)
         assert (recipe["prompt"], recipe["seed"], recipe["model"]) == (prompt, 5, str(tiny))
+        assert (recipe["sampler"], recipe["steps"], recipe["options"]) == (list(ROWS), list(COLUMNS), {})
         stored = Image.open(path)
         labels = {key: sheet[key] for key in ("row_labels", "column_labels", "captions")}
         assert stored.tobytes() == grid(sheet["rows"], cell=64, **labels).tobytes()
@@ -122,6 +123,7 @@ def test_cells_that_cannot_be_drawn_are_all_named_before_any_is(tmp_path: Path) 
         bare,
         f"iddpm with 3 steps: {bare}",
         f"iddpm with 1001 steps: {bare}",
+        "sampler iddpm: cannot take 1001 steps of a process of 1000; choose 1 to 1000",
         "edm with 0 steps: steps must be at least 1, got 0",
         "annealed_langevin with 0 steps: steps must be at least 1, got 0",
         "leave these out of compare_samplers or compare_steps",

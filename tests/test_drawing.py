@@ -18,6 +18,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.samplers import SAMPLERS
 from pixart_ft.schedulers.discrete import IndexScheduler
 from pixart_ft.schedulers.sigma import SigmaScheduler
+from tests.sampling_by_hand import OPTION_VALUES
 
 ABLE = Abilities(NoiseSchedule.linear(), "epsilon", "trained", size=64, unit=16)
 STALE, BARE = replace(ABLE, variance="stale"), replace(ABLE, variance="none")
@@ -205,6 +206,16 @@ def test_other_aspect_ratios_are_refused(ratio: str) -> None:
     with pytest.raises(UserError) as caught:
         size_of(ratio, ABLE)
     assert str(caught.value) == f"aspect_ratio is {ratio!r}; write width:height, as 3:2, between 1:8 and 8:1"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "option"), [(name, option) for name, facts in SAMPLERS.items() for option in facts.settings]
+)
+def test_what_is_settled_stays_so(sampler: str, option: str) -> None:
+    """A recipe holds every option, those too that are idle beside the one that was given."""
+    spacing = {"spacing": {"spacing": SAMPLERS[sampler].spacings[-1]}}
+    done = settled(Settings(sampler=sampler, options=(OPTION_VALUES | spacing)[option]), ABLE)
+    assert settled(done, ABLE) == done
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -162,7 +162,10 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
         def draw() -> Tensor:
             if noise is not None:
                 return noise.to(x)
-            drawn: Tensor = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            each = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
+            if isinstance(each, list) and len(each) != len(x):
+                raise ValueError(f"{len(each)} generators for {len(x)} samples; give one for each, or one for all")
+            drawn: Tensor = randn_tensor(x.shape, generator=each, device=x.device, dtype=x.dtype)
             return drawn
 
         previous, x0 = self._advance(call, model_output, x, draw)

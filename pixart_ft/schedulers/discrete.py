@@ -43,8 +43,11 @@ class IndexScheduler(PixArtScheduler):
             self.kept = [int(index) for index in reversed(list(timesteps))]
             last = self.schedule.num_steps - 1
             falls = all(before < after for before, after in pairwise(self.kept))
-            if not self.kept or not falls or self.kept[0] < 0 or self.kept[-1] > last:
-                raise ValueError(f"timesteps must fall, from at most {last} to at least 0, got {list(timesteps)}")
+            whole = all(index == int(index) for index in timesteps)
+            if not self.kept or not whole or not falls or self.kept[0] < 0 or self.kept[-1] > last:
+                raise ValueError(
+                    f"timesteps must fall, in integers, from at most {last} to at least 0, got {list(timesteps)}"
+                )
         elif num_inference_steps is not None:
             self.kept = spaced_indices(self.schedule.num_steps, num_inference_steps, self.spacing)
         self.process = self.schedule.respaced(self.kept)

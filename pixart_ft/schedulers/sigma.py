@@ -48,7 +48,7 @@ class SigmaScheduler(PixArtScheduler):
 
     spacing: SigmaSpacing
     lookup: Lookup
-    grid: tuple[float | None, float | None, float]  # sigma_min, sigma_max (None: the schedule's own), rho
+    grid: tuple[float, float, float]  # sigma_min, sigma_max, rho
     churning: tuple[float, float, float, float]  # s_churn, s_min, s_max, s_noise
     sigmas: Tensor
     raised: list[float]
@@ -73,7 +73,8 @@ class SigmaScheduler(PixArtScheduler):
         own = self.schedule.sigmas[0].item(), self.schedule.sigmas[-1].item()
         if spacing in ("linspace", "trailing") and (sigma_min, sigma_max) != (None, None):
             raise ValueError(f"sigma_min and sigma_max are for spacing karras and exponential, not for {spacing}")
-        low, high = sigma_min or own[0], sigma_max or own[1]
+        low = own[0] if sigma_min is None else sigma_min
+        high = own[1] if sigma_max is None else sigma_max
         if not own[0] * (1 - 1e-6) <= low < high <= own[1] * (1 + 1e-6):
             raise ValueError(
                 f"sigma_min {low:g} and sigma_max {high:g} must lie in order within this schedule's noise levels, "
@@ -84,10 +85,11 @@ class SigmaScheduler(PixArtScheduler):
             raise ValueError(
                 f"s_churn, s_min and s_noise must not be negative, got {s_churn:g}, {s_min:g}, {s_noise:g}"
             )
-        self.spacing, self.lookup, self.grid = spacing, lookup, (sigma_min, sigma_max, rho)
+        if s_max is not None and s_max < s_min:
+            raise ValueError(f"churn acts from s_min to s_max: s_max {s_max:g} is below s_min {s_min:g}")
+        self.spacing, self.lookup, self.grid = spacing, lookup, (low, high, rho)
         self.churning = (s_churn, s_min, math.inf if s_max is None else s_max, s_noise)
         self.init_noise_sigma = high
-        self.timesteps = self.schedule.timesteps.flip(0)
 
     def set_timesteps(
         self,
@@ -118,8 +120,6 @@ class SigmaScheduler(PixArtScheduler):
         if self.spacing in ("linspace", "trailing"):
             make = linspace_sigmas if self.spacing == "linspace" else trailing_sigmas
             return make(self.schedule, count)
-        low = self.schedule.sigmas[0].item() if low is None else low
-        high = self.schedule.sigmas[-1].item() if high is None else high
         return (
             karras_sigmas(count, low, high, rho) if self.spacing == "karras" else exponential_sigmas(count, low, high)
         )
