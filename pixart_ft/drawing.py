@@ -86,6 +86,10 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
             )
     if settings.negative_prompt and settings.guidance == 1:
         faults.append("negative_prompt is unused at guidance 1; raise guidance or remove it")
+    if settings.guidance < 1:
+        faults.append(f"guidance must be at least 1 (off), got {settings.guidance:g}")
+    if settings.guidance_interval is not None and settings.guidance_interval[0] > settings.guidance_interval[1]:
+        faults.append(f"guidance_interval {settings.guidance_interval} ends before it begins")
     if settings.guidance_interval is not None and settings.guidance == 1:
         faults.append("guidance_interval is unused at guidance 1; raise guidance or remove it")
     start_faults = _start_faults(settings)
@@ -102,7 +106,8 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
             scheduler = scheduler_for(replace(settings, image=None) if start_faults else settings, model)
             options = {key: scheduler.config[key] for key in SAMPLERS[settings.sampler].settings}
         except ValueError as error:
-            faults.append(f"sampler {settings.sampler}: {error}")
+            named = str(error).startswith(f"sampler {settings.sampler} ")
+            faults.append(str(error) if named else f"sampler {settings.sampler}: {error}")
     if faults:
         raise UserError("\n".join(faults))
     return replace(settings, options=options, width=width, height=height)
@@ -115,7 +120,7 @@ def size_of(aspect_ratio: str, model: Abilities) -> tuple[int, int]:
     """
     try:
         across, down = (float(part) for part in aspect_ratio.split(":"))
-        ratio = across / down
+        ratio = across / down if across > 0 else 0.0
     except (ValueError, ZeroDivisionError):
         ratio = 0.0
     if not 1 / 8 <= ratio <= 8:

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy
 import torch
 from diffusers import PixArtSigmaPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from pixart_ft.attention import check_text
 from pixart_ft.data.captions import encode_captions, pad_text
+from pixart_ft.data.datasets import picture_pixels
 from pixart_ft.sampling import Guidance, decode_latents, encode_picture, first_call, sample_latents
 from pixart_ft.schedulers import PixArtScheduler
 
@@ -62,12 +63,17 @@ class PixArtPipeline(PixArtSigmaPipeline):
         image      a picture to start from, cropped to the size; `strength` is the share of the steps that are run
         prompt_embeds, prompt_attention_mask  (N, L, D) and (N, L), as `encode_prompt` gives them, in place of prompts,
             so that the text encoder can be None; likewise the negative ones
-        callback_on_step_end  called after each network call; "latents" in what it returns replaces them (an adaptive
-            solver, which goes its own way, takes none)
+        callback_on_step_end  called after each network call; "latents" in what it returns replaces them
         output_type  pil, or latent: float32, in the VAE's scale
 
         Raises ValueError for sizes, lengths and settings that do not fit.
         """
+        if output_type not in ("pil", "latent"):
+            raise ValueError(f"unknown output_type {output_type!r}; choose pil or latent")
+        if image is not None and latents is not None:
+            raise ValueError("image and latents both say what to begin with; give one")
+        if guidance_scale == 1 and (guidance_interval is not None or negative_prompt not in ("", None)):
+            raise ValueError("guidance_interval and negative_prompt are unused at guidance_scale 1; leave them out")
         texts = self._texts(prompt, prompt_embeds, prompt_attention_mask, "prompt", max_sequence_length)
         nulls = texts
         if guidance_scale != 1:
@@ -87,12 +93,17 @@ class PixArtPipeline(PixArtSigmaPipeline):
         scheduler = self.scheduler
         scheduler.set_timesteps(num_inference_steps)
         generators = _generators(generator, len(texts))
+        if latents is not None and tuple(latents.shape) != (len(texts), *shape):
+            raise ValueError(f"latents must be {(len(texts), *shape)} for these pictures, got {tuple(latents.shape)}")
         start = None if latents is None else latents.to(device, torch.float32) * scheduler.init_noise_sigma
         if image is not None:
             start = self._begin(image, strength, shape, generators)
         timesteps, first = scheduler.timesteps, first_call(scheduler)
+        adaptive = scheduler.config.get("tolerance") is not None
+        if adaptive and callback_on_step_end is not None:
+            raise ValueError("with a tolerance pf_ode has no steps to call callback_on_step_end after; leave it out")
 
-        with self.progress_bar(total=len(timesteps) - first) as bar:
+        with self.progress_bar(total=None if adaptive else len(timesteps) - first) as bar:
 
             def on_call(call: int, sample: Tensor) -> Tensor | None:
                 bar.update()
@@ -123,10 +134,13 @@ class PixArtPipeline(PixArtSigmaPipeline):
     ) -> list[Tensor]:
         """The embedding (L, D) of each prompt, real tokens only."""
         if embeds is not None:
-            if mask is None:
-                raise ValueError(f"{name}_embeds come with their mask: give {name}_attention_mask too")
+            if mask is None or prompt:
+                raise ValueError(f"{name}_embeds replace {name} and come with {name}_attention_mask: give these two")
+            check_text(embeds, mask)
+            if not bool(mask.any(dim=1).all()):
+                raise ValueError(f"{name}_attention_mask leaves no token of a prompt")
             return [row[real.bool()] for row, real in zip(embeds, mask, strict=True)]
-        if prompt is None:
+        if prompt is None or (not isinstance(prompt, str) and len(prompt) == 0):
             raise ValueError(f"give {name} or {name}_embeds")
         if self.text_encoder is None:
             raise ValueError(f"this pipeline has no text encoder: give {name}_embeds")
@@ -159,9 +173,8 @@ class PixArtPipeline(PixArtSigmaPipeline):
         steps = len(scheduler.step_starts)
         scheduler.set_begin_index(scheduler.step_starts[steps - max(1, round(steps * strength))])
         size = (shape[2] * self.vae_scale_factor, shape[1] * self.vae_scale_factor)
-        fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        x0 = encode_picture(self._safe_vae(), pixels).expand(len(generators), *shape)
+        x0 = encode_picture(self._safe_vae(), picture_pixels(image, size)[None], self._execution_device)
+        x0 = x0.expand(len(generators), *shape)
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
         begin: Tensor = scheduler.add_noise(x0, noise, scheduler.timesteps[[scheduler.begin_index]])
         return begin.to(self._execution_device)

@@ -158,12 +158,12 @@ def denoiser(
         yield guided
 
 
-def encode_picture(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encode_picture(vae: AutoencoderKL, pixels: Tensor, device: torch.device | None = None) -> Tensor:
     """The latents (N, C, H, W) float32 in the VAE's scale, posterior means, of pixels (N, 3, 8H, 8W) in -1..1.
 
     Raises UserError if they are not finite.
     """
-    means = encode_pixels(vae, pixels)[:, 0]
+    means = encode_pixels(vae, pixels, device)[:, 0]
     if not means.isfinite().all():
         raise UserError(f"the VAE gave NaN or infinity in {vae.dtype}; use dtype bfloat16 or float32")
     latents: Tensor = (means - _shift(vae)) * vae.config.scaling_factor
@@ -172,7 +172,7 @@ def encode_picture(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """The pictures of latents (N, C, H, W) in the VAE's scale, decoded one at a time to bound the memory.
+    """The pictures of latents (N, C, H, W) in the VAE's scale, decoded one at a time, on their device.
 
     Raises UserError if latents or pictures are not finite.
     """
@@ -180,7 +180,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
         raise UserError("sampling gave NaN or infinity; try dtype float32, a lower guidance or lora_scale")
     unscaled = latents.float() / vae.config.scaling_factor + _shift(vae)
     pictures = []
-    for latent in unscaled.to(vae.device, vae.dtype):
+    for latent in unscaled.to(vae.dtype):
         picture = vae.decode(latent[None], return_dict=False)[0][0].float()
         if not picture.isfinite().all():
             raise UserError(f"the VAE gave NaN or infinity in {vae.dtype}; use dtype bfloat16 or float32")

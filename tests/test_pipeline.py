@@ -291,11 +291,10 @@ def test_callback_sees_every_call_and_may_replace_the_latents(stock: PixArtSigma
     assert torch.equal(samples[-1], found)
 
 
-def test_callback_of_an_adaptive_solver_sees_its_calls_and_replaces_nothing(stock: PixArtSigmaPipeline) -> None:
-    pipeline, told = ours(stock, SCHEDULERS["pf_ode"].from_config(stock.scheduler.config, tolerance=0.1)), []
-    zero = {"latents": torch.zeros(1, 4, 8, 8)}
-    seen, found = watched(pipeline, callback_on_step_end=lambda _, call, *__: told.append(call) or zero)
-    assert told == list(range(1, len(seen) + 1)) and torch.equal(found, latents(pipeline, guidance_scale=1.0))
+def test_callback_of_an_adaptive_solver_is_refused(stock: PixArtSigmaPipeline) -> None:
+    pipeline = ours(stock, SCHEDULERS["pf_ode"].from_config(stock.scheduler.config, tolerance=0.1))
+    with pytest.raises(ValueError, match="no steps to call callback_on_step_end after"):
+        latents(pipeline, callback_on_step_end=lambda *_: None)
 
 
 def test_progress_bar_and_callback_count_calls(stock: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,6 +313,22 @@ def decoded(vae: Any, found: Tensor) -> numpy.ndarray:
     with torch.no_grad():
         image = vae.decode(found / SCALING_FACTOR).sample
     return ((image / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).byte().numpy()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image": Image.new("RGB", (64, 64)), "latents": torch.zeros(1, 4, 8, 8)}, "both say what to begin with"),
+        ({"latents": torch.zeros(1, 4, 12, 12)}, r"latents must be \(1, 4, 8, 8\) for these pictures"),
+        ({"guidance_scale": 1.0, "negative_prompt": "red"}, "unused at guidance_scale 1"),
+        ({"guidance_scale": 1.0, "guidance_interval": (0, 9)}, "unused at guidance_scale 1"),
+        ({"output_type": "np"}, "unknown output_type 'np'; choose pil or latent"),
+        ({"prompt_embeds": torch.zeros(1, 3, 32), "prompt_attention_mask": torch.ones(1, 3)}, "replace prompt"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(stock: PixArtSigmaPipeline, arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ours(stock)("a red circle", num_inference_steps=2, **arguments)
 
 
 def test_output_and_sizes(stock: PixArtSigmaPipeline) -> None:

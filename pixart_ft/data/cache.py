@@ -214,13 +214,15 @@ def _encode_pictures(
                     bad.append(paths[key])
 
 
-def encode_pixels(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+def encode_pixels(vae: AutoencoderKL, pixels: Tensor, device: torch.device | None = None) -> Tensor:
     """Mean and standard deviation of the VAE's posterior, (N, 2, C, H, W) float32 on the CPU, unscaled.
 
     pixels   (N, 3, height, width) in [-1, 1]
+    device   where the VAE will run, if it is moved there only then
     """
-    with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
-        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    device = vae.device if device is None else device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
     return torch.stack([posterior.mean.float(), (posterior.logvar.float() / 2).exp()], dim=1).cpu()
 
 

@@ -143,8 +143,16 @@ def load_picture(path: str | Path, size: int | tuple[int, int]) -> Tensor:
 
     Upright by EXIF, transparency on white, cropped to the centre, Lanczos. Raises UserError naming the path.
     """
-    size = (size, size) if isinstance(size, int) else size
-    fitted = ImageOps.fit(_open_rgb(path), size, Image.Resampling.LANCZOS)
+    return _fitted(_open_rgb(path), size)
+
+
+def picture_pixels(picture: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    """As `load_picture`, of a picture in memory."""
+    return _fitted(_rgb(picture), size)
+
+
+def _fitted(picture: Image.Image, size: int | tuple[int, int]) -> Tensor:
+    fitted = ImageOps.fit(picture, (size, size) if isinstance(size, int) else size, Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32) / 127.5 - 1
 
@@ -152,18 +160,23 @@ def load_picture(path: str | Path, size: int | tuple[int, int]) -> Tensor:
 def _open_rgb(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I"):
-                picture = _eight_bits(picture)
-            elif picture.mode == "F":
-                raise ValueError("its numbers have no known white; save it with 8 or 16 bits")
-            if picture.has_transparency_data:
-                colours = picture.convert("RGBA")
-                white = Image.new("RGBA", colours.size, "white")
-                return Image.alpha_composite(white, colours).convert("RGB")
-            return picture.convert("RGB")
+            return _rgb(opened)
     except Exception as error:  # a broken file makes Pillow raise almost anything
         raise UserError(f"{path}: {error}") from error
+
+
+def _rgb(opened: Image.Image) -> Image.Image:
+    """Upright by EXIF, transparency on white."""
+    picture = ImageOps.exif_transpose(opened)
+    if picture.mode.startswith("I"):
+        picture = _eight_bits(picture)
+    elif picture.mode == "F":
+        raise ValueError("its numbers have no known white; save it with 8 or 16 bits")
+    if picture.has_transparency_data:
+        colours = picture.convert("RGBA")
+        white = Image.new("RGBA", colours.size, "white")
+        return Image.alpha_composite(white, colours).convert("RGB")
+    return picture.convert("RGB")
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:

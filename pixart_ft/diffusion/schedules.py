@@ -219,7 +219,9 @@ def named_config(name: ScheduleName, num_steps: int = 1000) -> dict[str, object]
 
 
 def conditioned(schedule: NoiseSchedule, native: NoiseSchedule, time_conditioning: TimeConditioning) -> NoiseSchedule:
-    """`schedule` as a network trained on `native` is told of it: by index, or matched in SNR."""
+    """`schedule` as a network trained on `native` is told of it: by index, or matched in SNR; else ValueError."""
+    if time_conditioning not in get_args(TimeConditioning):
+        raise ValueError(f"unknown time_conditioning {time_conditioning!r}; choose index or snr_matched")
     return schedule.matched_to(native) if time_conditioning == "snr_matched" else schedule
 
 
