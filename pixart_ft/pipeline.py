@@ -57,6 +57,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """Pictures of prompts, all of the first, then of the next.
 
+        guidance_scale  1 is off; negative prompts are then left aside, as by the stock pipeline
         guidance_interval  timesteps between which guidance acts; None: all
         generator  one for each picture, so that no other changes it, or one for all; on the CPU
         latents    the first noise (N, C, H, W), of unit variance
@@ -72,8 +73,8 @@ class PixArtPipeline(PixArtSigmaPipeline):
             raise ValueError(f"unknown output_type {output_type!r}; choose pil or latent")
         if image is not None and latents is not None:
             raise ValueError("image and latents both say what to begin with; give one")
-        if guidance_scale == 1 and (guidance_interval is not None or negative_prompt not in ("", None)):
-            raise ValueError("guidance_interval and negative_prompt are unused at guidance_scale 1; leave them out")
+        if guidance_scale == 1 and guidance_interval is not None:
+            raise ValueError("guidance_interval is unused at guidance_scale 1; leave it out")
         texts = self._texts(prompt, prompt_embeds, prompt_attention_mask, "prompt", max_sequence_length)
         nulls = texts
         if guidance_scale != 1:
@@ -134,8 +135,10 @@ class PixArtPipeline(PixArtSigmaPipeline):
     ) -> list[Tensor]:
         """The embedding (L, D) of each prompt, real tokens only."""
         if embeds is not None:
-            if mask is None or prompt:
-                raise ValueError(f"{name}_embeds replace {name} and come with {name}_attention_mask: give these two")
+            if mask is None:
+                raise ValueError(f"{name}_embeds come with their mask: give {name}_attention_mask too")
+            if prompt:
+                raise ValueError(f"{name}_embeds replace {name}: give one of them")
             check_text(embeds, mask)
             if not bool(mask.any(dim=1).all()):
                 raise ValueError(f"{name}_attention_mask leaves no token of a prompt")

@@ -320,7 +320,6 @@ def decoded(vae: Any, found: Tensor) -> numpy.ndarray:
     [
         ({"image": Image.new("RGB", (64, 64)), "latents": torch.zeros(1, 4, 8, 8)}, "both say what to begin with"),
         ({"latents": torch.zeros(1, 4, 12, 12)}, r"latents must be \(1, 4, 8, 8\) for these pictures"),
-        ({"guidance_scale": 1.0, "negative_prompt": "red"}, "unused at guidance_scale 1"),
         ({"guidance_scale": 1.0, "guidance_interval": (0, 9)}, "unused at guidance_scale 1"),
         ({"output_type": "np"}, "unknown output_type 'np'; choose pil or latent"),
         ({"prompt_embeds": torch.zeros(1, 3, 32), "prompt_attention_mask": torch.ones(1, 3)}, "replace prompt"),
