@@ -216,9 +216,9 @@ def test_an_option_is_for_the_samplers_that_use_it(sampler: str, option: str) ->
     if option in SAMPLERS[sampler].settings:
         options = load(GenerateConfig, values).sampler_options()
         assert options == {key: value for key, value in values.items() if key in OPTIONS}
-        return
-    with pytest.raises(UserError, match=f'{option} is .*, unused while sampler is "{sampler}"; change one'):
-        load(GenerateConfig, values)
+    else:
+        with pytest.raises(UserError, match=f'{option} is .*, unused while sampler is "{sampler}"; change one'):
+            load(GenerateConfig, values)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -239,9 +239,9 @@ def test_a_spacing_is_for_the_samplers_that_know_it(sampler: str, spacing: str) 
     values = {"prompts": ["a"], "sampler": sampler, "spacing": spacing}
     if spacing in SAMPLERS[sampler].spacings:
         assert load(GenerateConfig, values).spacing == spacing
-        return
-    with pytest.raises(UserError, match=f'spacing "{spacing}" is not for sampler "{sampler}": iddpm, trailing and lea'):
-        load(GenerateConfig, values)
+    else:
+        with pytest.raises(UserError, match=f'spacing "{spacing}" is not for sampler "{sampler}": iddpm, trailing and'):
+            load(GenerateConfig, values)
 
 
 @pytest.mark.parametrize(
