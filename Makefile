@@ -1,12 +1,15 @@
 # make quickstart   install into .venv, fine-tune the embedded demo, leave pictures in runs/quickstart
 # make test         the test suite (installs into .venv if needed)
 # make check        format, lint, types, tests
+# make planted      every planted bug must turn a test red (half an hour; BUGS="sampling ema" for some, JOBS=2)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check format install clean
+JOBS ?= 1
+
+.PHONY: quickstart test test-slow check planted format install clean
 
 install: $(INSTALLED)
 
@@ -33,6 +36,9 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+planted: $(INSTALLED)
+	$(BIN)/python scripts/planted_bugs.py --jobs $(JOBS) $(BUGS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
