@@ -8,11 +8,9 @@ runs/NAME/
     final/                  the result
 """
 
-import errno
 import hashlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +19,10 @@ from typing import Any, Self
 
 import safetensors
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from pixart_ft.errors import UserError
-from pixart_ft.files import write_folder
+from pixart_ft.files import remove_folder, write_folder
 
 _MANIFEST = "manifest.json"
 
@@ -100,19 +97,15 @@ class RunFolder:
 
         try:
             write_folder(folder, write_and_describe)
-        except (OSError, SafetensorError) as error:
-            if not _disk_is_full(error):
-                raise
-            free = shutil.disk_usage(self.checkpoints).free / 2**20
+        except UserError as error:
             raise UserError(
-                f"the disk is full: no room for {folder} ({free:.0f} MiB free). Earlier checkpoints "
-                "are intact; free some space and continue with --resume auto, or lower train.keep_checkpoints"
+                f"{error}\nEarlier checkpoints are intact: mend this and continue with --resume auto"
             ) from error
         earlier = [old for old_step, old in self._by_step() if old_step < step and _fault(old, sizes_only=True) is None]
         kept = {folder, *earlier[: keep - 1]}
         for _, old in self._by_step():
             if old not in kept:
-                shutil.rmtree(old)
+                remove_folder(old)
         return folder
 
     def newest(self) -> Path | None:
@@ -251,8 +244,3 @@ def _fault(folder: Path, *, sizes_only: bool = False) -> str | None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _disk_is_full(error: Exception) -> bool:
-    # safetensors reports the system's error as text
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)

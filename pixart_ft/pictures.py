@@ -2,14 +2,14 @@
 
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from pixart_ft.errors import UserError
+from pixart_ft.files import write_file
 
 RECIPE_KEY = "pixart_ft"  # the PNG text chunk that holds the recipe, as JSON
 _HELD_OUT = "held out (± standard error)"
@@ -119,14 +119,14 @@ def loss_curve(
         axes.set_ylabel(_UNITS.get(name, "loss"))
         axes.grid(True, which="both", alpha=0.25)
         axes.legend(frameon=False, fontsize="small")
-    _write_aside(Path(path), lambda file: figure.savefig(file, format="png"))
+    write_file(Path(path), lambda file: figure.savefig(file, format="png"))
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, object]) -> None:
     """Write a PNG with `recipe` as JSON in its text chunk `pixart_ft`; it appears whole or not at all."""
     chunk = PngImagePlugin.PngInfo()
     chunk.add_text(RECIPE_KEY, json.dumps(recipe, allow_nan=False))
-    _write_aside(Path(path), lambda file: image.save(file, format="PNG", pnginfo=chunk))
+    write_file(Path(path), lambda file: image.save(file, format="PNG", pnginfo=chunk))
 
 
 def read_recipe(path: str | Path) -> dict[str, object]:
@@ -136,10 +136,12 @@ def read_recipe(path: str | Path) -> dict[str, object]:
             recipe = json.loads(getattr(image, "text", {})[RECIPE_KEY])
     except FileNotFoundError:
         raise UserError(f"{path}: no such picture") from None
-    except (KeyError, OSError, json.JSONDecodeError):
+    except Exception:  # a broken file makes Pillow raise almost anything
+        recipe = None
+    if not isinstance(recipe, dict):
         raise UserError(
             f"{path} holds no recipe: it is not a PNG by pixart_ft, or a program that drops metadata saved it"
-        ) from None
+        )
     return recipe
 
 
@@ -206,16 +208,3 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
         sums.append(sums[-1] + value)
     spans = ((max(0, i - window // 2), min(len(values), i + window // 2 + 1)) for i in range(len(values)))
     return [(sums[end] - sums[start]) / (end - start) for start, end in spans]
-
-
-def _write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it: `path` never holds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from pixart_ft.adapters import FINAL_ADAPTERS, AdapterMetadata, save_adapter
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.ema import Ema
 from pixart_ft.evaluation import Estimate
+from pixart_ft.files import write_file
 from pixart_ft.pictures import grid, loss_curve
 from pixart_ft.trainer import Result
 
@@ -43,7 +44,8 @@ def finish(
         loss_curve(records, written["loss curve"], title=folder.path.name)
     if prompts:
         written["before and after"] = folder.final / "before_after.png"
-        before_after(folder, result.steps, prompts).save(written["before and after"])
+        sheet = before_after(folder, result.steps, prompts)
+        write_file(written["before and after"], lambda aside: sheet.save(aside, format="PNG"))
     print(summary(result))
     for what, path in written.items():
         print(f"  {what:<18}{path}")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from pixart_ft.evaluation import (
     mean_over_pictures,
     paired_difference,
 )
+from pixart_ft.files import write_file
 from pixart_ft.loss_window import LossWindow
 from pixart_ft.objective import Objective
 from pixart_ft.pictures import grid
@@ -258,9 +260,8 @@ class Trainer:
             with self.ema.applied(), evaluating(self.transformer):
                 pictures = self.draw_samples()
             place = self.folder.samples_at(self.step)
-            place.mkdir(parents=True, exist_ok=True)
             for number, picture in enumerate(pictures):
-                picture.save(place / f"{number:04d}.png")
+                write_file(place / f"{number:04d}.png", partial(picture.save, format="PNG"))
             sheet = grid([pictures])
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":

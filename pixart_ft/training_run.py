@@ -27,6 +27,7 @@ from pixart_ft.draws import Plan, TrainingSet
 from pixart_ft.ema import Ema
 from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
+from pixart_ft.files import write_text
 from pixart_ft.objective import Objective
 from pixart_ft.report import finish
 from pixart_ft.sampling import Guidance, decode_latents, sample_latents
@@ -107,8 +108,8 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
     if accelerator.is_main_process:
         RunFolder.create(folder.path, resume=resume is not None)
         folder.cut_log(trainer.step if checkpoint is not None else -1)
-        folder.config_file.write_text(to_yaml(config), encoding="utf-8")
-        (folder.path / "environment.json").write_text(environment)
+        write_text(folder.config_file, to_yaml(config))
+        write_text(folder.path / "environment.json", environment)
     accelerator.wait_for_everyone()
     if config.logging.tensorboard:
         accelerator.init_trackers("tensorboard")

@@ -160,7 +160,8 @@ def test_a_full_disk_is_said_clearly(run: RunFolder) -> None:
         (folder / "state.txt").write_text("half")
         Path("/dev/full").write_text("the rest")
 
-    with pytest.raises(UserError, match=r"the disk is full: no room for .*step-000020 \(\d+ MiB free\).*are intact"):
+    said = r"step-000020 cannot be written: no space is left on the disk; make room, .*\n.*are intact.*--resume auto"
+    with pytest.raises(UserError, match=said):
         run.save(20, fill_up)
     assert steps(run) == ["step-000010"]
 

@@ -6,9 +6,7 @@ Shapes: C latent channels, H W latent size, L tokens, D text width.
 import gc
 import hashlib
 import json
-import os
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +26,10 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 from pixart_ft.data.captions import TEXT_PREPARATION, encode_each, prepare_text
 from pixart_ft.data.datasets import TRANSFORM, Row, load_picture, verify_pictures
 from pixart_ft.errors import UserError
+from pixart_ft.files import sweep, write_file, write_text
 
 _SHARD_ITEMS = 256
 _SHARD_BYTES = 64 * 2**20
-_STALE_SECONDS = 24 * 3600
 _SHARD_NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -49,10 +47,7 @@ class TensorStore:
         if self.folder.exists() and not self.folder.is_dir():
             raise UserError(f"the cache folder {self.folder} is a file; remove it or choose another folder")
         self._shards: dict[str, Any] = {}
-        for path in sorted(self.folder.glob("*.safetensors.*.part")):
-            with suppress(FileNotFoundError):  # a young one may be another process's, and gone by now
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
+        sweep(self.folder)
         for path in sorted(self.folder.glob("*.safetensors")):
             if not _SHARD_NAME.fullmatch(path.stem):
                 continue  # somebody else's file: a cache may stand in a folder of other things
@@ -80,7 +75,7 @@ class TensorStore:
         """Write one shard; when this returns it is on the disk."""
         data = safetensors.torch.save({key: tensor.contiguous().cpu() for key, tensor in items.items()})
         path = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-        _write_whole(path, data)
+        write_file(path, lambda aside: aside.write_bytes(data))
         self._open(path)
 
     def fill(self, items: Iterable[tuple[str, Tensor]]) -> None:
@@ -253,7 +248,8 @@ def component_id(
             if path.is_file():
                 digest.update(f"{path.relative_to(folder).as_posix()} {_remembered(path, known)}\n".encode())
     if memo and known != before:
-        _write_whole(memo, json.dumps(known, indent=1).encode())
+        with suppress(UserError):  # it is only a memory, and a full cache may be read-only
+            write_text(memo, json.dumps(known, indent=1))
     return f"{'+'.join(subfolders)} {digest.hexdigest()[:32]} {dtype}"
 
 
@@ -284,21 +280,6 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write aside, fsync, rename: after a crash the file is there in full or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself must reach the disk; Windows has no such call
-        directory = os.open(path.parent, os.O_RDONLY)
-        os.fsync(directory)
-        os.close(directory)
 
 
 def _free_memory() -> None:
