@@ -5,6 +5,7 @@ dashes and underscores are the same, and a key that is true or false needs no va
 by a command that runs, so help is instant.
 """
 
+import io
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from pixart_ft.config import TrainConfig
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.settings import Config, default, expected, keys, load, shipped_configs, to_yaml, unknown_key
+from pixart_ft.text import is_text, no_text, visible
 
 WIDTH = 110
 SWITCHES = {
@@ -76,6 +78,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks is escaped, and stops nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _run(arguments)
     except UserError as error:
@@ -104,7 +109,7 @@ def _run(arguments: list[str]) -> None:
         return
     config = _config(command, given, problems)
     if "dry_run" in given:
-        print(to_yaml(config), end="")
+        print(to_yaml(config, ascii_only=not _prints(to_yaml(config))), end="")
     else:
         command.run(config, {option: given[option][-1] for option in command.options if option in given})
 
@@ -131,6 +136,9 @@ def split_options(
         is_switch, has_value = name in SWITCHES, bool(words) and not words[0].startswith("--")
         if not equals and not is_switch and has_value:
             value = words.pop(0)
+        if not is_text(value):
+            problems.append(no_text(f"--{name}", value))
+            value = visible(value)
         if name not in known:
             problems.append(unknown_key(name, known))
         elif is_switch and equals:
@@ -142,6 +150,15 @@ def split_options(
         else:
             given.setdefault(name, []).append(value)
     return given, problems
+
+
+def _prints(text: str) -> bool:
+    """Whether the terminal, or the file in its place, has every letter of it."""
+    try:
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _config(command: Command, given: Mapping[str, list[str]], problems: list[str]) -> Config:

@@ -16,6 +16,7 @@ from pixart_ft.drawing import Abilities, Settings, settled, size_of
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.pictures import grid, read_recipe, save_png
+from pixart_ft.text import read_text
 from pixart_ft.text_to_image import TextToImage, read_abilities
 
 GRID_PIXELS = 8192  # longest side of grid.png, labels not counted
@@ -131,9 +132,9 @@ def _prompts(config: GenerateConfig) -> list[str]:
     prompts = list(config.prompts)
     if config.prompts_file is not None:
         try:
-            lines = config.prompts_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts_file: cannot read {config.prompts_file} as UTF-8 text ({error})") from error
+            lines = read_text(config.prompts_file).split("\n")
+        except (OSError, UserError) as error:
+            raise UserError(f"prompts_file: cannot read {config.prompts_file} ({error})") from error
         prompts += [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"nothing to draw: no prompts, and prompts_file ({config.prompts_file}) holds none")

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from pixart_ft import yaml_text
 from pixart_ft.errors import UserError
+from pixart_ft.text import is_text, no_text, read_text, visible
 
 
 class Section(BaseModel):
@@ -106,6 +107,7 @@ def load(
         if name not in fields and values.get(name) is None:
             values[name] = {}
     problems += _override(values, overrides or {}, fields)
+    values = _whole(values, "", problems)
     config = None
     wrong: set[str] = set()
     try:
@@ -120,9 +122,9 @@ def load(
     return config
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Config, *, ascii_only: bool = False) -> str:
     """The whole configuration as YAML that `load` reads back to an equal one."""
-    return yaml_text.dump(config.model_dump(mode="json"))
+    return yaml_text.dump(config.model_dump(mode="json"), ascii_only=ascii_only)
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -143,10 +145,12 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     path = Path(source).expanduser()
     path = path if path.is_file() else shipped_configs().get(str(source), path)
     try:
-        values = yaml_text.parse(path.read_text(encoding="utf-8"))
+        values = yaml_text.parse(read_text(path))
     except FileNotFoundError:
         names = ", ".join(shipped_configs()) or "none"
         raise UserError(f"no configuration file {path}; give a path or a shipped name: {names}") from None
+    except UserError as error:
+        raise UserError(f"cannot read the configuration: {error}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the configuration {path}: {error}") from None
     if not isinstance(values, dict | None):
@@ -177,6 +181,18 @@ def _parse_override(text: str | list[str], field: FieldInfo) -> Any:
         return text if isinstance(text, list) else None
     words = _type_words(field.annotation).removesuffix(" or null")
     return text if words in ("text", "path") else yaml_text.parse(text)
+
+
+def _whole(value: Any, key: str, problems: list[str]) -> Any:
+    """`value` with text that no encoding can hold escaped, and reported by its key."""
+    if isinstance(value, dict):
+        return {visible(k): _whole(v, f"{key}.{k}" if key else k, problems) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_whole(item, f"{key}[{number}]", problems) for number, item in enumerate(value)]
+    if isinstance(value, str) and not is_text(value):
+        problems.append(no_text(key, value))
+        return visible(value)
+    return value
 
 
 def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterator[tuple[str, str]]:
@@ -219,8 +235,8 @@ def _initials(name: str) -> str:
 
 def _report(origin: str, problems: Sequence[str]) -> str:
     if len(problems) == 1:
-        return f"{origin}: {problems[0]}"
-    return f"{origin}: {len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems)
+        return visible(f"{origin}: {problems[0]}")
+    return visible(f"{origin}: {len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

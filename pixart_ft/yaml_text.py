@@ -55,6 +55,6 @@ def parse(text: str) -> Any:
         raise ValueError(str(error).splitlines()[0]) from None
 
 
-def dump(values: Any) -> str:
+def dump(values: Any, *, ascii_only: bool = False) -> str:
     """YAML text that `parse` reads back to the same value, keys in the order given."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=not ascii_only, width=110)

@@ -201,7 +201,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ("oven:\n  heat: [1\n", "line 3: expected"),
         ("- a\n- b\n", r'\["a", "b"\] is not keys and values'),
         ("oven: {heat: 1}\noven: {heat: 2}\n", "line 2: key 'oven' is given twice"),
-        (b"\xff\xfe\x00", "cannot read the configuration .*cake.yaml"),
+        (b"\xff\xfe\x00", "cannot read the configuration: .*cake.yaml line 1: the bytes 00"),
     ],
 )
 def test_an_unreadable_file_is_named_with_the_line(tmp_path: Path, text: str | bytes, message: str) -> None:

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "pixart_ft"
 
 LEVELS = {
-    "errors": 0,
+    "errors": -1,
+    "text": 0,
     "randomness": 0,
     "yaml_text": 0,
     "files": 1,

@@ -246,7 +246,8 @@ def component_id(
             raise UserError(f"the model folder {folder} has no subfolder {subfolder}")
         for path in sorted((folder / subfolder).rglob("*")):
             if path.is_file():
-                digest.update(f"{path.relative_to(folder).as_posix()} {_remembered(path, known)}\n".encode())
+                line = f"{path.relative_to(folder).as_posix()} {_remembered(path, known)}\n"
+                digest.update(line.encode(errors="backslashreplace"))  # a name may be no text
     if memo and known != before:
         with suppress(UserError):  # it is only a memory, and a full cache may be read-only
             write_text(memo, json.dumps(known, indent=1))

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft.errors import UserError
+from pixart_ft.text import is_text, read_text, visible
 
 PICTURE_TYPES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 _REFUSED_TYPES = frozenset({".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga"})
@@ -82,7 +83,9 @@ def read_folder(folder: str | Path) -> list[Row]:
     for name in metadata[1:]:
         report.add(f"caption files beside {metadata[0]} (keep one)", name)
     for name in pictures:
-        if not captions.get(name, "").strip():
+        if not is_text(name):
+            report.add("pictures whose file names are not UTF-8 (rename them)", visible(name))
+        elif not captions.get(name, "").strip():
             remedy = f"a row in {metadata[0]}" if metadata else "a .txt beside it, or a row in metadata.jsonl"
             report.add(f"pictures without a caption (give each {remedy})", name)
     for name, path in files.items():
@@ -202,6 +205,15 @@ def _from_metadata(path: Path, files: dict[str, Path], report: _Report) -> dict[
             found = ", ".join(str(key) for key in row) or "nothing"
             report.add(f"rows without a file_name in {path.name}", f"{where}: has {found}")
             continue
+        caption = next((row[column] for column in _CAPTION_COLUMNS if row.get(column)), "")
+        caption = caption if isinstance(caption, str) else ""
+        if not (is_text(name) and is_text(caption)):
+            report.add(
+                f"rows of {path.name} with half a surrogate pair, which is no text (write the whole letter)",
+                f"{where}: {visible(name)}: {visible(caption)[:60]}",
+            )
+            captions[name] = "?"  # reported
+            continue
         name = os.path.normpath(name).replace(os.sep, "/")
         if name not in files or files[name].suffix.lower() not in PICTURE_TYPES | _REFUSED_TYPES:
             report.add(
@@ -210,8 +222,7 @@ def _from_metadata(path: Path, files: dict[str, Path], report: _Report) -> dict[
             )
         elif name in captions:
             report.add(f"rows of {path.name} that repeat a picture", f"{where}: {name}")
-        caption = next((row[column] for column in _CAPTION_COLUMNS if row.get(column)), "")
-        captions[name] = caption if isinstance(caption, str) else ""
+        captions[name] = caption
     return captions
 
 
@@ -221,11 +232,14 @@ def _metadata_rows(path: Path, report: _Report) -> list[tuple[str, dict[str, obj
     rows: list[tuple[str, dict[str, object]]] = []
     if path.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            where = f"{path.name} line {reader.line_num}"
-            if None in row:  # an unquoted comma: what follows it would be lost
-                report.add("rows with too many cells (put a caption with commas in quotation marks)", where)
-            rows.append((where, dict(row)))
+        try:
+            for row in reader:
+                where = f"{path.name} line {reader.line_num}"
+                if None in row:  # an unquoted comma: what follows it would be lost
+                    report.add("rows with too many cells (put a caption with commas in quotation marks)", where)
+                rows.append((where, dict(row)))
+        except csv.Error as error:  # a quotation mark that is never closed makes one endless cell
+            report.add("lines that are not CSV", f"{path.name} line {reader.line_num}: {error}")
         return rows
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -233,7 +247,7 @@ def _metadata_rows(path: Path, report: _Report) -> list[tuple[str, dict[str, obj
         where = f"{path.name} line {number}"
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, an endless number, endless brackets
             value = None
         if isinstance(value, dict):
             rows.append((where, value))
@@ -257,7 +271,7 @@ def _from_text_files(files: dict[str, Path], report: _Report) -> dict[str, str]:
 
 def _read_text(path: Path, report: _Report) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        report.add("files that are not UTF-8 text (save them as UTF-8)", str(path))
+        return read_text(path)
+    except (UserError, OSError) as error:
+        report.add("files that cannot be read", str(error))
         return ""
