@@ -21,6 +21,7 @@ from pixart_ft.diffusion.weighting import (
     stratified_timesteps,
     uniform_timesteps,
 )
+from pixart_ft.latents import LatentScale
 from pixart_ft.randomness import epoch_order, normal, uniform
 
 
@@ -60,7 +61,7 @@ class TrainingSet:
     """Cached pictures with what is needed to read them."""
 
     pictures: CachedPictures
-    scaling_factor: float  # the VAE's
+    scale: LatentScale
     null_caption: Tensor  # (1, D), takes the place of dropped captions
 
 
@@ -105,7 +106,7 @@ def draw_batch(
     texts = drop_captions(data.pictures.texts(rows), dropped.tolist(), data.null_caption)
     embeds, mask = pad_text(texts)
     return Batch(
-        x0=(mean + std * normal(plan.seed, draws, "posterior", shape)) * data.scaling_factor,
+        x0=data.scale.scaled(mean + std * normal(plan.seed, draws, "posterior", shape)),
         eps=normal(plan.seed, draws, "noise", shape),
         t=t,
         weight=weight,

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import UserError
+from pixart_ft.latents import LatentScale, latent_scale_faults
 from pixart_ft.model_faults import index_faults, transformer_faults
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
@@ -180,12 +181,9 @@ def size_unit(base: str, *, revision: str | None = None) -> int:
     return patch * _vae_factor(_read_config(base, "vae", revision))
 
 
-def vae_scaling_factor(base: str, *, revision: str | None = None) -> float:
-    """What latents are multiplied with before the transformer sees them; never assumed."""
-    config = _read_config(base, "vae", revision)
-    if "scaling_factor" not in config:
-        raise UserError(f"model.base: {base}/{_PARTS['vae']} has no scaling_factor (the SDXL VAE's is 0.13025); add it")
-    return float(config["scaling_factor"])
+def latent_scale(base: str, *, revision: str | None = None) -> LatentScale:
+    """How the transformer's latents follow from the VAE's; `check_base` refuses a base that does not say."""
+    return LatentScale.of(_read_config(base, "vae", revision))
 
 
 def check_base(base: str, *, revision: str | None = None) -> None:
@@ -199,7 +197,9 @@ def check_base(base: str, *, revision: str | None = None) -> None:
         config = _read_config(base, "transformer", revision)
         faults += transformer_faults(config)
         channels = config.get("in_channels", 4)
-        latent = _read_config(base, "vae", revision).get("latent_channels", 4)
+        vae = _read_config(base, "vae", revision)
+        faults += latent_scale_faults(vae)
+        latent = vae.get("latent_channels", 4)
         if channels != latent:
             faults.append(f"the transformer takes {channels} latent channels and the VAE makes {latent}")
         width, text = config.get("caption_channels"), _text_width(base, index, revision)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pixart_ft.data.cache import encode_pixels
 from pixart_ft.data.captions import pad_text
 from pixart_ft.errors import UserError
+from pixart_ft.latents import LatentScale
 from pixart_ft.prepared import Network, prepared
 from pixart_ft.schedulers import ProbabilityFlowScheduler, RespacedDDIMScheduler
 
@@ -166,8 +167,7 @@ def encode_picture(vae: AutoencoderKL, pixels: Tensor, device: torch.device | No
     means = encode_pixels(vae, pixels, device)[:, 0]
     if not means.isfinite().all():
         raise UserError(f"the VAE gave NaN or infinity in {vae.dtype}; use dtype bfloat16 or float32")
-    latents: Tensor = (means - _shift(vae)) * vae.config.scaling_factor
-    return latents
+    return LatentScale.of(vae.config).scaled(means)
 
 
 @torch.no_grad()
@@ -178,7 +178,7 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
     """
     if not latents.isfinite().all():
         raise UserError("sampling gave NaN or infinity; try dtype float32, a lower guidance or lora_scale")
-    unscaled = latents.float() / vae.config.scaling_factor + _shift(vae)
+    unscaled = LatentScale.of(vae.config).unscaled(latents.float())
     pictures = []
     for latent in unscaled.to(vae.dtype):
         picture = vae.decode(latent[None], return_dict=False)[0][0].float()
@@ -187,10 +187,6 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
         values = ((picture / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
         pictures.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
     return pictures
-
-
-def _shift(vae: AutoencoderKL) -> float:
-    return getattr(vae.config, "shift_factor", None) or 0.0
 
 
 def _solved(

@@ -14,6 +14,7 @@ from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, ca
 from pixart_ft.data.datasets import Row, read_folder, split
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation import HeldOutSet
+from pixart_ft.latents import LatentScale
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,7 +45,7 @@ class Encoded:
     held_out: HeldOutSet | None
     null_caption: Tensor
     prompts: list[Tensor]
-    scaling_factor: float
+    scale: LatentScale
 
 
 def encode_once(
@@ -90,13 +91,13 @@ def encode_once(
     with accelerator.main_process_first():
         store, text_keys, picture_keys = fill()
     count = len(rows)
-    scaling_factor = models.vae_scaling_factor(base, revision=revision)
+    scale = models.latent_scale(base, revision=revision)
     measured = CachedPictures(store, picture_keys[count:], text_keys[count : len(rows + held)])
     held_out = None
     if held:
         everything = list(range(len(held)))
         held_out = HeldOutSet(
-            x0=measured.latents(everything)[0] * scaling_factor,
+            x0=scale.scaled(measured.latents(everything)[0]),
             texts=measured.texts(everything),
             timestep_count=config.validation.timesteps,
             seed=config.run.seed,
@@ -106,5 +107,5 @@ def encode_once(
         held_out=held_out,
         null_caption=store.get(text_keys[-1]),
         prompts=[store.get(key) for key in text_keys[len(rows + held) : -1]],
-        scaling_factor=scaling_factor,
+        scale=scale,
     )

@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPip
 from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
 
+from pixart_ft.latents import LatentScale
 from pixart_ft.pictures import grid
 from pixart_ft.sampling import decode_latents
 from pixart_ft.text_to_image import TextToImage
@@ -94,7 +95,7 @@ def write_sheet(path: Path, model: Path, captions: Sequence[str], pictures: np.n
     text_to_image = TextToImage.load(model)
     vae = AutoencoderKL.from_pretrained(str(model / "vae"))
     pixels = torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
-    decoded = decode_latents(vae, vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor)
+    decoded = decode_latents(vae, LatentScale.of(vae.config).scaled(vae.encode(pixels).latent_dist.mean))
     generated = text_to_image.generate(captions, steps=50, guidance=4.0)
     real = [Image.fromarray(picture) for picture in pictures]
     half = len(captions) // 2

@@ -21,6 +21,7 @@ from pixart_ft.denoiser import denoise
 from pixart_ft.diffusion.objectives import hybrid_loss
 from pixart_ft.diffusion.process import q_sample
 from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.latents import LatentScale
 
 BATCH = 64
 CAPTION_DROPOUT = 0.1
@@ -107,7 +108,8 @@ def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, path: Path) -> tup
             stds.append(posterior.std)
         torch.save((torch.cat(means), torch.cat(stds)), path)
     mean, std = torch.load(path, weights_only=True)
-    return mean * vae.config.scaling_factor, std * vae.config.scaling_factor
+    scale = LatentScale.of(vae.config)
+    return scale.scaled(mean), std * scale.scale
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

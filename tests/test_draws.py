@@ -8,6 +8,7 @@ import torch
 
 from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.draws import Plan, TrainingSet, draw_batch
+from pixart_ft.latents import LatentScale
 
 PLAN = Plan(
     steps=10,
@@ -39,7 +40,7 @@ def data(tmp_path) -> TrainingSet:
     store.add({f"latent{i}": x for i, x in enumerate(mean_and_std)})
     store.add({f"text{i}": torch.full((i + 1, 3), i + 1.0) for i in range(COUNT)})
     pictures = CachedPictures(store, [f"latent{i}" for i in range(COUNT)], [f"text{i}" for i in range(COUNT)])
-    return TrainingSet(pictures, scaling_factor=0.1, null_caption=torch.full((1, 3), -1.0))
+    return TrainingSet(pictures, scale=LatentScale(0.1, 2.0), null_caption=torch.full((1, 3), -1.0))
 
 
 def draw(data: TrainingSet, draws, plan: Plan = PLAN, **more: object):
@@ -58,15 +59,17 @@ def test_a_draw_does_not_depend_on_its_batch(data: TrainingSet) -> None:
 
 
 def test_every_epoch_shows_every_picture_once_in_another_order(data: TrainingSet) -> None:
-    epochs = [draw(data, range(e * COUNT, (e + 1) * COUNT)).x0[:, 0, 0, 0].round().int().tolist() for e in range(4)]
-    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)  # 10 i times the scaling factor 0.1
+    epochs = [
+        draw(data, range(e * COUNT, (e + 1) * COUNT)).x0[:, 0, 0, 0].add(0.2).round().int().tolist() for e in range(4)
+    ]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)  # (10 i - 2) 0.1 = i - 0.2
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
 def test_picture_and_caption_belong_together(data: TrainingSet) -> None:
     batch = draw(data, range(20), replace(PLAN, caption_dropout=0.0))
     for x0, embeds, mask in zip(batch.x0, batch.embeds, batch.mask, strict=True):
-        picture = round(x0[0, 0, 0].item())
+        picture = round(x0[0, 0, 0].item() + 0.2)
         assert mask.sum() == picture + 1
         assert (embeds[: picture + 1] == picture + 1).all() and (embeds[picture + 1 :] == 0).all()
 
@@ -83,9 +86,9 @@ def test_dropout_takes_the_null_caption_at_its_rate(data: TrainingSet) -> None:
 def test_the_posterior_is_sampled_with_its_own_deviation(data: TrainingSet) -> None:
     store = data.pictures.store
     store.add({"wide": torch.stack([torch.zeros(4, 2, 2), torch.full((4, 2, 2), 2.0)])})
-    one = TrainingSet(CachedPictures(store, ["wide"], ["text0"]), 0.1, data.null_caption)
+    one = TrainingSet(CachedPictures(store, ["wide"], ["text0"]), LatentScale(0.1, 3.0), data.null_caption)
     x0 = draw(one, range(500)).x0
-    assert abs(x0.std().item() - 0.2) < 0.01 and abs(x0.mean().item()) < 0.01
+    assert abs(x0.std().item() - 0.2) < 0.01 and abs(x0.mean().item() + 0.3) < 0.01
 
 
 def test_stratified_t_visits_every_stratum_of_a_global_batch(data: TrainingSet) -> None:

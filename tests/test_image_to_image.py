@@ -26,8 +26,15 @@ from pixart_ft.schedulers import PixArtScheduler
 from pixart_ft.schedulers.discrete import IndexScheduler
 from pixart_ft.schedulers.sigma import SigmaScheduler
 from pixart_ft.text_to_image import TextToImage
+from tests.tiny import shifted_copy
 
 PROMPT, SEED = "a red circle on grey", 4
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a VAE that shifts its latents."""
+    return shifted_copy(tiny, tmp_path_factory.mktemp("shifted") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def encoded(tiny: Path, picture: Image.Image) -> Tensor:
     """The mean of the VAE's posterior, in the scale of sampling (C, H, W)."""
     vae = AutoencoderKL.from_pretrained(str(tiny), subfolder="vae")
     pixels = torch.from_numpy(numpy.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 127.5 - 1
-    latents: Tensor = vae.encode(pixels[None]).latent_dist.mode()[0] * 0.13025
+    latents: Tensor = vae.encode(pixels[None]).latent_dist.mode()[0].sub(0.5) * 0.13025
     return latents
 
 

@@ -12,6 +12,7 @@ from diffusers import PixArtSigmaPipeline
 
 from pixart_ft import models
 from pixart_ft.errors import UserError
+from pixart_ft.latents import LatentScale
 from tests.tiny import build_tiny_pipeline
 
 
@@ -169,11 +170,26 @@ def test_schedule_of_another_kind_is_refused_by_name(base: Path) -> None:
 def test_facts_read_without_weights(base: Path) -> None:
     assert models.size_unit(str(base)) == 16
     assert models.vae_factor(models.load_vae(str(base), dtype=torch.float32)) == 8
-    assert models.vae_scaling_factor(str(base)) == 0.13025
+    assert models.latent_scale(str(base)) == LatentScale(0.13025, 0.0)
     assert models.schedule_config(str(base))["beta_end"] == 0.02
-    edit(base / "vae" / "config.json", scaling_factor=...)
-    with pytest.raises(UserError, match="has no scaling_factor"):
-        models.vae_scaling_factor(str(base))
+    edit(base / "vae" / "config.json", shift_factor=0.5)
+    assert models.latent_scale(str(base)) == LatentScale(0.13025, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("vae", "message"),
+    [
+        ({"scaling_factor": ...}, r"has no scaling_factor \(the SDXL VAE's is 0\.13025\); add it"),
+        ({"scaling_factor": 0.0}, "scaling_factor 0.0 is no positive number"),
+        ({"scaling_factor": float("nan")}, "scaling_factor nan is no positive number"),
+        ({"shift_factor": "0.1"}, "shift_factor '0.1' is no number"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, "one shift and one scale for all channels"),
+    ],
+)
+def test_a_vae_that_does_not_say_how_its_latents_are_scaled_is_refused(base: Path, vae: Any, message: str) -> None:
+    edit(base / "vae" / "config.json", **vae)
+    with pytest.raises(UserError, match=message):
+        models.check_base(str(base))
 
 
 def test_float16_where_it_is_safe(base: Path) -> None:

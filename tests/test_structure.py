@@ -44,6 +44,7 @@ LEVELS = {
     "data.datasets": 2,
     "data.cache": 3,
     "attention": 1,
+    "latents": 0,
     "model_faults": 0,
     "models": 2,
     "ema": 1,

@@ -20,13 +20,19 @@ from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.randomness import epoch_order, normal, uniform
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_run import run_training
-from tests.tiny import build_picture_folder
+from tests.tiny import build_picture_folder, shifted_copy
 
 SEED, STEPS, WARMUP, GLOBAL_BATCH, GRID = 4, 2, 2, 4, 3
 VLB_SCALE, CLIP_NORM, LEARNING_RATE, EMA_DECAY, DROPOUT = 3.0, 0.05, 0.05, 0.9, 0.5
 BETAS, EPSILON, WEIGHT_DECAY = (0.8, 0.9), 1e-3, 0.5  # Adam forgets the gradient's size, except for a large epsilon
 LORA = LoraSettings(rank=4, alpha=8, targets=("to_q", "to_v"), dropout=0.0)
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()  # of the tiny base
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny, tmp_path_factory) -> Path:
+    """With a VAE that shifts its latents, which training must do as sampling does."""
+    return shifted_copy(tiny, tmp_path_factory.mktemp("shifted") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +78,11 @@ def text_of(tiny: Path, captions: list[str]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def encoded(tiny: Path, folder: Path | str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Mean and standard deviation of each picture's latents, scaled, and the captions' embeddings."""
+    """Mean and standard deviation of each picture's latents, shifted and scaled, and the captions' embeddings."""
     rows, vae = read_folder(folder), models.load_vae(str(tiny), dtype=torch.float32)
     given = vae.encode(torch.stack([load_picture(row.path, 64) for row in rows])).latent_dist
     factor = vae.config.scaling_factor
-    return given.mode() * factor, given.std * factor, text_of(tiny, [row.caption for row in rows])
+    return (given.mode() - 0.5) * factor, given.std * factor, text_of(tiny, [row.caption for row in rows])
 
 
 def losses(transformer, x0, eps, t, texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:

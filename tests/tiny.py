@@ -4,6 +4,7 @@ Latents are 4 x 8 x 8 for 64 x 64 pictures (VAE factor 8, patch 2, so 16 image t
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -84,6 +85,14 @@ def build_tiny_pipeline(folder: Path | str, *, seed: int = 0, out_channels: int 
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
     )
     pipeline.save_pretrained(str(folder))
+    return folder
+
+
+def shifted_copy(base: Path, folder: Path) -> Path:
+    """The same model with a VAE that says shift_factor 0.5, in `folder`."""
+    shutil.copytree(base, folder)
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift_factor": 0.5}))
     return folder
 
 
