@@ -16,8 +16,9 @@ from typing import Any
 
 from pixart_ft.config import TrainConfig
 from pixart_ft.errors import UserError
+from pixart_ft.files import reason_of
 from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.settings import Config, default, expected, keys, load, shipped_configs, to_yaml, unknown_key
+from pixart_ft.settings import Config, add_unknown, default, expected, keys, load, shipped_configs, to_yaml
 from pixart_ft.text import is_text, no_text, visible
 
 WIDTH = 110
@@ -25,6 +26,7 @@ SWITCHES = {
     "dry_run": "print the resolved configuration as YAML and stop; no folder is touched",
     "help": "this text",
 }
+REPEATABLE = {"prompt"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         _run(arguments)
+        sys.stdout.flush()  # a full disk that the output goes to is told of here
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough; nobody is left to print to
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # Python flushes it once more at exit
+    except OSError as error:  # what the system refuses where nobody has said it better
+        if (reason := reason_of(error)) is None:
+            raise
+        print(f"error: {error.filename or 'the output'}: {reason}", file=sys.stderr)
+        if error.filename is None:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # else Python fails once more at exit
+        return 2
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
@@ -119,7 +129,7 @@ def split_options(
 ) -> tuple[dict[str, list[str]], list[str]]:
     """The values given to each known option, in order, and what could not be understood. Dashes become _.
 
-    flags: options that mean true where no value follows.
+    flags: options that mean true where no value follows. Only those of `REPEATABLE` may be given twice.
     """
     flags = set(flags)
     known = list(known)
@@ -140,7 +150,7 @@ def split_options(
             problems.append(no_text(f"--{name}", value))
             value = visible(value)
         if name not in known:
-            problems.append(unknown_key(name, known))
+            add_unknown(problems, name, known)
         elif is_switch and equals:
             problems.append(f"{word}: takes no value")
         elif name in flags and not (equals or has_value):
@@ -149,6 +159,10 @@ def split_options(
             problems.append(f"{word}: needs a value")
         else:
             given.setdefault(name, []).append(value)
+    for name, values in given.items():
+        if len(values) > 1 and name not in REPEATABLE and name not in SWITCHES:
+            shown = " and ".join(dict.fromkeys(json.dumps(visible(value)) for value in values))
+            problems.append(f"--{name}: given {len(values)} times ({shown}); give it once")
     return given, problems
 
 

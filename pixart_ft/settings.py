@@ -5,6 +5,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from pixart_ft import yaml_text
 from pixart_ft.errors import UserError
+from pixart_ft.files import reason_of
 from pixart_ft.text import is_text, no_text, read_text, visible
 
 
@@ -35,6 +37,8 @@ class Config(Section):
     unused: ClassVar[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = ()
     rules: ClassVar[tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...]] = ()
 
+
+SHOWN = 20  # mistakes that a report lists; the others it counts
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -85,6 +89,11 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
 
 
+def add_unknown(problems: list[str], key: str, known: Iterable[str]) -> None:
+    """Add the report of a key that does not exist; its nearest is looked for only where the report will be shown."""
+    problems.append(unknown_key(key, known) if len(problems) < SHOWN else f"{key}: unknown key")
+
+
 def load(
     kind: type[AnyConfig],
     source: str | Path | Mapping[str, Any],
@@ -106,7 +115,7 @@ def load(
     for name in kind.model_fields:  # an absent or empty section has its defaults
         if name not in fields and values.get(name) is None:
             values[name] = {}
-    problems += _override(values, overrides or {}, fields)
+    _override(values, overrides or {}, fields, problems)
     values = _whole(values, "", problems)
     config = None
     wrong: set[str] = set()
@@ -115,7 +124,10 @@ def load(
     except ValidationError as error:
         for key, problem in _explain(error, fields):
             wrong.add(key)
-            problems.append(problem)
+            if problem is None:
+                add_unknown(problems, key, fields)
+            else:
+                problems.append(problem)
     problems += _contradictions(kind, dict(_flat(values)), wrong)
     if problems or config is None:
         raise UserError(_report(origin, problems))
@@ -141,35 +153,40 @@ def shipped_configs() -> dict[str, Path]:
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
-        return "configuration", json.loads(json.dumps(source, default=str))
-    path = Path(source).expanduser()
-    path = path if path.is_file() else shipped_configs().get(str(source), path)
+        try:
+            return "configuration", json.loads(json.dumps(source, default=str))
+        except (TypeError, ValueError, RecursionError) as error:  # a key that is no text, or a value inside itself
+            raise UserError(f"cannot read the configuration: {error}") from None
+    path = Path(os.path.expanduser(source))
     try:
-        values = yaml_text.parse(read_text(path))
+        path = path if path.is_file() else shipped_configs().get(str(source), path)
+        values = yaml_text.parse(read_text(path, most=yaml_text.LONGEST))
     except FileNotFoundError:
         names = ", ".join(shipped_configs()) or "none"
         raise UserError(f"no configuration file {path}; give a path or a shipped name: {names}") from None
     except UserError as error:
         raise UserError(f"cannot read the configuration: {error}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the configuration {path}: {error}") from None
+        raise UserError(f"cannot read the configuration {path}: {reason_of(error) or error}") from None
     if not isinstance(values, dict | None):
         raise UserError(f"cannot read the configuration {path}: {_show(values)} is not keys and values")
     return str(path), json.loads(json.dumps(values or {}, default=str))
 
 
-def _override(values: dict[str, Any], overrides: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> Iterator[str]:
-    """Puts the overrides into `values`; yields what is wrong with them."""
+def _override(
+    values: dict[str, Any], overrides: Mapping[str, Any], fields: Mapping[str, FieldInfo], problems: list[str]
+) -> None:
+    """Puts the overrides into `values`, and what is wrong with them into `problems`."""
     for key, text in overrides.items():
         if key not in fields:
-            yield unknown_key(key, fields)
+            add_unknown(problems, key, fields)
             continue
         section, _, name = key.rpartition(".")
         target = values[section] if section else values
         try:
             value = _parse_override(text, fields[key])
         except ValueError as error:
-            yield f"{key} is {_show(text)}; expected {expected(fields[key])} ({error})"
+            problems.append(f"{key} is {_show(text)}; expected {expected(fields[key])} ({error})")
             continue
         if isinstance(target, dict):  # else the whole section is wrong, which pydantic finds
             target[name] = value
@@ -195,14 +212,16 @@ def _whole(value: Any, key: str, problems: list[str]) -> Any:
     return value
 
 
-def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterator[tuple[str, str]]:
-    """(dotted key, what is wrong) of each of pydantic's findings."""
+def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterator[tuple[str, str | None]]:
+    """(dotted key, what is wrong) of each of pydantic's findings; None: there is no such key."""
     for finding in error.errors(include_url=False, include_context=False):
         words = [part for part in finding["loc"] if isinstance(part, str)]
         items = [f"[{part}]" for part in finding["loc"] if isinstance(part, int)]
         key, value = ".".join(words), finding["input"]
-        if finding["type"] == "extra_forbidden":
-            yield from ((k, unknown_key(k, fields)) for k, _ in _flat({key: value}))
+        if finding["type"] == "json_invalid":
+            yield key, f"it cannot be read: {finding['msg']}"
+        elif finding["type"] == "extra_forbidden":
+            yield from ((k, None) for k, _ in _flat({key: value}))
         elif finding["type"] == "missing":
             yield key, f"{key} is required: {fields[key].description}"
         elif key not in fields:
@@ -236,7 +255,8 @@ def _initials(name: str) -> str:
 def _report(origin: str, problems: Sequence[str]) -> str:
     if len(problems) == 1:
         return visible(f"{origin}: {problems[0]}")
-    return visible(f"{origin}: {len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems))
+    more = [f"and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else []
+    return visible("\n  - ".join([f"{origin}: {len(problems):,} problems", *problems[:SHOWN], *more]))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

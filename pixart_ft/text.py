@@ -15,13 +15,17 @@ _MARKS = {
 }
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, *, most: int | None = None) -> str:
     """The text of a file: UTF-8, or what its byte order mark says, as Notepad writes it.
 
     The lines end in "\\n", whatever they end in there; marks are left out, also those inside of joined files. Raises
-    UserError naming the file and the line of bytes that are no such text, and OSError as `open` does.
+    UserError naming the file and the line of bytes that are no such text, or for more than `most` bytes, and OSError as
+    `open` does.
     """
-    data = path.read_bytes()
+    with path.open("rb") as file:  # no more is read than wanted: the file may be endless
+        data = file.read(-1 if most is None else most + 1)
+    if most is not None and len(data) > most:
+        raise UserError(f"{path} is larger than {most:,} bytes: it is not what it should be")
     mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
     data, encoding = data[len(mark) :], _MARKS.get(mark, "utf-8")
     try:

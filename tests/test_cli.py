@@ -1,5 +1,6 @@
 """The command line, in this process and, where the process matters, in another. Oracle: expected output."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -161,7 +162,7 @@ def test_the_command_receives_the_configuration_and_its_options(monkeypatch: pyt
         command.summary, command.usage, command.config, command.options, lambda *given: received.extend(given)
     )
     monkeypatch.setitem(cli.COMMANDS, "train", stand_in)
-    assert cli.main(["train", "--config", "quickstart", "--resume", "auto", "--run.seed", "1", "--run.seed", "2"]) == 0
+    assert cli.main(["train", "--config", "quickstart", "--resume", "auto", "--run.seed", "2"]) == 0
     assert received == [
         load_config("quickstart", {"run.seed": "2"}),
         {"config": "quickstart", "resume": "auto"},
@@ -172,6 +173,8 @@ def test_the_command_receives_the_configuration_and_its_options(monkeypatch: pyt
     ("raised", "code", "message"),
     [
         (UserError("data.folder: no pictures"), 2, "error: data.folder: no pictures\n"),
+        (OSError(errno.ENAMETOOLONG, "", "a"), 2, "error: a: the name is too long; choose a shorter one\n"),
+        (OSError(errno.EROFS, "", "a"), 2, "error: a: the file system is read-only; choose another place\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (KeyboardInterrupt("stopped after step 7"), 130, "stopped after step 7\n"),
     ],
@@ -222,3 +225,30 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait() == 0
+
+
+def test_an_option_given_twice_is_refused_unless_it_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", "--config", "quickstart", "--config=quickstart", "--train.steps", "50", "--train.steps=60"]
+    assert problems(capsys, *train, "--lora.rank", "2", "--dry-run") == [
+        f"{ROOT}/configs/quickstart.yaml: 2 problems",
+        '--config: given 2 times ("quickstart"); give it once',
+        '--train.steps: given 2 times ("50" and "60"); give it once',
+    ]
+    generate = ["generate", "--prompt", "a", "--prompt", "b", "--images-per-prompt", "1", "--images_per_prompt", "2"]
+    assert problems(capsys, *generate) == [
+        'configuration: --images_per_prompt: given 2 times ("1" and "2"); give it once'
+    ]
+    assert problems(capsys, "generate", "--prompt", "a", "--compare", "--compare")[0].startswith(
+        'configuration: --compare: given 2 times ("true")'
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_what_the_system_refuses_is_one_message_in_every_command() -> None:
+    program = [sys.executable, "-m", "pixart_ft.cli"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*program, "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: the output: no space is left on the disk; make room, or choose another place\n",
+    )

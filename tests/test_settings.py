@@ -237,3 +237,49 @@ def test_words_for_what_a_key_accepts() -> None:
         "cake.glazed": "true | false",
         "cake.pans": "integer >= 2, a multiple of 2, or null",
     }
+
+
+def test_a_report_lists_twenty_mistakes_and_counts_the_others() -> None:
+    for values, overrides in (
+        ({"cake": {"recipe": "a"}, **{f"heat{number}": 1 for number in range(5000)}}, {}),
+        ({"cake": {"recipe": "a"}}, {f"heat{number}": "1" for number in range(5000)}),
+        ({"cake": {"recipe": "a"}, "oven": {"shelves": [1, *["no"] * 5000]}}, {}),
+    ):
+        with pytest.raises(UserError) as caught:
+            load(Baking, values, overrides)
+        first, *listed, last = str(caught.value).split("\n  - ")
+        assert (first, len(listed), last) == ("configuration: 5,000 problems", 20, "and 4,980 more")
+
+
+def test_a_file_that_is_no_configuration_is_not_read_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "weights.yaml").write_text("a: 1\n" * 100_000)
+    for path in (tmp_path / "weights.yaml", Path("/dev/zero")):
+        with pytest.raises(UserError, match=r"^cannot read the configuration: .* is larger than 262,144 bytes"):
+            load(Baking, path)
+
+
+def test_a_mapping_that_no_file_could_hold_is_refused() -> None:
+    inside: dict[str, object] = {}
+    inside["itself"] = inside
+    deep: dict[str, object] = {}
+    for _ in range(100_000):
+        deep = {"deeper": deep}
+    for values in (inside, deep, {(1, 2): 3}):
+        with pytest.raises(UserError, match=r"^cannot read the configuration: "):
+            load(Baking, values)
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("", "it is a folder, not a file"),
+        ("loop", "its symbolic links lead in a circle"),
+        ("x" * 300, "the name is too long"),
+        ("file/below", "a part of this path is a file"),
+    ],
+)
+def test_a_place_where_no_configuration_can_be_gives_the_reason(tmp_path: Path, place: str, reason: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"^cannot read the configuration .*: {reason}"):
+        load(Baking, tmp_path / place)

@@ -1,5 +1,7 @@
 """The YAML dialect. Oracle: the core schema of YAML 1.2 (section 10.3), and round trips."""
 
+import functools
+
 import pytest
 
 from pixart_ft import yaml_text
@@ -22,6 +24,9 @@ from pixart_ft import yaml_text
         ("", None),
         ("'7'", "7"),
         ("[1, a b, null]", [1, "a b", None]),
+        ("'&x *y !z'", "&x *y !z"),
+        ("5 * 3 & !", "5 * 3 & !"),
+        ("[" * 19 + "]" * 19, functools.reduce(lambda inner, _: [inner], range(18), [])),
     ],
 )
 def test_scalars_follow_the_core_schema(text: str, value: object) -> None:
@@ -62,7 +67,19 @@ def test_dump_is_read_back() -> None:
         ("a: 1\nb: [1,\nc", "line 3: "),
         ("a:\n\tb: 1", "line 2: .*tab|line 2: .*t'"),
         ("? [a]\n: 1", "line 1: a key must be a word"),
-        ("a: !!python/name:os.system", "line 1: could not determine a constructor"),
+        ("a: !!python/name:os.system", r"line 1: no tags \(!\) here"),
+        ("a: 1\nb: !!binary aGVsbG8=", r"line 2: no tags \(!\) here; leave it out, or quote the value"),
+        ("a: 1\nb: [!]", r"line 2: no tags"),
+        ("a: &x 1", r"line 1: no anchors \(&\) and aliases \(\*\) here; write the value out, or quote it"),
+        ("a: 1\nb: *", "line 2: no anchors"),
+        ("a: *b", "line 1: no anchors"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]", "line 1: no anchors"),  # would double with every line
+        ("a: 1\n---\nb: 2", r"line 2: a second document begins \(---\); keep one"),
+        ("a: [\t1]", "line 1: a tab; indent with spaces, or quote it"),
+        ("[" * 10_000, "line 1: nested more than 20 levels deep"),
+        ("{a: " * 10_000, "line 1: nested more than 20 levels deep"),
+        ("- " * 10_000, "line 1: nested more than 20 levels deep"),
+        ("a: " + "9" * 5000, "line 1: a number of more than 40 digits"),
         ("a: \x00", "special characters are not allowed"),
     ],
 )

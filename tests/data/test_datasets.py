@@ -138,9 +138,7 @@ def test_other_bad_folders(tmp_path: Path) -> None:
     assert "folders without a picture" in refusal(tmp_path)
     picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
-    assert f"files that cannot be read: 1\n    {tmp_path / 'a.txt'} line 1: the bytes e9 are" in refusal(
-        tmp_path
-    )
+    assert f"files that cannot be read: 1\n    {tmp_path / 'a.txt'} line 1: the bytes e9 are" in refusal(tmp_path)
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a cat, asleep\n")
     assert "quotation marks): 1\n    metadata.csv line 2" in refusal(tmp_path)
     jsonl(tmp_path, {"file_name": "a.png", "text": "a cat"})
