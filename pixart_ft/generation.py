@@ -43,7 +43,8 @@ def run_generation(config: GenerateConfig) -> list[Path]:
         for number, prompt in enumerate(prompts)
         for seed in seeds
     }
-    recipes = {path: model.recipe(prompt, seed, settings) for path, (prompt, seed) in jobs.items()}
+    shared = model.circumstances(settings)
+    recipes = {path: {"prompt": prompt, "seed": seed} | shared for path, (prompt, seed) in jobs.items()}
     todo = _missing(recipes)
     calls = model.calls(settings)
     total = None if calls is None else len(todo) * calls

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -12,11 +12,12 @@ import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft import models
 from pixart_ft.adapters import AdapterMetadata, find_adapter, load_adapter, read_metadata
-from pixart_ft.data.captions import encode_captions, pad_text, prepare_text
+from pixart_ft.data.captions import encode_each, pad_text, prepare_text, warn_of_losses
 from pixart_ft.data.datasets import load_picture
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.drawing import Abilities, Settings, inversion_calls, recipe_of, scheduler_for, settled
@@ -58,19 +59,24 @@ class TextEncoder:
 
     def of(self, prompt: str) -> Tensor:
         """The embedding (L, D) of a prompt on the CPU. Raises ValueError for a new one after the encoder was freed."""
-        prepared = prepare_text(prompt)
-        if prepared not in self.known:
-            if self.encoder is None:
-                raise ValueError(f"the text encoder was freed before {prompt!r} was encoded; give load() all prompts")
-            (self.known[prepared],) = encode_captions(
-                self.encoder, self.tokenizer, [prompt], max_tokens=self.max_tokens
-            )
-        return self.known[prepared]
+        self.encode([prompt])
+        return self.known[prepare_text(prompt)]
+
+    def encode(self, prompts: Iterable[str]) -> None:
+        """Encode the new ones of these, each by itself, so that no other decides its last bits."""
+        new = [text for text in dict.fromkeys(map(prepare_text, prompts)) if text not in self.known]
+        if not new:
+            return
+        if self.encoder is None:
+            raise ValueError(f"the text encoder was freed before {new[0]!r} was encoded; give load() all prompts")
+        warn_of_losses(self.tokenizer, new, self.max_tokens)
+        found = encode_each(self.encoder, self.tokenizer, new, max_tokens=self.max_tokens, batch_size=1)
+        for index, embedding in tqdm(found, "prompts encoded", len(new), delay=1, dynamic_ncols=True):
+            self.known[new[index]] = embedding
 
     def encode_and_free(self, prompts: Sequence[str]) -> None:
         """Encode these and the empty prompt, and drop the encoder."""
-        for prompt in ("", *prompts):
-            self.of(prompt)
+        self.encode(["", *prompts])
         self.encoder = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -201,7 +207,9 @@ class TextToImage:
                 height=height,
                 options=options or {},
             )
-        jobs = list(itertools.product([prompts] if isinstance(prompts, str) else prompts, seeds))
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        jobs = list(itertools.product(prompts, seeds))
+        self.text.encode([*prompts, settings.negative_prompt])  # all at once: warnings name them together
         return list(self.draw(jobs, self.settled(settings), batch_size=batch_size))
 
     def settled(self, settings: Settings) -> Settings:
@@ -282,10 +290,12 @@ class TextToImage:
 
     def recipe(self, prompt: str, seed: int, settings: Settings) -> dict[str, object]:
         """All that a picture follows from, as plain JSON values."""
+        return {"prompt": prompt, "seed": seed} | self.circumstances(settings)
+
+    def circumstances(self, settings: Settings) -> dict[str, object]:
+        """The part of a recipe that all pictures of these settings share."""
         adapter = None if self.adapter is None else asdict(self.adapter)
         values = {
-            "prompt": prompt,
-            "seed": seed,
             **recipe_of(settings),
             "model": self.base,
             "revision": self.revision,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PixArtSigmaPipeline
 from torch import Tensor
+from tqdm import tqdm
 
 from pixart_ft import models
 from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, load_adapter, merge, save_adapter
@@ -150,6 +151,20 @@ def test_pictures_come_by_prompt_then_seed(base: TextToImage) -> None:
         True,
         False,
     ]
+
+
+def test_prompts_are_told_apart_together_and_encoded_alone(
+    base: TextToImage, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.warns(UserWarning, match="'犬' = '猫'"):
+        base.generate(["犬", "猫"], steps=1)
+    texts = ["a red circle", "a photo of the picture", "a"]
+    alone = [base.text.of(text) for text in texts]
+    base.text.known.clear()
+    monkeypatch.setattr("pixart_ft.text_to_image.tqdm", lambda *given, **words: tqdm(*given, **words | {"delay": 0}))
+    base.text.encode(texts)
+    assert all(torch.equal(base.text.of(text), one) for text, one in zip(texts, alone, strict=True))  # to the bit
+    assert "prompts encoded: 100%" in capsys.readouterr().err
 
 
 def test_other_sizes(base: TextToImage) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from pixart_ft.data.captions import TEXT_PREPARATION, encode_each, prepare_text
+from pixart_ft.data.captions import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.data.datasets import TRANSFORM, Row, load_picture, verify_pictures
 from pixart_ft.errors import UserError
 from pixart_ft.files import sweep, write_file, write_text
@@ -147,6 +147,7 @@ def cache_captions(
     text_of = dict(zip(keys, texts, strict=True))
     if missing := store.missing(keys):
         tokenizer, text_encoder = load_text_encoder()
+        warn_of_losses(tokenizer, texts, max_tokens)  # of all: one may become the tokens of another that is there
         wanted = [text_of[key] for key in missing]
         found = encode_each(text_encoder, tokenizer, wanted, max_tokens=max_tokens, batch_size=batch_size)
         pairs = ((missing[index], embedding) for index, embedding in found)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.errors import UserError
+from pixart_ft.text import is_text, visible
 
 TEXT_PREPARATION = "lower().strip()"
 """Recorded in caches and adapters, so that text prepared in another way is never taken for ours."""
@@ -26,23 +27,63 @@ def prepare_text(text: str) -> str:
 def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_tokens: int) -> list[list[int]]:
     """Token ids of each caption, end token included, no padding; every token in this package is made here.
 
-    Captions longer than `max_tokens` are cut, the end token kept, and named in one warning.
+    Captions longer than `max_tokens` are cut, the end token kept. Raises UserError naming those that are no text.
     """
+    if bad := [visible(caption) for caption in captions if not is_text(caption)]:
+        raise UserError(f"{len(bad)} of {len(captions)} texts are no Unicode text (half a surrogate pair):{_few(bad)}")
     if not captions:
         return []
     prepared = [prepare_text(caption) for caption in captions]
     ids: list[list[int]] = tokenizer(prepared, truncation=True, max_length=max_tokens).input_ids
+    return ids
+
+
+def warn_of_losses(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_tokens: int = 300) -> None:
+    """Warn, once a kind, of what the text encoder will not see of these captions.
+
+    That is ends that are cut, letters that the vocabulary lacks, and captions that become the same for these or other
+    reasons; ones that differ in capitals or spaces alone count as the same.
+    """
+    texts = list({" ".join(text.split()): text for text in map(prepare_text, captions)}.values())
+    ids = token_ids(tokenizer, texts, max_tokens)
     # Only a caption that fills the limit can have been cut, so only those are counted again in full.
-    full = [text for text, row in zip(prepared, ids, strict=True) if len(row) == max_tokens]
+    full = [text for text, row in zip(texts, ids, strict=True) if len(row) == max_tokens]
     whole = tokenizer(full, truncation=False, verbose=False).input_ids if full else []
     cut = [(text, len(row)) for text, row in zip(full, whole, strict=True) if len(row) > max_tokens]
+    strange = [text for text, row in zip(texts, ids, strict=True) if tokenizer.unk_token_id in row]
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for text, row in zip(texts, ids, strict=True):
+        alike.setdefault(tuple(row), []).append(text)
+    same = [group for group in alike.values() if len(group) > 1]
+    losses = []
     if cut:
-        examples = "".join(f"\n  {length} tokens: {text[:80]!r}" for text, length in cut[:3])
-        warnings.warn(
-            f"{len(cut)} of {len(captions)} captions exceed max_tokens {max_tokens} and were cut:{examples}",
-            stacklevel=2,
+        examples = _few([f"{length} tokens: {text[:80]!r}" for text, length in cut])
+        losses.append(f"{len(cut)} of {len(texts)} texts exceed max_tokens {max_tokens} and were cut:{examples}")
+    if strange:
+        examples = _few([f"{_unknown(tokenizer, text)} in {text[:80]!r}" for text in strange[:3]], len(strange))
+        losses.append(
+            f"{len(strange)} of {len(texts)} texts have letters that the tokenizer does not know; the model sees one "
+            f"unknown token for each or several of them:{examples}"
         )
-    return ids
+    if same:
+        examples = _few([" = ".join(repr(text[:80]) for text in group[:3]) for group in same])
+        losses.append(f"different texts become the same tokens, so the model cannot tell them apart:{examples}")
+    for loss in losses:
+        warnings.warn(loss, stacklevel=2)
+
+
+def _few(examples: Sequence[str], count: int | None = None) -> str:
+    """The first three on lines of their own; `count` of them there are."""
+    rest = (count or len(examples)) - 3
+    return "".join(f"\n  {example}" for example in examples[:3]) + (f"\n  and {rest} more" if rest > 0 else "")
+
+
+def _unknown(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The letters of a text that the vocabulary lacks."""
+    letters = list(dict.fromkeys(text))
+    rows = tokenizer(letters).input_ids
+    found = [letter for letter, row in zip(letters, rows, strict=True) if tokenizer.unk_token_id in row]
+    return " ".join(letter if letter.isprintable() else f"U+{ord(letter):04X}" for letter in found[:20])
 
 
 def tokenize(
@@ -62,9 +103,10 @@ def encode_captions(
 ) -> list[Tensor]:
     """The embedding of each caption in the order given: (L_i, D) on the CPU, in the encoder's dtype.
 
-    Raises UserError if an embedding is not finite, naming the caption, or if the encoder is in training
-    mode or was cast to float16 after loading.
+    Warns as `warn_of_losses` does. Raises UserError if an embedding is not finite, naming the caption, or if the
+    encoder is in training mode or was cast to float16 after loading.
     """
+    warn_of_losses(tokenizer, captions, max_tokens)
     found = encode_each(text_encoder, tokenizer, captions, max_tokens=max_tokens, batch_size=batch_size)
     return [embedding for _, embedding in sorted(found, key=lambda pair: pair[0])]
 

@@ -290,11 +290,29 @@ def test_only_what_changed_is_encoded_again(
     assert len(store._shards) == 4
     assert not set(first) & set(keys_of(CAPTIONS, max_tokens=30))
     assert not set(first) & set(keys_of(CAPTIONS, encoder_id="other"))
-    with pytest.warns(UserWarning, match="1 of 3 captions exceed max_tokens 5"):
+    with pytest.warns(UserWarning, match="1 of 3 texts exceed max_tokens 5"):
         short = keys_of(CAPTIONS, max_tokens=5)
     assert len(store.get(short[1])) == 5
     monkeypatch.setattr(cache, "TEXT_PREPARATION", "another")
     assert not set(first) & set(keys_of(CAPTIONS))
+
+
+def test_a_caption_that_becomes_one_that_is_there_is_named(
+    tmp_path: Path, text_models: tuple[PreTrainedTokenizerBase, T5EncoderModel]
+) -> None:
+    def encode(captions: list[str]) -> None:
+        cache_captions(
+            TensorStore(tmp_path),
+            captions,
+            load_text_encoder=lambda: text_models,
+            encoder_id="t5",
+            progress=False,
+        )
+
+    with pytest.warns(UserWarning, match="1 of 2 texts have letters that the tokenizer does not know"):
+        encode(["a red", "犬"])
+    with pytest.warns(UserWarning, match="cannot tell them apart:\n  '犬' = '猫'$"):
+        encode(["a red", "犬", "猫"])  # only 猫 is encoded
 
 
 # Names of models

@@ -20,6 +20,7 @@ from pixart_ft.data.captions import (
     prepare_text,
     token_ids,
     tokenize,
+    warn_of_losses,
 )
 from pixart_ft.errors import UserError
 
@@ -61,19 +62,48 @@ def test_tokens_are_those_of_the_stock_pipeline(tiny: Path, tokenizer: PreTraine
 def test_long_captions_are_cut_with_one_warning(tokenizer: PreTrainedTokenizerBase) -> None:
     captions = ["a red", *[f"a photo of the picture {word}" for word in ("red", "green", "blue", "pink")]]
     whole = token_ids(tokenizer, captions, 300)
-    with pytest.warns(UserWarning) as caught:
-        ids = token_ids(tokenizer, captions, 5)
-    assert len(caught) == 1
-    message = str(caught[0].message)
-    assert "4 of 5 captions exceed max_tokens 5" in message
+    ids = token_ids(tokenizer, captions, 5)
+    message, same = losses(tokenizer, captions, 5)
+    assert "4 of 5 texts exceed max_tokens 5" in message
     assert f"{len(whole[1])} tokens: 'a photo of the picture red'" in message
-    assert "blue" in message and "pink" not in message
+    assert "blue" in message and "pink" not in message and message.endswith("and 1 more")
+    assert "'a photo of the picture red' = 'a photo of the picture green' = 'a photo of the picture blue'" in same
     assert ids[0] == whole[0]
     assert [row[:-1] for row in ids[1:]] == [row[:4] for row in whole[1:]]
     assert all(row[-1] == tokenizer.eos_token_id for row in ids)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        token_ids(tokenizer, captions, len(whole[1]))
+    assert losses(tokenizer, captions, len(whole[1])) == []
+
+
+def losses(tokenizer: PreTrainedTokenizerBase, captions: list[str], max_tokens: int = 300) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_losses(tokenizer, captions, max_tokens)
+    return [str(warning.message) for warning in caught]
+
+
+def test_letters_that_the_tokenizer_lacks_and_texts_that_become_the_same_are_named(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    captions = ["a red circle", "赤いりんご", "a RED  circle ", "犬", "a café\u200b circle"]
+    unknown, same = losses(tokenizer, captions)
+    assert unknown.startswith("3 of 4 texts have letters that the tokenizer does not know; the model sees one unknown")
+    assert "赤 い り ん ご in '赤いりんご'" in unknown and "é U+200B in 'a café" in unknown
+    assert token_ids(tokenizer, ["赤いりんご"], 300) == token_ids(tokenizer, ["犬"], 300)  # what it is about
+    assert same.splitlines()[1:] == ["  '赤いりんご' = '犬'"] and "cannot tell them apart" in same
+    assert losses(tokenizer, ["a red circle", "A red circle", "a  red circle", "a blue circle"]) == []
+    assert losses(tokenizer, []) == []
+
+
+def test_half_a_surrogate_is_refused_with_all_of_its_kind(
+    encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(UserError) as caught:
+        encode_captions(encoder, tokenizer, ["a red", "a \ud83d", "caf\udce9"])
+    assert str(caught.value).splitlines() == [
+        "2 of 3 texts are no Unicode text (half a surrogate pair):",
+        r"  a \ud83d",
+        r"  caf\udce9",
+    ]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
