@@ -160,6 +160,8 @@ def find_adapter(path: str | Path, *, weights: Literal["ema", "raw"] = "ema") ->
     `weights` chooses between a run's averaged and last weights; a run without an average has only the last
     ones.
     """
+    if not str(path).strip():
+        raise UserError("adapter: its folder is an empty text; give an adapter folder or a run folder")
     path = Path(path).expanduser()
     if (path / _METADATA).is_file():
         return path

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from pixart_ft.errors import UserError
 from pixart_ft.files import remove_folder, write_folder
+from pixart_ft.run_lock import LOCK_NAME
+from pixart_ft.run_log import RunLog
 
 _MANIFEST = "manifest.json"
 
@@ -58,9 +60,9 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
-    def log_file(self) -> Path:
-        """One JSON record per line."""
-        return self.path / "log.jsonl"
+    def log(self) -> RunLog:
+        """What was logged, one record per line of log.jsonl."""
+        return RunLog(self.path / "log.jsonl")
 
     @classmethod
     def create(cls, path: Path, *, resume: bool) -> Self:
@@ -75,7 +77,7 @@ class RunFolder:
         """Raise UserError if the folder holds a run and this is not its continuation. Touches nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run.folder: {self.path} is a file; choose another run.name")
-        if not resume and self.path.is_dir() and any(self.path.iterdir()):
+        if not resume and self.path.is_dir() and any(inside.name != LOCK_NAME for inside in self.path.iterdir()):
             raise UserError(
                 f"run.folder: {self.path} exists already; choose another run.name, continue it with "
                 "--resume auto, or delete it"
@@ -122,6 +124,8 @@ class RunFolder:
 
         Raises UserError if the path is no whole checkpoint of this run.
         """
+        if not resume.strip():
+            raise UserError(f"--resume is empty; give auto or {self.checkpoints}/step-XXXXXX")
         if resume == "auto":
             return self.newest()
         folder = Path(resume)
@@ -137,27 +141,6 @@ class RunFolder:
         if fault is not None:
             raise UserError(f"--resume {resume}: the checkpoint is broken: {fault}; give auto for the newest whole one")
         return folder
-
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of the log."""
-        if not self.log_file.is_file():
-            return []
-        return [json.loads(line) for line in self.log_file.read_text(encoding="utf-8").splitlines()]
-
-    def cut_log(self, step: int) -> None:
-        """Drop the records after `step`, and a last line cut short: a resumed run writes them again."""
-        if not self.log_file.is_file():
-            return
-        kept = []
-        for line in self.log_file.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    kept.append(line)
-            except ValueError:  # half a line, from a run that was killed in it
-                continue
-        part = self.log_file.with_suffix(".part")
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(self.log_file)
 
     def _by_step(self) -> list[tuple[int, Path]]:
         """Every checkpoint folder, whole or not, newest first."""

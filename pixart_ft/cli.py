@@ -18,7 +18,7 @@ from pixart_ft.config import TrainConfig
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of
 from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.settings import Config, add_unknown, default, expected, keys, load, shipped_configs, to_yaml
+from pixart_ft.settings import Config, add_unknown, default, expected, is_empty, keys, load, shipped_configs, to_yaml
 from pixart_ft.text import is_text, no_text, visible
 
 WIDTH = 110
@@ -27,6 +27,7 @@ SWITCHES = {
     "help": "this text",
 }
 REPEATABLE = {"prompt"}
+MAY_BE_EMPTY = {"prompt"}  # of the commands' own options, those for which an empty text means something
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,9 @@ def _config(command: Command, given: Mapping[str, list[str]], problems: list[str
     for one, other in (("prompt", "prompts"), ("resume", "init_from")):
         if one in given and other in given:
             problems.append(f"--{one} and --{other.replace('_', '-')} exclude each other; give one")
+    for option in command.options:
+        if option not in MAY_BE_EMPTY and is_empty(given.get(option)):
+            problems.append(f"--{option.replace('_', '-')} is empty; give its value, or leave it out")
     source: Any = given["config"][-1] if "config" in given else {}
     return load(command.config, source, overrides, problems=problems)
 

@@ -35,7 +35,7 @@ Source = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a na
 class Run(Section):
     """where the run lives"""
 
-    name: str = Field("run", min_length=1, description="name of the run")
+    name: str = Field("run", description="name of the run")
     folder: Folder = Field(
         default_factory=lambda valid: Path("runs") / valid["name"],
         description="folder of everything the run writes; must not exist yet unless resumed",
@@ -46,7 +46,7 @@ class Run(Section):
 class Model(Section):
     """what is fine-tuned"""
 
-    base: Source = Field(HUB_BASE, min_length=1, description='"demo", a diffusers folder, or a Hub id')
+    base: Source = Field(HUB_BASE, description='"demo", a diffusers folder, or a Hub id')
     revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="frozen weights; auto = as train.mixed_precision"
@@ -58,8 +58,8 @@ class Model(Section):
 class Data(Section):
     """what it learns from"""
 
-    folder: Source = Field(min_length=1, description='folder of pictures with captions, or "demo"')
-    held_out: Source | None = Field(None, min_length=1, description='folder only measured on, or "demo"')
+    folder: Source = Field(description='folder of pictures with captions, or "demo"')
+    held_out: Source | None = Field(None, description='folder only measured on, or "demo"')
     held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of data.folder set aside for it")
     resolution: int | None = Field(
         None, ge=16, multiple_of=16, description="side of the square pictures, pixels; null = the base's own"
@@ -182,6 +182,7 @@ class TrainConfig(Config):
     validation: Validation = Validation()
     logging: Logging = Logging()
 
+    may_be_empty = ("validation.prompts",)
     unused = (
         ("model.revision", "model.base", lambda base: base != "demo"),
         ("data.held_out_fraction", "data.held_out", lambda folder: folder is None),

@@ -27,9 +27,10 @@ def _of(option: str) -> str:
 class GenerateConfig(Config):
     """Everything a generation is told."""
 
+    may_be_empty = ("prompts", "negative_prompt")
+
     model: Source | None = Field(
         None,
-        min_length=1,
         description=f'"demo", a diffusers folder, or a Hub id; null = what the adapter was trained on, else {HUB_BASE}',
     )
     revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
@@ -100,7 +101,7 @@ class GenerateConfig(Config):
     batch_size: int = Field(4, ge=1, description="pictures drawn at once; does not change them")
     tiling: bool = Field(False, description="decode in overlapping tiles: less memory for large pictures")
     dtype: Precision = Field("auto", description="weights; auto = bfloat16 on a GPU, float32 on a CPU")
-    device: str = Field("auto", min_length=1, description="cpu, cuda, cuda:1, mps; auto = the best there is")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto = the best there is")
     out: Folder = Field(Path("pictures"), description="folder for the pictures and their grid")
 
     unused = (

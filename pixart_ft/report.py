@@ -38,7 +38,7 @@ def finish(
     else:
         save_adapter(main, transformer, metadata, null_caption)
     written = {"adapter": main}
-    records = folder.records()
+    records = folder.log.records()
     if any(record.get("train") for record in records):
         written["loss curve"] = folder.final / "loss.png"
         loss_curve(records, written["loss curve"], title=folder.path.name)

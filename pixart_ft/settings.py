@@ -32,10 +32,13 @@ class Config(Section):
     unused  (key, other, used): key may differ from its default only where `used(value of other)` is true,
             since a setting is used or refused, never ignored
     rules   (keys, broken, message): `broken(*values of keys)` must be false
+    may_be_empty   keys for which an empty text means something; for any other it is a mistake, such as a shell variable
+                   that is not set, and never the default or the current folder
     """
 
     unused: ClassVar[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = ()
     rules: ClassVar[tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...]] = ()
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
 
 
 SHOWN = 20  # mistakes that a report lists; the others it counts
@@ -70,6 +73,12 @@ def expected(field: FieldInfo) -> str:
         return words
     plain = words.removesuffix(" or null")
     return f"{plain} {bounds}" + (", or null" if plain != words else "")
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value is a text of nothing but white space, or a list that holds one."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    return any(isinstance(text, str) and not text.strip() for text in texts)
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
@@ -118,11 +127,19 @@ def load(
     _override(values, overrides or {}, fields, problems)
     values = _whole(values, "", problems)
     config = None
-    wrong: set[str] = set()
+    empty = {key for key, value in _flat(values) if key in fields and key not in kind.may_be_empty and is_empty(value)}
+    wrong = set(empty)
+    problems += [
+        f"{key} is empty; give {expected(field)}" + ("" if field.is_required() else ", or leave it out")
+        for key, field in fields.items()
+        if key in empty
+    ]
     try:
         config = kind.model_validate_json(json.dumps(values))  # JSON: a list fills a tuple
     except ValidationError as error:
         for key, problem in _explain(error, fields):
+            if key in empty:
+                continue
             wrong.add(key)
             if problem is None:
                 add_unknown(problems, key, fields)
@@ -152,6 +169,8 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if is_empty(source):
+        raise UserError("--config is empty; give a YAML file or a shipped name, or leave it out")
     if isinstance(source, Mapping):
         try:
             return "configuration", json.loads(json.dumps(source, default=str))
@@ -194,8 +213,10 @@ def _override(
 
 def _parse_override(text: str | list[str], field: FieldInfo) -> Any:
     optional = NoneType in get_args(field.annotation)
-    if isinstance(text, list) or (optional and text == "null"):
-        return text if isinstance(text, list) else None
+    if isinstance(text, list) or is_empty(text):
+        return text
+    if optional and text == "null":
+        return None
     words = _type_words(field.annotation).removesuffix(" or null")
     return text if words in ("text", "path") else yaml_text.parse(text)
 

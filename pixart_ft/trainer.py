@@ -4,12 +4,10 @@ What a step computes is a function of its draw indices (`draws.py`), so the stat
 their average, the optimizer's moments, the step number, and what was logged so far.
 """
 
-import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +37,7 @@ from pixart_ft.loss_window import LossWindow
 from pixart_ft.objective import Objective
 from pixart_ft.pictures import grid
 from pixart_ft.randomness import generator
+from pixart_ft.stopping import StopRequest
 
 # Consecutive steps with a non-finite gradient before training gives up. A gradient scaler needs 17 to come down from
 # 65536 to 1/2, so under float16 some are part of a healthy start.
@@ -90,7 +89,7 @@ class Trainer:
         self.held_out_before: dict[str, Tensor] = {}
         self.held_out_last: dict[str, Tensor] = {}
         self._bad_steps = 0
-        self._signalled = False  # this process was asked to stop
+        self._stop = StopRequest()  # to this process
         self._stopping = False  # some process was: all know, and stop after the same step
 
     # What follows from the plan
@@ -113,7 +112,7 @@ class Trainer:
         if self.step == 0:
             self._validate()
             self._sample()
-        with self._signals_caught(), self._progress() as bar:
+        with self._stop.caught(), self._progress() as bar:
             while self.step < self.plan.steps:
                 norm = self._optimizer_step()
                 self.step += 1
@@ -150,7 +149,7 @@ class Trainer:
                 t, weight, terms = self._forward(draws, law)
                 self.accelerator.backward(terms["loss"].mean() / self.plan.accumulation)
             # one gather and one copy: each would make the host wait for the device
-            asked = torch.full_like(terms["loss"], float(self._signalled))
+            asked = torch.full_like(terms["loss"], float(self._stop.asked))
             mine = torch.stack([t.float(), asked, weight, *terms.values()], dim=1).detach()
             t_all, asked_all, weight_all, *values = self.accelerator.gather(mine).cpu().unbind(1)
             everywhere = dict(zip(terms, values, strict=True))
@@ -227,9 +226,8 @@ class Trainer:
 
     def _record(self, facts: Mapping[str, object]) -> None:
         if self.accelerator.is_main_process:
-            with self.folder.log_file.open("a") as file:
-                place = {"step": self.step, "samples": self.step * self.global_batch, "time": round(time.time(), 3)}
-                file.write(json.dumps(place | dict(facts)) + "\n")
+            place = {"step": self.step, "samples": self.step * self.global_batch, "time": round(time.time(), 3)}
+            self.folder.log.append(place | dict(facts))
 
     def _validate(self) -> None:
         """Held-out loss of the averaged weights, on the main process; leaves modes and random state as they were."""
@@ -247,7 +245,9 @@ class Trainer:
             self.held_out_before = self.held_out_before or losses
             self.held_out_last = losses
             means = {name: mean_over_pictures(values) for name, values in losses.items()}
-            if not any("held_out" in r and r["step"] == self.step for r in self.folder.records()):  # resumed at its end
+            if not any(
+                "held_out" in r and r["step"] == self.step for r in self.folder.log.records()
+            ):  # resumed at its end
                 self._record({"held_out": {name: vars(estimate) for name, estimate in means.items()}})
             self.accelerator.log({f"held_out/{name}": e.mean for name, e in means.items()}, step=self.step)
         self.accelerator.wait_for_everyone()
@@ -328,21 +328,3 @@ class Trainer:
         self.held_out_before = progress["held_out_before"]
         if progress.get("history") is not None:
             self.history = LossHistory(**progress["history"])
-
-    @contextmanager
-    def _signals_caught(self) -> Iterator[None]:
-        """SIGTERM and SIGINT ask the loop to save and stop after the step under way; a second one acts at once."""
-        caught = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.getsignal(number) for number in caught}
-
-        def ask(number: int, frame: object) -> None:
-            self._signalled = True
-            signal.signal(number, before[signal.Signals(number)])
-
-        try:
-            for number in caught:
-                signal.signal(number, ask)
-            yield
-        finally:
-            for number in caught:
-                signal.signal(number, before[number])

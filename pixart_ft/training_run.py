@@ -30,6 +30,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.files import write_text
 from pixart_ft.objective import Objective
 from pixart_ft.report import finish
+from pixart_ft.run_lock import RunLock
 from pixart_ft.sampling import Guidance, decode_latents, sample_latents
 from pixart_ft.schedulers import build_scheduler
 from pixart_ft.settings import flat, load, to_yaml
@@ -61,17 +62,31 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
     adapter or run folder whose weights start a new run. Raises UserError for whatever the user can mend.
     """
     accelerator = accelerator_for(config)
+    folder = RunFolder(config.run.folder)
+    with RunLock(folder.path) as lock:
+        if accelerator.is_main_process and resume is not None and folder.path.is_dir():
+            lock.take()  # before anything in the folder is looked at
+        return _run(config, resume, init_from, accelerator, folder, lock)
+
+
+def _run(
+    config: TrainConfig,
+    resume: str | None,
+    init_from: str | None,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    lock: RunLock,
+) -> Path:
     base = models.resolve_base(config.model.base)
     models.check_base(base, revision=config.model.revision)
     resolution = _resolution(config, base)
     objective, schedule_config = build_objective(config, base)
     check_targets(models.skeleton(base, revision=config.model.revision), config.lora.targets)
-    folder = RunFolder(config.run.folder)
     folder.check_new(resume=resume is not None)
-    checkpoint = folder.resolve_resume(resume) if resume else None
-    if resume:
+    checkpoint = folder.resolve_resume(resume) if resume is not None else None
+    if resume is not None:
         _check_continues(config, folder)
-    if init_from:
+    if init_from is not None:
         find_adapter(init_from)
     rows, held_rows = read_rows(config)
     encoded = encode_once(config, base, rows, held_rows, resolution, accelerator)
@@ -80,7 +95,7 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
     fingerprint = models.fingerprint(transformer)
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     attach(transformer, lora, seed=config.run.seed)
-    if init_from:
+    if init_from is not None:
         warn_of_relearning(fill_adapter(transformer, init_from), objective, config.diffusion.time_conditioning)
     if config.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -107,7 +122,8 @@ def run_training(config: TrainConfig, resume: str | None = None, init_from: str 
     environment = json.dumps(_environment(accelerator), indent=1) + "\n"
     if accelerator.is_main_process:
         RunFolder.create(folder.path, resume=resume is not None)
-        folder.cut_log(trainer.step if checkpoint is not None else -1)
+        lock.take()
+        folder.log.cut(trainer.step if checkpoint is not None else -1)
         write_text(folder.config_file, to_yaml(config))
         write_text(folder.path / "environment.json", environment)
     accelerator.wait_for_everyone()

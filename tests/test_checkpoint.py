@@ -7,8 +7,11 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import time
 import warnings
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ import torch
 
 from pixart_ft.checkpoint import RunFolder, load_nested, save_nested
 from pixart_ft.errors import UserError
+from pixart_ft.files import write_file, write_text
+from pixart_ft.run_lock import RunLock
 
 
 def writer(text: str) -> Callable[[Path], None]:
@@ -41,13 +46,13 @@ def test_an_existing_run_is_refused_and_untouched_unless_resumed(tmp_path: Path)
     RunFolder(path).check_new(resume=False)
     assert not path.parent.exists()  # checking makes nothing
     run = RunFolder.create(path, resume=False)
-    run.log_file.write_text("kept")
+    run.log.path.write_text("kept")
     with pytest.raises(
         UserError, match=r"one exists already; choose another run\.name, continue it with --resume auto"
     ):
         RunFolder.create(path, resume=False)
     RunFolder.create(path, resume=True)
-    assert run.log_file.read_text() == "kept"
+    assert run.log.path.read_text() == "kept"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file is a file; choose another run"):
         RunFolder.create(tmp_path / "file", resume=True)
@@ -187,12 +192,12 @@ def test_a_process_killed_while_saving_leaves_the_earlier_checkpoint_the_newest(
 
 def test_the_log_is_cut_to_the_step_resumed_from(run: RunFolder) -> None:
     lines = [json.dumps({"step": step, "loss": 0.5}) + "\n" for step in (0, 10, 20, 30)]
-    run.log_file.write_text("".join(lines) + '{"step": 40, "lo')
-    run.cut_log(20)
-    assert run.log_file.read_text() == "".join(lines[:3])
-    run.log_file.unlink()
-    run.cut_log(20)
-    assert not run.log_file.exists()
+    run.log.path.write_text("".join(lines) + '{"step": 40, "lo')
+    run.log.cut(20)
+    assert run.log.path.read_text() == "".join(lines[:3])
+    run.log.path.unlink()
+    run.log.cut(20)
+    assert not run.log.path.exists()
 
 
 def test_an_optimizer_state_survives_a_file_bit_for_bit(tmp_path: Path) -> None:
@@ -223,3 +228,73 @@ def test_an_optimizer_state_survives_a_file_bit_for_bit(tmp_path: Path) -> None:
 
     assert same(tree, loaded)
     torch.optim.AdamW(weights).load_state_dict(loaded["optimizer"])
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 10, "lo\xff\n', b"\xff\xfe\n", b"7\n", b'{"loss": 1}\n', b"[" * 5000 + b"\n"]
+)
+def test_a_damaged_line_of_the_log_costs_no_other_line(run: RunFolder, damage: bytes) -> None:
+    lines = [json.dumps({"step": step}).encode() + b"\n" for step in (0, 10, 20, 30)]
+    run.log.path.write_bytes(lines[0] + damage + b"".join(lines[1:]) + damage)
+    with pytest.warns(UserWarning, match="damaged lines, left out: 2"):
+        assert [record["step"] for record in run.log.records()] == [0, 10, 20, 30]
+    run.log.cut(20)
+    assert run.log.path.read_bytes() == lines[0] + damage + lines[1] + lines[2]
+    run.log.append({"step": 30})
+    assert run.log.path.read_bytes() == lines[0] + damage + b"".join(lines[1:])
+    run.log.cut(-1)  # the run begins again
+    assert run.log.path.read_bytes() == b""
+
+
+def hold(path: Path, taken: Event) -> None:
+    with RunLock(path) as lock:
+        lock.take()
+        taken.set()
+        time.sleep(60)
+
+
+def test_a_run_folder_has_one_writer_and_a_killed_one_blocks_nobody(run: RunFolder) -> None:
+    context = multiprocessing.get_context("fork")
+    taken = context.Event()
+    process = context.Process(target=hold, args=(run.path, taken))
+    process.start()
+    assert taken.wait(30)
+    with RunLock(run.path) as lock:
+        named = rf"{run.path} is in use by process {process.pid} on {socket.gethostname()} since 20.*; wait for it"
+        with pytest.raises(UserError, match=named):
+            lock.take()
+        process.kill()
+        process.join()
+        lock.take()
+        lock.take()  # once is enough
+        with RunLock(run.path) as other, pytest.raises(UserError, match=f"process {os.getpid()} on"):
+            other.take()
+    with RunLock(run.path) as again:
+        again.take()
+
+
+def test_a_lock_alone_makes_no_run(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("")
+    RunFolder(tmp_path).check_new(resume=False)
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_resuming_from_an_empty_text_is_a_mistake(run: RunFolder, empty: str) -> None:
+    with pytest.raises(UserError, match=r"--resume is empty; give auto or .*checkpoints/step-XXXXXX"):
+        run.resolve_resume(empty)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "config.yaml"
+    write_text(path, "one")
+
+    def fail(aside: Path) -> None:
+        aside.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_file(path, fail)
+    assert path.read_text() == "one"
+    write_text(path, "zwei ä")
+    assert path.read_bytes() == "zwei ä".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["config.yaml"]

@@ -252,3 +252,31 @@ def test_what_the_system_refuses_is_one_message_in_every_command() -> None:
         2,
         "error: the output: no space is left on the disk; make room, or choose another place\n",
     )
+
+
+TAKES_EMPTY = {"prompt", "prompts", "validation.prompts", "negative_prompt"}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("value", ["", "  "])
+def test_an_empty_value_is_a_mistake_for_every_option(
+    command: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unset shell variable is neither the default, nor the current folder, nor the lack of the option."""
+    needed = ["--config", "quickstart"] if command == "train" else ["--prompt", "a"]
+    options = {*keys(cli.COMMANDS[command].config), *cli.COMMANDS[command].options} - TAKES_EMPTY
+    for option in options:
+        others = [] if option == "config" else needed
+        (problem,) = problems(capsys, command, *others, f"--{option}={value}")
+        assert f"{option.replace('_', '-')} is empty" in problem.replace("_", "-"), option
+
+
+def test_an_empty_value_in_a_file_is_a_mistake_too(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (elsewhere / "my.yaml").write_text("run: {folder: ''}\ndata: {folder: ' '}\nlora: {targets: [to_q, '']}\n")
+    assert problems(capsys, "train", "--config", "my.yaml") == [
+        "my.yaml: 3 problems",
+        "run.folder is empty; give path, or leave it out",
+        "data.folder is empty; give text",
+        "lora.targets is empty; give [text, ...] (not empty), or leave it out",
+    ]
+    assert cli.main(["generate", "--prompt", "", "--negative-prompt=", "--dry-run"]) == 0  # these mean something

@@ -56,7 +56,7 @@ def test_the_run_folder_follows_the_name_unless_given() -> None:
     assert load_config({}, BASE | {"run.name": "cats"}).run.folder == Path("runs/cats")
     assert load_config({}, BASE | {"run.name": "cats", "run.folder": "elsewhere"}).run.folder == Path("elsewhere")
     assert default(keys(TrainConfig)["run.folder"]) == "runs/NAME"
-    with pytest.raises(UserError, match=r'^configuration: run.name is ""; expected text'):
+    with pytest.raises(UserError, match=r"^configuration: run.name is empty; give text"):
         load_config({}, BASE | {"run.name": ""})
 
 

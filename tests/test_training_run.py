@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from pixart_ft.cli import main
 from pixart_ft.config import TrainConfig
 from pixart_ft.errors import UserError
 from pixart_ft.pictures import read_recipe
+from pixart_ft.run_lock import RunLock
 from pixart_ft.settings import load
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
@@ -142,6 +144,22 @@ def test_a_signal_saves_first_and_loses_nothing(options, tmp_path, monkeypatch) 
             train(options, run__folder=tmp_path / "cut")
     assert (tmp_path / "cut" / "checkpoints" / "step-000003").is_dir()
     assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
+
+
+def test_a_run_may_be_trained_in_a_thread(options) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(train, options, train__steps=1, optim__warmup_steps=0).result()
+    assert (run / "final" / "adapter").is_dir()
+
+
+def test_two_trainings_of_one_run_at_a_time_are_refused(options) -> None:
+    run = train(options, train__steps=2)
+    config = (run / "config.yaml").read_bytes()
+    with RunLock(run) as lock:
+        lock.take()
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .* since"):
+            train(options, train__steps=3, resume="auto")
+    assert (run / "config.yaml").read_bytes() == config
 
 
 def test_accumulation_sees_the_same_samples(options, tmp_path) -> None:

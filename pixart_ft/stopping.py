@@ -1,0 +1,36 @@
+"""A request to stop, from outside: SIGTERM or Ctrl-C."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """`asked` becomes true at the first signal inside `caught`; a second one acts at once, as it did before."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Within, signals only ask. In another thread than the main one there are none to catch, by Python's rules."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        # None: a handler that was not set from Python, and cannot be set again from there
+        before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
+
+        def ask(number: int, frame: object) -> None:
+            self.asked = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        try:
+            for number in _SIGNALS:
+                signal.signal(number, ask)
+            yield
+        finally:
+            for number in _SIGNALS:
+                signal.signal(number, before[number])
