@@ -122,10 +122,10 @@ def _base(config: GenerateConfig) -> str:
 
 
 def _revision(config: GenerateConfig) -> str | None:
-    """The revision asked for, else the one that the adapter was trained on if its base is taken."""
+    """The revision asked for, else the one that the adapter was trained on if its base, from the Hub, is taken."""
     if config.revision is not None or config.model is not None or config.lora is None:
         return config.revision
-    return read_metadata(find_adapter(config.lora)).revision
+    return None if Path(_base(config)).is_dir() else read_metadata(find_adapter(config.lora)).revision
 
 
 def _prompts(config: GenerateConfig) -> list[str]:

@@ -7,14 +7,11 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import diffusers.utils.logging
 import torch
-import transformers.utils.logging
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from huggingface_hub import hf_hub_download
 from torch import nn
@@ -25,6 +22,8 @@ from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.latents import LatentScale, latent_scale_faults
 from pixart_ft.model_faults import index_faults, transformer_faults
+from pixart_ft.scheduler_config import process_of
+from pixart_ft.weights import check_keys, quiet, readable, variant
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 DEMO_PICTURES = Path(__file__).parent / "demo" / "pictures"
@@ -83,17 +82,22 @@ def load_transformer(base: str, *, dtype: torch.dtype, revision: str | None = No
             "for float16 arithmetic use float32 weights under autocast (train.mixed_precision fp16)"
         )
     check_base(base, revision=revision)
-    with _quiet(base), _readable(base, "transformer"):
+    with quiet(base), readable(base, "transformer"):
         transformer, report = PixArtTransformer2DModel.from_pretrained(
-            base, subfolder="transformer", revision=revision, torch_dtype=dtype, output_loading_info=True
+            base,
+            subfolder="transformer",
+            revision=revision,
+            variant=variant(base, "transformer"),
+            torch_dtype=dtype,
+            output_loading_info=True,
         )
-    _check_keys(base, "transformer", report["missing_keys"], set(report["unexpected_keys"]) - _HARMLESS_KEYS)
+    check_keys(base, "transformer", report["missing_keys"], set(report["unexpected_keys"]) - _HARMLESS_KEYS)
     return transformer.requires_grad_(False).eval()
 
 
 def skeleton(base: str, *, revision: str | None = None) -> PixArtTransformer2DModel:
     """The denoiser's layers without any values (on the meta device): for what only their names decide."""
-    with torch.device("meta"), _quiet(base), _readable(base, "transformer"):
+    with torch.device("meta"), quiet(base), readable(base, "transformer"):
         transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_config(
             _read_config(base, "transformer", revision)
         )
@@ -110,11 +114,16 @@ def load_vae(base: str, *, dtype: torch.dtype, revision: str | None = None) -> A
     if dtype == torch.float16 and config.get("force_upcast", True):
         warnings.warn("this VAE overflows in float16 (force_upcast): loaded in float32", stacklevel=2)
         dtype = torch.float32
-    with _quiet(base), _readable(base, "vae"):
+    with quiet(base), readable(base, "vae"):
         vae, report = AutoencoderKL.from_pretrained(
-            base, subfolder="vae", revision=revision, torch_dtype=dtype, output_loading_info=True
+            base,
+            subfolder="vae",
+            revision=revision,
+            variant=variant(base, "vae"),
+            torch_dtype=dtype,
+            output_loading_info=True,
         )
-    _check_keys(base, "vae", report["missing_keys"], report["unexpected_keys"])
+    check_keys(base, "vae", report["missing_keys"], report["unexpected_keys"])
     return vae.requires_grad_(False).eval()
 
 
@@ -133,14 +142,19 @@ def load_text_encoder(
     that overflow (`wo`) in float32, and a T5 that was cast gives finite, wrong embeddings.
     """
     _read_config(base, "text_encoder", revision)
-    with _quiet(base), _readable(base, "tokenizer"):
+    with quiet(base), readable(base, "tokenizer"):
         tokenizer = T5Tokenizer.from_pretrained(base, subfolder="tokenizer", revision=revision or "main")
-    with _quiet(base), _readable(base, "text_encoder"):
+    with quiet(base), readable(base, "text_encoder"):
         loaded: Any = T5EncoderModel.from_pretrained(
-            base, subfolder="text_encoder", revision=revision or "main", dtype=dtype, output_loading_info=True
+            base,
+            subfolder="text_encoder",
+            revision=revision or "main",
+            variant=variant(base, "text_encoder"),
+            dtype=dtype,
+            output_loading_info=True,
         )
     encoder, report = loaded
-    _check_keys(base, "text_encoder", report["missing_keys"], ())
+    check_keys(base, "text_encoder", report["missing_keys"], ())
     overflowing = [weight for name, weight in encoder.named_parameters() if ".wo." in name]
     assert dtype != torch.float16 or all(weight.dtype == torch.float32 for weight in overflowing)
     return tokenizer, encoder.requires_grad_(False).eval()
@@ -153,20 +167,37 @@ def vae_factor(vae: AutoencoderKL) -> int:
 
 def load_schedule(base: str, *, revision: str | None = None) -> tuple[NoiseSchedule, PredictionType]:
     """The noise schedule the base was trained with and what it predicts, from its scheduler_config.json."""
-    config = _read_config(base, "scheduler", revision)
-    prediction_type = config.get("prediction_type", "epsilon")
+    process = _process(base, revision)
+    prediction_type = process["prediction_type"]
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise UserError(f"{base}/{_PARTS['scheduler']}: unknown prediction_type {prediction_type!r}")
+        raise UserError(
+            f"{base}/{_PARTS['scheduler']}: unknown prediction_type {prediction_type!r}; a PixArt-Sigma predicts "
+            "epsilon, v_prediction or sample"
+        )
     try:
-        return NoiseSchedule.from_diffusers_config(config), prediction_type
+        return NoiseSchedule.from_diffusers_config(process), prediction_type
     except ValueError as error:
         raise UserError(f"{base}/{_PARTS['scheduler']}: {error}") from error
 
 
 def schedule_config(base: str, *, revision: str | None = None) -> dict[str, Any]:
     """What defines the base's noise schedule in its scheduler_config.json, for an adapter's metadata."""
+    process = _process(base, revision)
+    return {key: process[key] for key in DIFFUSERS_KEYS if key in process}
+
+
+def _process(base: str, revision: str | None) -> dict[str, Any]:
+    """What the base's scheduler_config.json says of its process."""
     config = _read_config(base, "scheduler", revision)
-    return {key: config[key] for key in DIFFUSERS_KEYS if config.get(key) is not None}
+    try:
+        if config.get("network_timesteps") is not None:
+            raise ValueError(
+                "it tells the network other timesteps than its own indices (network_timesteps): a way to sample from a "
+                "base, not a base; use the folder that it was made from"
+            )
+        return process_of(config)
+    except ValueError as error:
+        raise UserError(f"{base}/{_PARTS['scheduler']}: {error}") from error
 
 
 def native_size(base: str, *, revision: str | None = None) -> int:
@@ -191,6 +222,10 @@ def check_base(base: str, *, revision: str | None = None) -> None:
 
     Reads no weights, so it is quick and may come before everything else.
     """
+    if revision is not None and Path(base).is_dir():
+        raise UserError(
+            f"model.revision {revision!r} chooses among the versions of a Hub model, and {base} is a folder; remove it"
+        )
     index = _read_json(base, "model_index.json", revision)
     faults = index_faults(index.get("_class_name"))
     if not faults:
@@ -264,7 +299,7 @@ def _read_config(base: str, part: str, revision: str | None) -> dict[str, Any]:
 def _read_json(base: str, name: str, revision: str | None) -> dict[str, Any]:
     path = Path(base) / name
     if not Path(base).is_dir():
-        with _readable(base, name):
+        with readable(base, name):
             path = Path(hf_hub_download(base, name, revision=revision))
     elif not path.is_file():
         held = ", ".join(sorted(entry.name for entry in Path(base).iterdir())) or "nothing"
@@ -274,48 +309,3 @@ def _read_json(base: str, name: str, revision: str | None) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"model.base: {path} is no JSON ({error}); copy or download the model again") from error
     return content
-
-
-def _check_keys(base: str, part: str, missing: Any, unexpected: Any) -> None:
-    """Refuse weights that were not in the file (they would be random) or that found no place."""
-    faults = [
-        f"{len(keys)} {what}, such as {', '.join(sorted(keys)[:3])}"
-        for what, keys in (("weights missing", missing), ("unknown weights", unexpected))
-        if keys
-    ]
-    if faults:
-        raise UserError(f"model.base: the weights in {base}/{part} do not fit its config.json: {'; '.join(faults)}")
-
-
-@contextmanager
-def _readable(base: str, part: str) -> Iterator[None]:
-    """Turn the many errors of opening a damaged, absent or unreachable model into one message."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        if Path(base).is_dir():
-            remedy = "copy or download the model again"
-        else:
-            remedy = "check the name and the connection (HF_HUB_OFFLINE=1 leaves only what was downloaded before)"
-        if part == "tokenizer":
-            remedy += "; a tokenizer without tokenizer.json needs the packages sentencepiece and protobuf"
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.base: cannot load {part} of {base}; {remedy}. Reason: {first_line}") from error
-
-
-@contextmanager
-def _quiet(base: str) -> Iterator[None]:
-    """Silence the libraries' remarks on loading (what matters is checked here); bars stay for downloads."""
-    loggers = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(logger, logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
-    for logger in loggers:
-        logger.set_verbosity_error()
-        if Path(base).is_dir():
-            logger.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, verbosity, had_bars in before:
-            logger.set_verbosity(verbosity)
-            if had_bars:
-                logger.enable_progress_bar()

@@ -70,8 +70,7 @@ def sample_latents(
 
     Raises ValueError for a network in training mode, and for settings that the scheduler refuses.
     """
-    if any(module.training for module in transformer.modules()):
-        raise ValueError("the network is in training mode: its dropout would alter the pictures; call .eval()")
+    _check_mode(transformer)
     assert len(generators) == len(embeds)
     device, channels = embeds.device, shape[0]
     if start is None:
@@ -111,8 +110,7 @@ def invert_latents(
     x0 (N, C, H, W) is taken for the sample at the least noise (Song et al. 2021, sec. 4.3); the scheduler must have its
     timesteps. Raises ValueError for a network in training mode.
     """
-    if any(module.training for module in transformer.modules()):
-        raise ValueError("the network is in training mode: its dropout would alter the pictures; call .eval()")
+    _check_mode(transformer)
     x, rising = x0.float(), scheduler.timesteps.cpu().flip(0)
     unguided, channels, size = Guidance(1.0), x0.shape[1], x0.shape[2:]
     with denoiser(
@@ -213,6 +211,12 @@ def _solved(
 
             found.append(scheduler.solve(watched, start[part])[0])
     return torch.cat(found)
+
+
+def _check_mode(transformer: nn.Module) -> None:
+    """Refuse a network that drops; a linear layer has no mode, and those of `fuse_qkv_projections` come in training."""
+    if any(module.training for module in transformer.modules() if not isinstance(module, nn.Linear)):
+        raise ValueError("the network is in training mode: its dropout would alter the pictures; call .eval()")
 
 
 def first_call(scheduler: Any) -> int:

@@ -4,6 +4,7 @@ Oracles: networks that know the noise, a loop of five lines, the exact denoiser 
 decoder.
 """
 
+import copy
 import itertools
 import math
 from pathlib import Path
@@ -216,6 +217,9 @@ def test_refusals(network: nn.Module) -> None:
         sample(network, sampler="dim")
     with pytest.raises(ValueError, match="choose 1 to 1000"):
         sample(network, steps=1001)
+    fused = copy.deepcopy(network)
+    fused.fuse_qkv_projections()  # new linear layers, which are in training mode and have none
+    assert any(module.training for module in fused.modules()) and torch.equal(sample(fused), sample(network))
     embeds, mask = pad_text(texts([3]))
     inner = network.get_submodule("transformer_blocks.0")
     inner.train()

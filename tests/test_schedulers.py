@@ -325,8 +325,14 @@ def test_a_batch_with_a_generator_each_is_as_many_runs_of_one(case: Case) -> Non
 def test_calls_out_of_order_are_named(name: str) -> None:
     x, scheduler = draw(*SHAPE), SCHEDULERS[name]()
     output = torch.cat([x, x], dim=1)
-    with pytest.raises(ValueError, match="call set_timesteps before step"):
-        scheduler.step(output, 999, x)
+    for early in (
+        lambda: scheduler.step(output, 999, x),
+        lambda: scheduler.set_begin_index(0),
+        *([lambda: scheduler.scale_model_input(x, 999)] if SAMPLERS[name].space == "sigma" else []),
+        *([lambda: scheduler.encode(output, 0, x)] if name == "ddim" else []),
+    ):
+        with pytest.raises(ValueError, match=f"sampler {name} has no steps yet: call set_timesteps first"):
+            early()
     scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match=r"no step begins at timestep 998\.5; take them from scheduler\.timesteps"):
         scheduler.step(output, 998.5, x)

@@ -48,6 +48,8 @@ LEVELS = {
     "data.cache": 3,
     "attention": 1,
     "latents": 0,
+    "weights": 1,
+    "scheduler_config": 1,
     "model_faults": 0,
     "models": 2,
     "ema": 1,

@@ -148,9 +148,12 @@ class NoiseSchedule:
         start, end = _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02)
         trained, name = config.get("trained_betas"), config.get("beta_schedule", "linear")
         if trained is not None:
-            if not isinstance(trained, Sequence):
-                raise ValueError(f"trained_betas must be a list of numbers, got {trained!r}")
-            schedule = cls.from_betas(trained)
+            schedule = cls.from_betas(_numbers(trained))
+            if config.get("num_train_timesteps", schedule.num_steps) != schedule.num_steps:
+                raise ValueError(
+                    f"trained_betas are {schedule.num_steps}, num_train_timesteps is {config['num_train_timesteps']}; "
+                    "give one for each step"
+                )
         elif name == "linear":
             schedule = cls.linear(num_steps, beta_start=start, beta_end=end)
         elif name == "scaled_linear":
@@ -253,6 +256,17 @@ def _rescaling(num_steps: int, beta_end: float) -> float:
             f"use more than {1000 * beta_end:g} steps"
         )
     return scale
+
+
+def _numbers(values: object) -> Tensor:
+    """A list of numbers, or an array or tensor of any library, as float64 (N,)."""
+    try:
+        found = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.zeros(())
+    if found.ndim != 1:
+        raise ValueError(f"trained_betas must be a list of numbers, got {type(values).__name__}")
+    return found
 
 
 def _number(config: Mapping[str, object], key: str, default: float) -> float:

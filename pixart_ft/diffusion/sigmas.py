@@ -38,7 +38,9 @@ def sigma_to_index(schedule: NoiseSchedule, sigma: Tensor, lookup: Lookup = "int
         raise ValueError(f"only positive noise levels have an index, got {sigma.min().item():g}")
     if lookup == "interpolated":
         indices = torch.arange(schedule.num_steps, dtype=torch.float64)
-        return interpolate(sigma.log(), schedule.log_sigmas, indices)
+        found = interpolate(sigma.log(), schedule.log_sigmas, indices)
+        whole = found.round()  # a level of the schedule itself, to the rounding of its logarithm
+        return torch.where((found - whole).abs() < 1e-9, whole, found)
     if lookup == "nearest_log":
         levels, wanted = schedule.log_sigmas, sigma.log()
     elif lookup == "nearest":

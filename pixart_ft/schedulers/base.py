@@ -1,5 +1,6 @@
 """What all schedulers share: the process and its configuration, the count of calls, dtypes, and noise."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast, get_args
@@ -11,12 +12,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from pixart_ft.diffusion.process import PredictionType, promoted
-from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule, interpolate
+from pixart_ft.diffusion.schedules import NoiseSchedule, interpolate
 from pixart_ft.diffusion.sigmas import index_to_sigma
 from pixart_ft.samplers import SAMPLERS, SamplerFacts
+from pixart_ft.scheduler_config import process_of
 
-# Of a scheduler_config.json: what the network was trained on; the other keys are a sampler's own.
-PROCESS_KEYS = (*DIFFUSERS_KEYS, "prediction_type", "network_timesteps")
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -70,9 +70,14 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:
-        """As diffusers has it, but of another class's configuration only the process: one's eta is not the other's."""
-        if config.get("_class_name", cls.__name__) != cls.__name__:
-            config = {key: config[key] for key in PROCESS_KEYS if key in config}
+        """As diffusers has it, but of another class's configuration only the process: one's eta is not the other's.
+
+        Raises ValueError where that is not a process on betas (`scheduler_config.process_of`).
+        """
+        name, own = config.get("_class_name"), inspect.signature(cls.__init__).parameters
+        foreign = name != cls.__name__ if name else any(not key.startswith("_") and key not in own for key in config)
+        if foreign:  # one made in memory names no class, but has options that this one has not
+            config = process_of(config) | {"network_timesteps": config.get("network_timesteps")}
         return super().from_config(dict(config), **kwargs)
 
     def _read_process(self) -> None:
@@ -80,6 +85,9 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
         cast(Any, self).register_to_config(_class_name=type(self).__name__)  # else only a saved one says it
         config = cast(Any, self).config
         schedule = NoiseSchedule.from_diffusers_config(config)
+        if config.trained_betas is not None:  # as a list, which can be saved, whatever array it came as
+            betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
+            cast(Any, self).register_to_config(trained_betas=betas.tolist())
         if config.network_timesteps is not None:
             if len(config.network_timesteps) != schedule.num_steps:
                 raise ValueError(
@@ -133,6 +141,7 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at this position in `timesteps`, as image-to-image does; it must be one of `step_starts`."""
+        self._check_ready()
         if begin_index not in self._step_starts:
             raise ValueError(f"sampling begins with a step, at a position in {self._step_starts}, not at {begin_index}")
         self._begin = begin_index
@@ -179,8 +188,7 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
 
     def _position(self, timestep: Tensor | float) -> int:
         """The number of this call; its timestep is checked where looking at it does not wait for a GPU."""
-        if self.num_inference_steps is None:
-            raise ValueError("call set_timesteps before step")
+        self._check_ready()
         call: int | None = self._begin if self._call is None else self._call
         if call is not None and isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             if call >= len(self.timesteps):
@@ -197,6 +205,10 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
         if known[call] != wanted:
             raise ValueError(f"call {call} is at timestep {known[call]:g}, not {wanted:g}: step takes them in order")
         return call
+
+    def _check_ready(self) -> None:
+        if self.num_inference_steps is None:
+            raise ValueError(f"sampler {self.sampler} has no steps yet: call set_timesteps first")
 
     def _call_levels(self) -> Tensor:
         """The sigma (M,) float64 of each call."""

@@ -216,6 +216,7 @@ class RespacedDDIMScheduler(IndexScheduler):
 
     def encode(self, model_output: Tensor, index: int, sample: Tensor) -> Tensor:
         """DDIM backwards: the sample one kept step noisier than `index` of `process`, where the network was called."""
+        self._check_ready()
         x = promoted(sample)
         t = torch.full((len(x),), index, dtype=torch.int64, device=x.device)
         return ddim_encode_step(self.process, self._predict(model_output, x, t), x, t).to(sample.dtype)

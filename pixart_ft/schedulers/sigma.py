@@ -159,8 +159,8 @@ class SigmaScheduler(PixArtScheduler):
         """sample / sqrt(1 + sigma^2), of unit variance; `timestep` as in `step`."""
         if timestep is None:
             raise ValueError(f"sampler {self.sampler} scales by the noise level: pass the timestep")
-        sigma = self.calls[self._position(timestep)]
-        return (promoted(sample) / math.sqrt(1 + sigma**2)).to(sample.dtype)
+        position = self._position(timestep)
+        return (promoted(sample) / math.sqrt(1 + self.calls[position] ** 2)).to(sample.dtype)
 
     def _call_levels(self) -> Tensor:
         return torch.tensor(self.calls, dtype=torch.float64)

@@ -159,3 +159,18 @@ def test_grids_fall_from_the_most_noise_and_end_before_0(name: str) -> None:
 def test_mistakes_are_named(ask: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ask()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 18, 50, 999, 1000])
+@pytest.mark.parametrize("schedule", [NoiseSchedule.linear(), NoiseSchedule.cosine(), NoiseSchedule.scaled_linear()])
+def test_a_level_of_the_schedule_has_its_own_index(schedule: NoiseSchedule, steps: int) -> None:
+    """Whole, and 0 at the least noise: not 2e-15, which the logarithm's rounding makes of it."""
+    low, high = schedule.sigmas[0].item(), schedule.sigmas[-1].item()
+    grids = (sigmas.karras_sigmas(steps, low, high), sigmas.exponential_sigmas(steps, low, high))
+    for grid in (*grids, sigmas.linspace_sigmas(schedule, steps)):
+        index = sigmas.sigma_to_index(schedule, grid)
+        assert index[0] == schedule.num_steps - 1 and (steps == 1 or index[-1] == 0)
+    whole = torch.arange(schedule.num_steps, dtype=torch.float64)
+    assert torch.equal(sigmas.sigma_to_index(schedule, schedule.sigmas), whole)
+    near = schedule.sigmas[3] * (schedule.sigmas[4] / schedule.sigmas[3]) ** 1e-6
+    assert sigmas.sigma_to_index(schedule, near).item() == pytest.approx(3 + 1e-6, abs=1e-9)

@@ -1,0 +1,76 @@
+"""Loading weights with the libraries: which files, quietly, one message for damage, every weight accounted for."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers.utils.logging
+import transformers.utils.logging
+
+from pixart_ft.errors import UserError
+
+# A file of weights: its variant stands before or after the number of its shard.
+_VARIANT = re.compile(r"[^.]+?(?:-\d+-of-\d+)?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.safetensors$")
+
+
+def variant(base: str, part: str) -> str | None:
+    """The variant that a folder's weights were saved as (`*.fp16.safetensors`), None where there are plain ones."""
+    names = [path.name for path in sorted((Path(base) / part).glob("*.safetensors"))]
+    found = {match[1] for name in names if (match := _VARIANT.match(name))}
+    if None in found or not found:
+        return None
+    if len(found) > 1:
+        raise UserError(
+            f"model.base: {base}/{part} holds its weights as {', '.join(sorted(found))}, none of them plain; keep one"
+        )
+    return found.pop()
+
+
+def check_keys(base: str, part: str, missing: Any, unexpected: Any) -> None:
+    """Refuse weights that were not in the file (they would be random) or that found no place."""
+    faults = [
+        f"{len(keys)} {what}, such as {', '.join(sorted(keys)[:3])}"
+        for what, keys in (("weights missing", missing), ("unknown weights", unexpected))
+        if keys
+    ]
+    if faults:
+        raise UserError(f"model.base: the weights in {base}/{part} do not fit its config.json: {'; '.join(faults)}")
+
+
+@contextmanager
+def readable(base: str, part: str) -> Iterator[None]:
+    """Turn the many errors of opening a damaged, absent or unreachable model into one message."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        if Path(base).is_dir():
+            remedy = "copy or download the model again"
+        else:
+            remedy = (
+                "check the name and the connection (HF_HUB_OFFLINE=1 leaves only what was downloaded before); weights "
+                "saved as a variant (*.fp16.safetensors) are read from a downloaded folder"
+            )
+        if part == "tokenizer":
+            remedy += "; a tokenizer without tokenizer.json needs the packages sentencepiece and protobuf"
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.base: cannot load {part} of {base}; {remedy}. Reason: {first_line}") from error
+
+
+@contextmanager
+def quiet(base: str) -> Iterator[None]:
+    """Silence the libraries' remarks on loading (what matters is checked here); bars stay for downloads."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logger, logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        if Path(base).is_dir():
+            logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, verbosity, had_bars in before:
+            logger.set_verbosity(verbosity)
+            if had_bars:
+                logger.enable_progress_bar()
