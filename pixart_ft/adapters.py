@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pixart_ft.data.captions import TEXT_PREPARATION
 from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import TimeConditioning
+from pixart_ft.ema import all_finite
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_folder
 from pixart_ft.models import VarianceState, fingerprint
@@ -133,6 +134,8 @@ def save_adapter(
     assert parameters, "no adapter is attached"
     state = parameters if state is None else state
     assert state.keys() == parameters.keys(), "the state is not that of the attached adapter"
+    if not all_finite(state.values()):
+        raise UserError(f"adapter: {folder} is not written: its weights are not finite, the training diverged")
     settings: LoraConfig = transformer.peft_config[_ADAPTER]
     assert (settings.r, settings.lora_alpha) == (metadata.rank, metadata.alpha), "metadata of another adapter"
     config = LoraConfig(
@@ -290,6 +293,8 @@ def _fill(transformer: PixArtTransformer2DModel, folder: Path) -> None:
     if any(faults.values()):
         lines = [f"  - {len(keys)} {what}: {_some(keys)}" for what, keys in faults.items() if keys]
         raise UserError(f"adapter: the weights in {folder} do not fit:\n" + "\n".join(lines))
+    if not all_finite(saved.values()):
+        raise UserError(f"adapter: the weights in {folder} are not finite, its training diverged; train it again")
     with torch.no_grad():
         for key, parameter in places.items():
             parameter.copy_(saved[key])

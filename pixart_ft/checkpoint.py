@@ -110,6 +110,10 @@ class RunFolder:
                 remove_folder(old)
         return folder
 
+    def saved_steps(self) -> list[int]:
+        """The optimizer steps that have a checkpoint, latest first."""
+        return [step for step, _ in self._by_step()]
+
     def newest(self) -> Path | None:
         """The latest whole checkpoint, or None; broken ones are passed over with a warning."""
         for _, folder in self._by_step():

@@ -2,75 +2,96 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from pixart_ft.adapters import FINAL_ADAPTERS, AdapterMetadata, save_adapter
 from pixart_ft.checkpoint import RunFolder
-from pixart_ft.ema import Ema
+from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import Estimate
 from pixart_ft.files import write_file
 from pixart_ft.pictures import grid, loss_curve
-from pixart_ft.trainer import Result
+from pixart_ft.trainer import Trainer
+from pixart_ft.watching import Comparison, Place
 
 TITLES = {"loss": "held-out loss", "simple": "noise error", "vlb": "bits/dim of one step"}
 
 
 def finish(
     folder: RunFolder,
-    transformer: nn.Module,
-    ema: Ema,
+    trainer: Trainer,
     metadata: AdapterMetadata,
     null_caption: Tensor,
-    result: Result,
     prompts: Sequence[str],
 ) -> None:
-    """Write `final/` and print the summary.
+    """Write `final/` and print the summary: the adapters first, since no report may lose them.
 
     final/adapter holds the averaged weights where the run has them, else the last; then final/adapter_raw the last.
     """
-    main, beside = (folder.path / place for place in FINAL_ADAPTERS.values())
-    if ema.is_on:
-        averaged = replace(metadata, weights="ema")
-        save_adapter(main, transformer, averaged, null_caption, state=ema.shadows)
-        save_adapter(beside, transformer, metadata, null_caption)
-    else:
-        save_adapter(main, transformer, metadata, null_caption)
-    written = {"adapter": main}
-    records = folder.log.records()
+    written = save_adapters(folder, trainer, metadata, null_caption)
+    with attempted("the held-out loss"):
+        trainer.watch.measure(trainer.place)
+    with attempted("the sample grid"):
+        trainer.watch.draw(trainer.place)
+    records = folder.log.comparable()
     if any(record.get("train") for record in records):
-        written["loss curve"] = folder.final / "loss.png"
-        loss_curve(records, written["loss curve"], title=folder.path.name)
+        with attempted("the loss curve"):
+            loss_curve(records, folder.final / "loss.png", title=folder.path.name)
+            written["loss curve"] = folder.final / "loss.png"
     if prompts:
-        written["before and after"] = folder.final / "before_after.png"
-        sheet = before_after(folder, result.steps, prompts)
-        write_file(written["before and after"], lambda aside: sheet.save(aside, format="PNG"))
-    print(summary(result))
+        with attempted("the sheet of before and after"):
+            sheet = before_after(folder, trainer.watch.since, trainer.step, prompts)
+            write_file(folder.final / "before_after.png", lambda aside: sheet.save(aside, format="PNG"))
+            written["before and after"] = folder.final / "before_after.png"
+    with attempted("the summary"):
+        print(summary(trainer.place, trainer.watch.comparison()))
     for what, path in written.items():
         print(f"  {what:<18}{path}")
     example = prompts[0] if prompts else "..."
     print(f'  draw with it      pixart-ft generate --lora {folder.path} --prompt "{example}"')
 
 
-def before_after(folder: RunFolder, last_step: int, prompts: Sequence[str]) -> Image.Image:
-    """The fixed prompts before the first step (upper row) and after the last (lower row); the first seed of each."""
+def save_adapters(
+    folder: RunFolder, trainer: Trainer, metadata: AdapterMetadata, null_caption: Tensor
+) -> dict[str, Path]:
+    """Write the adapters of `final/`; returns the one to use by its name in the summary."""
+    main, beside = (folder.path / place for place in FINAL_ADAPTERS.values())
+    if trainer.ema.is_on:
+        averaged = replace(metadata, weights="ema")
+        save_adapter(main, trainer.transformer, averaged, null_caption, state=trainer.ema.shadows)
+        save_adapter(beside, trainer.transformer, metadata, null_caption)
+    else:
+        save_adapter(main, trainer.transformer, metadata, null_caption)
+    return {"adapter": main}
+
+
+def before_after(folder: RunFolder, first_step: int, last_step: int, prompts: Sequence[str]) -> Image.Image:
+    """The fixed prompts before the training (upper row) and after it (lower row); the first seed of each.
+
+    Raises UserError where the pictures are no longer in the folder of samples.
+    """
     rows = []
-    for step in (0, last_step):
+    for step in (first_step, last_step):
         files = sorted(folder.samples_at(step).glob("*.png"))
-        seeds = len(files) // len(prompts)
-        rows.append([Image.open(file).convert("RGB") for file in files[::seeds]])
-    return grid(rows, row_labels=["before", "after"], column_labels=list(prompts))
+        if not files or len(files) % len(prompts):
+            raise UserError(f"{folder.samples_at(step)} has {len(files)} pictures for {len(prompts)} prompts")
+        rows.append([Image.open(file).convert("RGB") for file in files[:: len(files) // len(prompts)]])
+    before = f"step {first_step}" if first_step else "before"
+    return grid(rows, row_labels=[before, "after"], column_labels=list(prompts))
 
 
-def summary(result: Result) -> str:
+def summary(place: Place, held_out: Comparison) -> str:
     """By how much the held-out loss changed, with the standard error of the paired difference over pictures."""
-    lines = [f"{result.steps} steps, {result.samples_seen} pictures seen"]
+    lines = [f"{place.step} steps, {place.samples} pictures seen"]
+    if held_out.change and held_out.since:
+        lines.append(f"  compared with step {held_out.since}, where the comparison began anew")
     # "loss" is the sum of the others: first, and alone where there is only one other
-    names = ["loss", *(name for name in result.change if name != "loss" and len(result.change) > 2)]
-    for name in names if result.change else ():
-        change = result.change[name]
-        before, after = result.held_out_before[name], result.held_out_after[name]
+    names = ["loss", *(name for name in held_out.change if name != "loss" and len(held_out.change) > 2)]
+    for name in names if held_out.change else ():
+        change = held_out.change[name]
+        before, after = held_out.before[name], held_out.after[name]
         lines.append(f"  {TITLES.get(name, name):<22}{before.mean:.4f} -> {after.mean:.4f}   change {_signed(change)}")
     return "\n".join(lines)
 

@@ -1,6 +1,7 @@
 """The log of a run: one JSON record a line, appended as the run goes; a damaged line costs no other one."""
 
 import json
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ class RunLog:
 
     path: Path
 
-    def append(self, record: Mapping[str, object]) -> None:
-        """Write one record."""
+    def append(self, place: Mapping[str, int], facts: Mapping[str, object]) -> None:
+        """Write one record: where the run stands ("step", "samples"), the time, and the facts."""
+        record = {**place, "time": round(time.time(), 3), **facts}
         with explained(self.path), self.path.open("ab") as file:
-            file.write(json.dumps(dict(record)).encode() + b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
 
     def records(self) -> list[dict[str, Any]]:
         """Every record that can be read; warns of lines that cannot."""
@@ -27,6 +29,12 @@ class RunLog:
         if damaged := records.count(None):
             warnings.warn(f"{self.path}: damaged lines, left out: {damaged}", stacklevel=2)
         return [record for record in records if record is not None]
+
+    def comparable(self) -> list[dict[str, Any]]:
+        """The records, without the held-out losses from before the comparison began anew (a record "begins_anew")."""
+        records = self.records()
+        begin = max((number for number, record in enumerate(records) if "begins_anew" in record), default=0)
+        return [record for number, record in enumerate(records) if number >= begin or "held_out" not in record]
 
     def cut(self, step: int) -> None:
         """Drop the records after `step`, which a resumed run writes again, and a last line cut short.

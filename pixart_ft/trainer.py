@@ -5,11 +5,8 @@ their average, the optimizer's moments, the step number, and what was logged so 
 """
 
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +19,29 @@ from tqdm import tqdm
 from pixart_ft.checkpoint import RunFolder, load_nested, save_nested
 from pixart_ft.diffusion.weighting import LossHistory
 from pixart_ft.draws import Plan, TrainingSet, draw_batch
-from pixart_ft.ema import Ema
-from pixart_ft.errors import UserError
-from pixart_ft.evaluation import (
-    Estimate,
-    HeldOutSet,
-    evaluating,
-    held_out_loss,
-    mean_over_pictures,
-    paired_difference,
-)
-from pixart_ft.files import write_file
+from pixart_ft.ema import Ema, all_finite
+from pixart_ft.errors import UserError, attempted
+from pixart_ft.evaluation import HeldOutSet, evaluating
 from pixart_ft.loss_window import LossWindow
 from pixart_ft.objective import Objective
-from pixart_ft.pictures import grid
 from pixart_ft.randomness import generator
 from pixart_ft.stopping import StopRequest
+from pixart_ft.watching import Place, Watch
 
 # Consecutive steps with a non-finite gradient before training gives up. A gradient scaler needs 17 to come down from
 # 65536 to 1/2, so under float16 some are part of a healthy start.
 MAX_BAD_STEPS, MAX_BAD_STEPS_SCALED = 10, 40
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a finished run reports: held-out losses by term, and the paired change since before the first step."""
-
-    steps: int
-    samples_seen: int
-    held_out_before: dict[str, Estimate]
-    held_out_after: dict[str, Estimate]
-    change: dict[str, Estimate]
+class _Stopped(BaseException):
+    """A request to stop, seen in the middle of what is only watched."""
 
 
 class Trainer:
-    """One run: `run()` trains from where the state stands to the end of the plan."""
+    """One run: `run()` trains from where the state stands to the end of the plan.
+
+    The state goes to disk before anything is measured or drawn, and nothing that is not finite goes there.
+    """
 
     def __init__(
         self,
@@ -74,11 +59,20 @@ class Trainer:
     ):
         """`transformer` has its adapter attached; only parameters with requires_grad are trained and saved.
 
-        `draw_samples` makes the pictures of the fixed prompts with the network as it stands.
+        `held_out` is measured, and `draw_samples` makes the pictures of the fixed prompts, with the network as it is.
         """
         self.accelerator, self.objective, self.data, self.plan = accelerator, objective, data, plan
-        self.folder, self.held_out, self.draw_samples, self.ema = folder, held_out, draw_samples, ema
-        self.transformer = transformer
+        self.folder, self.ema, self.transformer = folder, ema, transformer
+        self.watch = Watch(
+            accelerator=accelerator,
+            transformer=transformer,
+            objective=objective,
+            ema=ema,
+            folder=folder,
+            batch_size=plan.batch_size,
+            held_out=held_out,
+            draw_samples=draw_samples,
+        )
         self.trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
         assert all(p.dtype == torch.float32 for p in self.trained.values()), "trained weights are kept in float32"
         self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
@@ -86,11 +80,10 @@ class Trainer:
         self.window = LossWindow()
         importance = plan.timestep_law == "importance"
         self.history = LossHistory.empty(objective.schedule.num_steps) if importance else None
-        self.held_out_before: dict[str, Tensor] = {}
-        self.held_out_last: dict[str, Tensor] = {}
         self._bad_steps = 0
+        self._saved_at = -1
         self._stop = StopRequest()  # to this process
-        self._stopping = False  # some process was: all know, and stop after the same step
+        self._stopping = False  # some process was asked: all know, and stop after the same step
 
     # What follows from the plan
 
@@ -98,6 +91,11 @@ class Trainer:
     def global_batch(self) -> int:
         """Pictures per optimizer step, over all processes and accumulation steps."""
         return self.plan.batch_size * self.plan.accumulation * self.accelerator.num_processes
+
+    @property
+    def place(self) -> Place:
+        """Where the run stands."""
+        return Place(self.step, self.step * self.global_batch)
 
     def draws_of(self, step: int, micro: int) -> range:
         """The draw indices of this process's micro-batch number `micro` of an optimizer step."""
@@ -107,11 +105,12 @@ class Trainer:
 
     # The loop
 
-    def run(self) -> Result:
-        """Train to the last step; SIGTERM or Ctrl-C saves a checkpoint first and then raises KeyboardInterrupt."""
-        if self.step == 0:
-            self._validate()
-            self._sample()
+    def run(self) -> None:
+        """Train to the last step; SIGTERM or Ctrl-C saves a checkpoint first and then raises KeyboardInterrupt.
+
+        Raises UserError where the training diverged: the last checkpoints are then those from before.
+        """
+        self._look(begin=self.step == self.watch.since)
         with self._stop.caught(), self._progress() as bar:
             while self.step < self.plan.steps:
                 norm = self._optimizer_step()
@@ -119,19 +118,16 @@ class Trainer:
                 bar.update(self.global_batch)
                 if self._due(self.plan.log_every):
                     bar.set_postfix_str(f"loss {self._log(norm):.4f}")
-                if self._due(self.plan.validate_every) and self.step < self.plan.steps:
-                    self._validate()
-                if self._due(self.plan.samples_every) and self.step < self.plan.steps:
-                    self._sample()
-                if self._due(self.plan.checkpoint_every) or self.step == self.plan.steps or self._stopping:
-                    self._save()
+                last = self.step == self.plan.steps
+                if self._due(self.plan.checkpoint_every) or last or self._stopping:
+                    self.save()
+                if not last and not self._stopping:
+                    self._look()
                 if self._stopping:
+                    self.save()
                     raise KeyboardInterrupt(
                         f"stopped after step {self.step}, state saved; the same command with --resume auto continues"
                     )
-        self._validate()
-        self._sample()
-        return self._result()
 
     def _optimizer_step(self) -> float:
         """One optimizer step over the global batch; returns the norm of the gradient before clipping."""
@@ -193,12 +189,36 @@ class Trainer:
         if not skipped:
             self.ema.update()
         if self._bad_steps >= (MAX_BAD_STEPS_SCALED if scaled else MAX_BAD_STEPS):
-            raise UserError(
-                f"the gradient was not finite for {self._bad_steps} steps in a row (now step {self.step}); lower "
-                f"optim.learning_rate ({self.plan.learning_rate:g}) or use train.mixed_precision bf16, and continue "
-                f"from the last checkpoint in {self.folder.path / 'checkpoints'}"
-            )
+            raise self._diverged(f"the gradient was not finite for {self._bad_steps} steps in a row")
         return norm
+
+    def _diverged(self, what: str) -> UserError:
+        scaled = ", or use train.mixed_precision bf16 with --accept-changes," if self.accelerator.scaler else ""
+        saved = self.folder.saved_steps()
+        again = f"continue from step {max(saved)} with --resume auto" if saved else "begin again in another run.folder"
+        return UserError(
+            f"the training diverged: {what} (step {self.step}), and nothing of that was saved. Lower "
+            f"optim.learning_rate ({self.plan.learning_rate:g}){scaled} and {again}"
+        )
+
+    def _check_finite(self) -> None:
+        """Raise UserError on all processes unless the state is finite, and the loss that its weights give."""
+        moments = [x for state in self.optimizer.state_dict()["state"].values() for x in state.values()]
+        weights = [*self.trained.values(), *self.ema.shadows.values()]
+        bad = None if all_finite([*weights, *moments]) else "weights or moments are not finite"
+        if bad is None:
+            law = None if self.history is None else self.history.probabilities()
+            for average in (nullcontext(), self.ema.applied()):
+                with average, evaluating(self.transformer):
+                    loss = self._forward(self.draws_of(max(0, self.step - 1), 0), law)[2]["loss"]
+                bad = bad if all_finite([loss]) else "the loss of these weights is not finite"
+        if self._anywhere(bad is not None):
+            raise self._diverged(bad or "another process met numbers that are not finite")
+
+    def _anywhere(self, mine: bool) -> bool:
+        """Whether something is true for some process."""
+        flag = torch.tensor([float(mine)], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).any())
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -220,69 +240,44 @@ class Trainer:
         means = self.window.means()
         self.window = LossWindow()
         facts = {"learning_rate": self.plan.learning_rate_at(self.step - 1), "gradient_norm": norm}
-        self._record({"train": means, **facts})
+        if self.accelerator.is_main_process:
+            self.folder.log.append(vars(self.place), {"train": means, **facts})
         self.accelerator.log({**{f"train/{k}": v for k, v in means.items()}, **facts}, step=self.step)
         return means["loss"]
 
-    def _record(self, facts: Mapping[str, object]) -> None:
-        if self.accelerator.is_main_process:
-            place = {"step": self.step, "samples": self.step * self.global_batch, "time": round(time.time(), 3)}
-            self.folder.log.append(place | dict(facts))
+    def _look(self, *, begin: bool = False) -> None:
+        """What is due and not done yet at this step: the held-out loss, the sample grid. A request to stop ends it.
 
-    def _validate(self) -> None:
-        """Held-out loss of the averaged weights, on the main process; leaves modes and random state as they were."""
-        if self.held_out is None:
-            return
-        if self.accelerator.is_main_process:
-            with self.ema.applied(), self.accelerator.autocast():
-                losses = held_out_loss(
-                    self.transformer,
-                    self.objective,
-                    self.held_out,
-                    batch_size=self.plan.batch_size,
-                    device=self.accelerator.device,
-                )
-            self.held_out_before = self.held_out_before or losses
-            self.held_out_last = losses
-            means = {name: mean_over_pictures(values) for name, values in losses.items()}
-            if not any(
-                "held_out" in r and r["step"] == self.step for r in self.folder.log.records()
-            ):  # resumed at its end
-                self._record({"held_out": {name: vars(estimate) for name, estimate in means.items()}})
-            self.accelerator.log({f"held_out/{name}": e.mean for name, e in means.items()}, step=self.step)
-        self.accelerator.wait_for_everyone()
+        A failure at the beginning is raised, when nothing can be lost; later it is a warning.
+        """
 
-    def _sample(self) -> None:
-        """Pictures of the fixed prompts by the averaged weights, into samples/step-XXXXXX/."""
-        if self.draw_samples is None:
-            return
-        if self.accelerator.is_main_process:
-            with self.ema.applied(), evaluating(self.transformer):
-                pictures = self.draw_samples()
-            place = self.folder.samples_at(self.step)
-            for number, picture in enumerate(pictures):
-                write_file(place / f"{number:04d}.png", partial(picture.save, format="PNG"))
-            sheet = grid([pictures])
-            for tracker in self.accelerator.trackers:
-                if tracker.name == "tensorboard":
-                    image = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
-                    image = image.view(1, sheet.height, sheet.width, 3)
-                    tracker.log_images({"samples": image.numpy()}, step=self.step, dataformats="NHWC")
-        self.accelerator.wait_for_everyone()
+        def stop_if_asked(*_: object) -> None:
+            if self._stop.asked:
+                raise _Stopped
 
-    def _result(self) -> Result:
-        before, last = self.held_out_before, self.held_out_last
-        return Result(
-            steps=self.step,
-            samples_seen=self.step * self.global_batch,
-            held_out_before={name: mean_over_pictures(values) for name, values in before.items()},
-            held_out_after={name: mean_over_pictures(values) for name, values in last.items()},
-            change={name: paired_difference(before[name], last[name]) for name in last},
-        )
+        # before a network call, so never in the middle of a change of weights
+        hook = self.transformer.register_forward_pre_hook(stop_if_asked)
+        try:
+            if begin or (self._due(self.plan.validate_every) and not self.watch.has_measured(self.step)):
+                with nullcontext() if begin else attempted("the held-out loss"):
+                    self.watch.measure(self.place)
+            if begin or (self._due(self.plan.samples_every) and not self.watch.has_drawn(self.step)):
+                with nullcontext() if begin else attempted("the sample grid"):
+                    self.watch.draw(self.place)
+        except _Stopped:
+            pass
+        finally:
+            hook.remove()
+        self._stopping = self._anywhere(self._stop.asked)
 
     # State
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it is there; raises UserError if the state is not finite."""
+        if self._saved_at == self.step:
+            return
+        self._check_finite()
+        self._saved_at = self.step
         if self.accelerator.is_main_process:
             self.folder.save(self.step, self._write_state, keep=self.plan.keep_checkpoints)
         self.accelerator.wait_for_everyone()
@@ -297,7 +292,8 @@ class Trainer:
             "global_batch": self.global_batch,
             "window": self.window.sums,
             "scaler": scaler.state_dict() if scaler else None,
-            "held_out_before": self.held_out_before,
+            "held_out_before": self.watch.before,
+            "compared_since": self.watch.since,
             "history": None if self.history is None else vars(self.history),
         }
         save_nested(folder / "progress.safetensors", progress)
@@ -325,6 +321,6 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step = progress["step"]
         self.window.sums = progress["window"]
-        self.held_out_before = progress["held_out_before"]
+        self.watch.before, self.watch.since = progress["held_out_before"], progress["compared_since"]
         if progress.get("history") is not None:
             self.history = LossHistory(**progress["history"])

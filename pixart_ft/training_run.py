@@ -129,11 +129,10 @@ def _run(
     accelerator.wait_for_everyone()
     if config.logging.tensorboard:
         accelerator.init_trackers("tensorboard")
-    result = trainer.run()
-    accelerator.end_training()
+    trainer.run()
     if accelerator.is_main_process:
         metadata = AdapterMetadata(
-            base=config.model.base,
+            base=_base_to_find(config.model.base),
             base_fingerprint=fingerprint,
             prediction_type=objective.prediction_type,
             schedule=schedule_config,
@@ -144,10 +143,12 @@ def _run(
             max_tokens=config.data.max_tokens,
             text_preparation=TEXT_PREPARATION,
             weights="raw",
-            samples_seen=result.samples_seen,
+            samples_seen=trainer.place.samples,
             revision=config.model.revision,
         )
-        finish(folder, transformer, ema, metadata, encoded.null_caption, result, config.validation.prompts)
+        finish(folder, trainer, metadata, encoded.null_caption, config.validation.prompts)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return folder.path
 
 
@@ -193,6 +194,12 @@ def _check_continues(config: TrainConfig, folder: RunFolder) -> None:
             f"--resume continues {folder.path} as it began, but these settings differ:\n" + "\n".join(lines) + "\n"
             f"use --config {folder.config_file}, or start another run (--init-from takes this one's weights)"
         )
+
+
+def _base_to_find(base: str) -> str:
+    """What finds the base from any folder: a local one by its whole path, so that it is never looked up on the Hub."""
+    folder = Path(base).expanduser()
+    return str(folder.absolute()) if base != "demo" and folder.is_dir() else base
 
 
 def _resolution(config: TrainConfig, base: str) -> int:

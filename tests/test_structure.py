@@ -68,11 +68,12 @@ LEVELS = {
     "objective": 5,
     "evaluation": 6,
     "generation": 10,
-    "trainer": 7,
+    "watching": 7,
+    "trainer": 8,
     "training_data": 7,
     "training_objective": 8,
-    "report": 8,
-    "training_run": 9,
+    "report": 9,
+    "training_run": 10,
     "cli": 11,
 }
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}

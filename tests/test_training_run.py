@@ -3,6 +3,7 @@ cutting the same global batch, and what must not change."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
-from pixart_ft import models
+from pixart_ft import models, report, watching
 from pixart_ft.checkpoint import load_nested
 from pixart_ft.cli import main
 from pixart_ft.config import TrainConfig
 from pixart_ft.errors import UserError
 from pixart_ft.pictures import read_recipe
 from pixart_ft.run_lock import RunLock
+from pixart_ft.run_log import RunLog
 from pixart_ft.settings import load
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
@@ -354,8 +356,74 @@ def test_resuming_before_the_first_checkpoint_begins_again(options, tmp_path, mo
 
 
 def test_training_gives_up_when_every_gradient_is_infinite(options) -> None:
-    with pytest.raises(UserError, match="not finite for 10 steps in a row"):
-        train(options, train__steps=40, optim__learning_rate=1e30, optim__clip_norm=0, optim__warmup_steps=0)
+    wild = {"optim.learning_rate": 1e30, "optim.clip_norm": 0, "optim.warmup_steps": 0, "train.checkpoint_every": 0}
+    with pytest.raises(UserError, match="diverged: the gradient was not finite for 10 steps in a row"):
+        train(options | wild, train__steps=40)
+    assert not (Path(str(options["run.folder"])) / "final").exists()
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("rate", [1e30, 1e12])  # weights that are infinite in the end, or finite and useless
+def test_what_diverged_is_neither_kept_nor_exported(options, rate, ema_decay) -> None:
+    """Whether in the last steps or at a checkpoint: the end of a run is not the end of the check."""
+    wild = {"optim.learning_rate": rate, "optim.clip_norm": 0, "optim.warmup_steps": 0, "train.ema_decay": ema_decay}
+    for every in (0, 1):
+        options["run.folder"] = Path(str(options["run.folder"])).with_name(f"every{every}")
+        with pytest.raises(UserError, match=r"diverged: .*Lower optim\.learning_rate"):
+            train(options | wild, train__steps=3, train__checkpoint_every=every)
+        run = Path(str(options["run.folder"]))
+        assert not (run / "final").exists()
+        assert not any((run / "checkpoints").iterdir())
+
+
+def test_the_state_is_saved_before_anything_is_drawn(options, tmp_path, monkeypatch) -> None:
+    """A grid that never ends loses nothing: its step is on the disk, and a request to stop ends it."""
+    options |= {"train.checkpoint_every": 3, "validation.samples_every": 3}
+    straight, cut = train(options), tmp_path / "cut"
+    whole = watching.Watch.draw
+
+    def asked(self: watching.Watch, place: watching.Place) -> None:
+        if (cut / "checkpoints" / "step-000003").is_dir():
+            os.kill(os.getpid(), signal.SIGTERM)
+        whole(self, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watching.Watch, "draw", asked)
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 3"):
+            train(options, run__folder=cut)
+    assert not (cut / "samples" / "step-000003").exists()  # the request came before its first network call
+    assert_same_end(straight, train(options, run__folder=cut, resume="auto"))
+    logs = [[r | {"time": 0} for r in RunLog(run / "log.jsonl").records()] for run in (straight, cut)]
+    assert logs[0] == logs[1]
+    assert (cut / "samples" / "step-000003").is_dir()  # what was due is drawn after all
+
+
+@pytest.mark.parametrize("harm", ["samples", "held-out loss", "curve", "printing"])
+def test_the_adapter_is_there_whatever_a_report_does(options, harm, monkeypatch, capsys) -> None:
+    run = Path(str(options["run.folder"]))
+
+    def fail(*given: object, **more: object) -> None:
+        if harm == "held-out loss" and not (run / "final" / "adapter").exists():
+            return whole(*given, **more)
+        raise RuntimeError("a report that fails")
+
+    whole = watching.held_out_loss
+    if harm == "samples":
+        whole_run = Trainer.run
+
+        def and_delete(self: Trainer) -> None:
+            whole_run(self)
+            shutil.rmtree(run / "samples")
+
+        monkeypatch.setattr(Trainer, "run", and_delete)
+    else:
+        place = {"held-out loss": watching, "curve": report, "printing": report}[harm]
+        name = {"held-out loss": "held_out_loss", "curve": "loss_curve", "printing": "summary"}[harm]
+        monkeypatch.setattr(place, name, fail)
+    with pytest.warns(UserWarning, match="could not be made; everything else goes on"):
+        train(options)
+    assert {"adapter", "adapter_raw"} <= {path.name for path in (run / "final").iterdir()}
+    assert str(run / "final" / "adapter") in capsys.readouterr().out
 
 
 def test_resume_with_another_global_batch_is_refused(options) -> None:

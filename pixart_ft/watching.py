@@ -1,0 +1,119 @@
+"""What is measured and drawn while a run trains: the loss of held-out pictures, a grid of fixed prompts.
+
+It reads the run and writes into its folder; nothing of it changes the course.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from torch.nn import Module
+
+from pixart_ft.checkpoint import RunFolder
+from pixart_ft.ema import Ema
+from pixart_ft.evaluation import Estimate, HeldOutSet, evaluating, held_out_loss, mean_over_pictures, paired_difference
+from pixart_ft.files import write_folder
+from pixart_ft.objective import Objective
+from pixart_ft.pictures import grid
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Held-out losses by term before and after, and the change of each picture's.
+
+    since   the optimizer step of "before": 0 unless the comparison began anew
+    """
+
+    since: int
+    before: dict[str, Estimate]
+    after: dict[str, Estimate]
+    change: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: optimizer steps done, pictures seen."""
+
+    step: int
+    samples: int
+
+
+class Watch:
+    """Measures and draws with the averaged weights, on the main process; modes and random state stay as they were."""
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        transformer: Module,
+        objective: Objective,
+        ema: Ema,
+        folder: RunFolder,
+        batch_size: int,
+        held_out: HeldOutSet | None,
+        draw_samples: Callable[[], list[Image.Image]] | None,
+    ) -> None:
+        self.accelerator, self.transformer, self.objective, self.ema = accelerator, transformer, objective, ema
+        self.folder, self.batch_size, self.held_out, self.draw_samples = folder, batch_size, held_out, draw_samples
+        self.since = 0  # the step of what the end is compared with
+        self.before: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
+
+    def has_measured(self, step: int) -> bool:
+        """Whether the log has the held-out loss of this step."""
+        return any("held_out" in record and record["step"] == step for record in self.folder.log.comparable())
+
+    def measure(self, place: Place) -> None:
+        """The held-out loss, into the log; the first one is what later ones are compared with."""
+        if self.held_out is None or not self.accelerator.is_main_process:
+            return
+        with self.ema.applied(), self.accelerator.autocast():
+            losses = held_out_loss(
+                self.transformer,
+                self.objective,
+                self.held_out,
+                batch_size=self.batch_size,
+                device=self.accelerator.device,
+            )
+        self.before = self.before or losses
+        self.last = losses
+        means = {name: mean_over_pictures(values) for name, values in losses.items()}
+        if not self.has_measured(place.step):
+            self.folder.log.append(vars(place), {"held_out": {name: vars(mean) for name, mean in means.items()}})
+        self.accelerator.log({f"held_out/{name}": mean.mean for name, mean in means.items()}, step=place.step)
+
+    def has_drawn(self, step: int) -> bool:
+        """Whether the sample grid of this step is there."""
+        return self.folder.samples_at(step).is_dir()
+
+    def draw(self, place: Place) -> None:
+        """Pictures of the fixed prompts, into samples/step-XXXXXX/."""
+        if self.draw_samples is None or not self.accelerator.is_main_process:
+            return
+        with self.ema.applied(), evaluating(self.transformer):
+            pictures = self.draw_samples()
+
+        def write(folder: Path) -> None:
+            for number, picture in enumerate(pictures):
+                picture.save(folder / f"{number:04d}.png")
+
+        write_folder(self.folder.samples_at(place.step), write)
+        sheet = grid([pictures])
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                image = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
+                image = image.view(1, sheet.height, sheet.width, 3)
+                tracker.log_images({"samples": image.numpy()}, step=place.step, dataformats="NHWC")
+
+    def comparison(self) -> Comparison:
+        """The last held-out loss against the first."""
+        return Comparison(
+            since=self.since,
+            before={name: mean_over_pictures(values) for name, values in self.before.items()},
+            after={name: mean_over_pictures(values) for name, values in self.last.items()},
+            change={name: paired_difference(self.before[name], self.last[name]) for name in self.last},
+        )
