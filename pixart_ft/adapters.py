@@ -29,6 +29,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.files import write_folder
 from pixart_ft.models import VarianceState, fingerprint
 from pixart_ft.randomness import generator
+from pixart_ft.targets import check_targets
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -312,28 +313,6 @@ def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 def _file_key(name: str) -> str:
     """transformer_blocks.0.attn1.to_q.lora_A.default.weight under the name that peft gives it in a file."""
     return _PEFT_PREFIX + name.replace(f".{_ADAPTER}.", ".")
-
-
-def check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
-    """Raise UserError naming each of `lora.targets` that matches no layer of `transformer`, with the nearest."""
-    layers = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    faults = []
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            endings = {_ending(name) for name in layers}
-            near = difflib.get_close_matches(target, sorted(endings), n=3, cutoff=0.5) or sorted(endings)
-            faults.append(f"{target!r} matches no layer; near: {', '.join(near)}")
-    if faults:
-        raise UserError("lora.targets: " + "; ".join(faults))
-
-
-def _ending(name: str) -> str:
-    """The shortest ending of a layer's name that says something: to_q, to_out.0, net.0.proj."""
-    parts = name.split(".")
-    count = 1
-    while count < len(parts) and (parts[-count].isdigit() or parts[-count] in ("proj", "linear")):
-        count += 1
-    return ".".join(parts[-count:])
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -28,8 +28,33 @@ Sampler = Literal[
     "annealed_langevin",
     "pf_ode",
 ]
-Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+def _place(path: Path) -> Path:
+    """With the home folder in place of ~; ValueError for what no path can hold."""
+    if "\0" in str(path):
+        raise ValueError("a zero byte")
+    return Path(os.path.expanduser(path))
+
+
+Folder = Annotated[Path, AfterValidator(_place)]
 Source = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a name such as "demo" or a Hub id
+
+# Limits that mean something: beyond them a run would not end, fit no machine, or leave what float32 holds.
+SEEDS = 2**64  # torch takes the seeds below it
+MOST_STEPS = 10**8  # years of steps on any machine
+MOST_PICTURES = 10**6  # one by one in memory, or drawn by one command
+LARGEST_BATCH = 4096
+LARGEST_SIDE = 8192  # pixels; four times the largest PixArt-Sigma
+LARGEST_RANK = 4096  # the widest layer of the largest; the layers adapted are asked later
+LARGEST_GUIDANCE = 100
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Every = Annotated[int, Field(ge=0, le=MOST_STEPS)]  # 0: not on the way
+Batch = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
+SamplerSteps = Annotated[int, Field(ge=1, le=1000)]  # the schedules have a thousand
+Guidance = Annotated[float, Field(ge=1, le=LARGEST_GUIDANCE)]
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]  # float32 holds it, its square and its inverse beside 1
 
 
 class Run(Section):
@@ -40,7 +65,7 @@ class Run(Section):
         default_factory=lambda valid: Path("runs") / valid["name"],
         description="folder of everything the run writes; must not exist yet unless resumed",
     )
-    seed: int = Field(0, ge=0, description="seed of every random draw")
+    seed: Seed = Field(0, description="seed of every random draw")
 
 
 class Model(Section):
@@ -62,10 +87,14 @@ class Data(Section):
     held_out: Source | None = Field(None, description='folder only measured on, or "demo"')
     held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of data.folder set aside for it")
     resolution: int | None = Field(
-        None, ge=16, multiple_of=16, description="side of the square pictures, pixels; null = the base's own"
+        None,
+        ge=16,
+        le=LARGEST_SIDE,
+        multiple_of=16,
+        description="side of the square pictures, pixels; null = the base's own",
     )
     cache: Folder = Field(Path(".cache/pixart_ft"), description="folder of encoded captions and pictures")
-    max_tokens: int = Field(300, ge=1, description="longest caption, tokens; the rest is cut")
+    max_tokens: int = Field(300, ge=1, le=4096, description="longest caption, tokens; the rest is cut")
 
 
 class Diffusion(Section):
@@ -88,28 +117,28 @@ class Diffusion(Section):
         "prediction", description="whose error the simple term is; prediction = the network's output"
     )
     error: Literal["squared", "huber"] = Field("squared", description="penalty of the simple term")
-    huber_delta: float = Field(1.0, gt=0, description="where Huber's penalty turns linear")
+    huber_delta: Scale = Field(1.0, description="where Huber's penalty turns linear")
     weighting: Literal["none", "constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"] = Field(
         "none", description="weight of the simple term by t; the same in every loss_space, none = plain error"
     )
-    min_snr_gamma: float = Field(5.0, gt=0, description="cap of min_snr, knee of soft_min_snr")
-    p2_gamma: float = Field(1.0, ge=0, description="exponent of p2")
+    min_snr_gamma: Scale = Field(5.0, description="cap of min_snr, knee of soft_min_snr")
+    p2_gamma: float = Field(1.0, ge=0, le=5, description="exponent of p2")
     variance: Literal["learned", "beta_tilde", "beta"] = Field("learned", description="of the vlb objective")
-    vlb_scale: float = Field(1.0, gt=0, description="weight of the hybrid VLB term, per bit/dim")
+    vlb_scale: Scale = Field(1.0, description="weight of the hybrid VLB term, per bit/dim")
     timestep_law: Literal["uniform", "stratified", "logit_normal", "importance"] = Field(
         "uniform",
         description="law of t; stratified: even over each global batch; importance: by loss, once each t has 10",
     )
-    logit_mean: float = Field(0.0, description="of logit_normal; below 0 = less noise")
-    logit_std: float = Field(1.0, gt=0, description="of logit_normal")
+    logit_mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal; below 0 = less noise")
+    logit_std: float = Field(1.0, ge=1e-3, le=10, description="of logit_normal")
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of draws that see the null caption")
 
 
 class Lora(Section):
     """the adapter"""
 
-    rank: int = Field(16, ge=1, description="inner width of each pair of matrices")
-    alpha: float = Field(16.0, gt=0, description="strength: the update is scaled by alpha / rank")
+    rank: int = Field(16, ge=1, le=LARGEST_RANK, description="inner width of each pair of matrices")
+    alpha: Scale = Field(16.0, description="strength: the update is scaled by alpha / rank")
     targets: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"),
         min_length=1,
@@ -122,46 +151,46 @@ class Optim(Section):
     """how it steps"""
 
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8 bit: extra `quantized`")
-    learning_rate: float = Field(1e-4, gt=0, description="peak step size")
-    weight_decay: float = Field(0.01, ge=0, description="decoupled decay per unit of learning rate")
-    beta1: float = Field(0.9, ge=0, lt=1, description="memory of the mean gradient")
-    beta2: float = Field(0.999, ge=0, lt=1, description="memory of the squared gradient")
-    epsilon: float = Field(1e-8, gt=0, description="added to Adam's denominator")
-    clip_norm: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 = no clipping")
-    warmup_steps: int = Field(0, ge=0, description="linear warm-up, optimizer steps")
+    learning_rate: float = Field(1e-4, ge=1e-10, le=1, description="peak step size")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled decay per unit of learning rate")
+    beta1: float = Field(0.9, ge=0, le=0.9999, description="memory of the mean gradient")
+    beta2: float = Field(0.999, ge=0, le=0.99999, description="memory of the squared gradient")
+    epsilon: float = Field(1e-8, ge=1e-20, le=1, description="added to Adam's denominator")
+    clip_norm: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient; 0 = no clipping")
+    warmup_steps: Every = Field(0, description="linear warm-up, optimizer steps")
     decay: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
 
 
 class Train(Section):
     """how long and how large"""
 
-    steps: int = Field(1000, ge=1, description="length of the run, optimizer steps")
-    batch_size: int = Field(4, ge=1, description="pictures per process and forward pass")
-    accumulation: int = Field(1, ge=1, description="forward passes per optimizer step")
+    steps: Steps = Field(1000, description="length of the run, optimizer steps")
+    batch_size: Batch = Field(4, description="pictures per process and forward pass")
+    accumulation: int = Field(1, ge=1, le=10_000, description="forward passes per optimizer step")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("bf16", description="no = float32")
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights per step; 0 = off")
-    checkpoint_every: int = Field(250, ge=0, description="steps between checkpoints; 0 = only the last")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints kept")
+    checkpoint_every: Every = Field(250, description="steps between checkpoints; 0 = only the last")
+    keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints kept")
 
 
 class Validation(Section):
     """what is measured and drawn on the way"""
 
-    every: int = Field(100, ge=0, description="steps between held-out losses; 0 = before and after")
-    pictures: int = Field(64, ge=1, description="most held-out pictures used")
+    every: Every = Field(100, description="steps between held-out losses; 0 = before and after")
+    pictures: int = Field(64, ge=1, le=MOST_PICTURES, description="most held-out pictures used")
     timesteps: int = Field(8, ge=1, le=1000, description="size of the fixed grid of timesteps")
     prompts: tuple[str, ...] = Field((), description="prompts of the sample grid; [] = no samples")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="seeds of the sample grid")
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, max_length=64, description="seeds of the sample grid")
     sampler: Sampler = Field("ddim", description="sampler of the grid")
-    steps: int = Field(25, ge=1, le=1000, description="sampler steps")
-    guidance: float = Field(4.5, ge=1, description="classifier-free guidance scale; 1 = off")
-    samples_every: int = Field(250, ge=0, description="steps between sample grids; 0 = before and after")
+    steps: SamplerSteps = Field(25, description="sampler steps")
+    guidance: Guidance = Field(4.5, description="classifier-free guidance scale; 1 = off")
+    samples_every: Every = Field(250, description="steps between sample grids; 0 = before and after")
 
 
 class Logging(Section):
     """what is written down"""
 
-    every: int = Field(10, ge=1, description="optimizer steps between log lines")
+    every: Steps = Field(10, description="optimizer steps between log lines")
     tensorboard: bool = Field(True, description="also write TensorBoard files into the run folder")
 
 

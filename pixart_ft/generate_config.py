@@ -5,11 +5,24 @@ Which sampler uses which key is read from the table in `samplers.py`. No torch h
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pixart_ft.config import HUB_BASE, Folder, Precision, Sampler, Source
+from pixart_ft.config import (
+    HUB_BASE,
+    LARGEST_SIDE,
+    MOST_PICTURES,
+    SEEDS,
+    Batch,
+    Folder,
+    Guidance,
+    Precision,
+    Sampler,
+    SamplerSteps,
+    Seed,
+    Source,
+)
 from pixart_ft.samplers import CONDITIONS, OPTIONS, SAMPLERS, users_of
 from pixart_ft.settings import Config
 
@@ -35,15 +48,19 @@ class GenerateConfig(Config):
     )
     revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
     lora: Folder | None = Field(None, description="adapter folder or run folder; null = the base alone")
-    lora_scale: float = Field(1.0, description="strength of the adapter; 1 = as trained")
+    lora_scale: float = Field(1.0, ge=-100, le=100, description="strength of the adapter; 1 = as trained")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights of the run")
     prompts: tuple[str, ...] = Field((), description="what to draw")
     prompts_file: Folder | None = Field(None, description="text file with one prompt a line")
     negative_prompt: str = Field("", description="what to steer away from")
-    seed: int = Field(0, ge=0, description="seed of the first picture of each prompt; the next has seed + 1")
-    images_per_prompt: int = Field(1, ge=1, description="pictures per prompt")
-    width: int | None = Field(None, ge=16, multiple_of=16, description="pixels; null = the model's own")
-    height: int | None = Field(None, ge=16, multiple_of=16, description="pixels; null = the model's own")
+    seed: Seed = Field(0, description="seed of the first picture of each prompt; the next has seed + 1")
+    images_per_prompt: int = Field(1, ge=1, le=MOST_PICTURES, description="pictures per prompt")
+    width: int | None = Field(
+        None, ge=16, le=LARGEST_SIDE, multiple_of=16, description="pixels; null = the model's own"
+    )
+    height: int | None = Field(
+        None, ge=16, le=LARGEST_SIDE, multiple_of=16, description="pixels; null = the model's own"
+    )
     aspect_ratio: str | None = Field(None, description="such as 3:2, with the area the model was trained on")
     image: Folder | None = Field(None, description="picture to start from, cropped to the size; null = noise")
     strength: float = Field(
@@ -51,9 +68,9 @@ class GenerateConfig(Config):
     )
     inversion: bool = Field(False, description="start from the noise that DDIM finds for image, not from a random one")
     sampler: Sampler = Field("ddim", description=_SAMPLERS)
-    steps: int = Field(30, ge=1, le=1000, description="sampler steps")
-    guidance: float = Field(4.5, ge=1, description="classifier-free guidance scale; 1 = off")
-    guidance_interval: tuple[float, ...] | None = Field(
+    steps: SamplerSteps = Field(30, description="sampler steps")
+    guidance: Guidance = Field(4.5, description="classifier-free guidance scale; 1 = off")
+    guidance_interval: tuple[Annotated[float, Field(ge=0, le=1000)], ...] | None = Field(
         None, min_length=2, max_length=2, description="timesteps between which guidance acts; null = all"
     )
     schedule: Literal["base", "linear", "scaled_linear", "cosine", "su_linear"] = Field(
@@ -70,35 +87,51 @@ class GenerateConfig(Config):
     )
     eta: float | None = Field(None, ge=0, le=1, description=_of("eta") + "noise added back; null = 0 for ddim, else 1")
     rho: float | None = Field(
-        None, gt=0, description=_of("rho") + "of karras; null = 7, larger = more steps at the end"
+        None, ge=0.5, le=100, description=_of("rho") + "of karras; null = 7, larger = more steps at the end"
     )
-    sigma_min: float | None = Field(None, gt=0, description=_of("sigma_min") + "last level; null = the schedule's")
-    sigma_max: float | None = Field(None, gt=0, description=_of("sigma_max") + "first level; null = the schedule's")
-    s_churn: float | None = Field(None, ge=0, description=_of("s_churn") + "noise added before each step; null = 0")
-    s_min: float | None = Field(None, ge=0, description=_of("s_min") + "least level with churn; null = 0")
-    s_max: float | None = Field(None, gt=0, description=_of("s_max") + "last level with churn; null = no limit")
-    s_noise: float | None = Field(None, gt=0, description=_of("s_noise") + "strength of churn's noise; null = 1")
+    sigma_min: float | None = Field(
+        None, ge=1e-6, le=1e6, description=_of("sigma_min") + "last level; null = the schedule's"
+    )
+    sigma_max: float | None = Field(
+        None, ge=1e-6, le=1e6, description=_of("sigma_max") + "first level; null = the schedule's"
+    )
+    s_churn: float | None = Field(
+        None, ge=0, le=1e6, description=_of("s_churn") + "noise added before each step; null = 0"
+    )
+    s_min: float | None = Field(None, ge=0, le=1e6, description=_of("s_min") + "least level with churn; null = 0")
+    s_max: float | None = Field(
+        None, ge=1e-6, le=1e6, description=_of("s_max") + "last level with churn; null = no limit"
+    )
+    s_noise: float | None = Field(
+        None, ge=1e-6, le=100, description=_of("s_noise") + "strength of churn's noise; null = 1"
+    )
     predictor: Literal["euler_maruyama", "reverse_diffusion", "ancestral"] | None = Field(
         None, description=_of("predictor") + "null = reverse_diffusion"
     )
-    corrector_steps: int | None = Field(None, ge=0, description=_of("corrector_steps") + "per step; null = 1")
-    corrector_snr: float | None = Field(None, gt=0, description=_of("corrector_snr") + "size of its step; null = 0.16")
+    corrector_steps: int | None = Field(None, ge=0, le=100, description=_of("corrector_steps") + "per step; null = 1")
+    corrector_snr: float | None = Field(
+        None, ge=1e-6, le=100, description=_of("corrector_snr") + "size of its step; null = 0.16"
+    )
     corrector_first: bool | None = Field(
         None, description=_of("corrector_first") + "before the predictor, as the authors' code; null = after it"
     )
-    langevin_steps: int | None = Field(None, ge=1, description=_of("langevin_steps") + "at each level; null = 3")
+    langevin_steps: int | None = Field(
+        None, ge=1, le=1000, description=_of("langevin_steps") + "at each level; null = 3"
+    )
     langevin_step_size: float | None = Field(
-        None, gt=0, lt=2, description=_of("langevin_step_size") + "in units of the level's variance; null = 0.3"
+        None, ge=1e-6, lt=2, description=_of("langevin_step_size") + "in units of the level's variance; null = 0.3"
     )
     tolerance: float | None = Field(
-        None, gt=0, description=_of("tolerance") + "error allowed an adaptive solver; null = even steps"
+        None, ge=1e-8, le=1, description=_of("tolerance") + "error allowed an adaptive solver; null = even steps"
     )
     compare: bool = Field(False, description="a sheet of compare_samplers times compare_steps instead, with their cost")
     compare_samplers: tuple[Sampler, ...] = Field(
         ("ddpm", "iddpm", "ddim", "euler", "edm", "score_sde"), min_length=1, description="rows of that sheet"
     )
-    compare_steps: tuple[int, ...] = Field((10, 25, 50), min_length=1, description="columns of that sheet")
-    batch_size: int = Field(4, ge=1, description="pictures drawn at once; does not change them")
+    compare_steps: tuple[SamplerSteps, ...] = Field(
+        (10, 25, 50), min_length=1, max_length=32, description="columns of that sheet"
+    )
+    batch_size: Batch = Field(4, description="pictures drawn at once; does not change them")
     tiling: bool = Field(False, description="decode in overlapping tiles: less memory for large pictures")
     dtype: Precision = Field("auto", description="weights; auto = bfloat16 on a GPU, float32 on a CPU")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto = the best there is")
@@ -127,6 +160,11 @@ class GenerateConfig(Config):
             ("prompts", "prompts_file"),
             lambda prompts, file: not prompts and file is None,
             'nothing to draw: give --prompt "..." (as often as you like) or --prompts-file FILE',
+        ),
+        (
+            ("seed", "images_per_prompt"),
+            lambda seed, count: seed + count > SEEDS,
+            "seed {} with images_per_prompt {} passes the largest seed, 2**64 - 1; lower one",
         ),
         (
             ("spacing", "sampler"),

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from pixart_ft.adapters import find_adapter, read_metadata
 from pixart_ft.comparison import run_comparison, settled_cells
-from pixart_ft.config import HUB_BASE
+from pixart_ft.config import HUB_BASE, MOST_PICTURES
 from pixart_ft.drawing import Abilities, Settings, settled, size_of
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
@@ -137,6 +137,11 @@ def _prompts(config: GenerateConfig) -> list[str]:
         except (OSError, UserError) as error:
             raise UserError(f"prompts_file: cannot read {config.prompts_file} ({error})") from error
         prompts += [line.strip() for line in lines if line.strip()]
+    if (count := len(prompts) * config.images_per_prompt) > MOST_PICTURES:
+        raise UserError(
+            f"{len(prompts):,} prompts with images_per_prompt {config.images_per_prompt:,} are {count:,} pictures; "
+            f"one command draws at most {MOST_PICTURES:,}"
+        )
     if not prompts:
         raise UserError(f"nothing to draw: no prompts, and prompts_file ({config.prompts_file}) holds none")
     return prompts

@@ -66,8 +66,7 @@ def default(field: FieldInfo) -> Any:
 
 def expected(field: FieldInfo) -> str:
     """What a key accepts, in words: `integer >= 1`, `ddim | ddpm`, `[text, ...]`, `path or null`."""
-    limits = ((sign, getattr(bound, name, None)) for bound in field.metadata for name, sign in _SIGNS.items())
-    bounds = ", ".join(sign.format(limit) for sign, limit in limits if limit is not None)
+    bounds = _bound_words(field.metadata)
     words = _type_words(field.annotation)
     if not bounds:
         return words
@@ -300,14 +299,25 @@ _SIGNS = {
     "le": "<= {}",
     "multiple_of": "a multiple of {}",
     "min_length": "(not empty)",
+    "max_length": "(at most {})",
 }
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path", NoneType: "null"}
+
+
+def _bound_words(metadata: Iterable[Any]) -> str:
+    limits = ((sign, getattr(bound, name, None)) for bound in metadata for name, sign in _SIGNS.items())
+    return ", ".join(sign.format(_plain_number(limit)) for sign, limit in limits if limit is not None)
+
+
+def _plain_number(limit: float) -> str:
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
 
 
 def _type_words(annotation: Any) -> str:
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _type_words(inner[0])
+        bounds = [bound for part in inner[1:] for bound in getattr(part, "metadata", ())]
+        return f"{_type_words(inner[0])} {_bound_words(bounds)}".strip()
     if origin is Literal:
         return " | ".join(inner)
     if origin is tuple:

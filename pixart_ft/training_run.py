@@ -18,7 +18,13 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from PIL import Image
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, check_targets, fill_adapter, find_adapter
+from pixart_ft.adapters import (
+    AdapterMetadata,
+    LoraSettings,
+    attach,
+    fill_adapter,
+    find_adapter,
+)
 from pixart_ft.attention import use_plain_attention
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
@@ -34,6 +40,7 @@ from pixart_ft.run_lock import RunLock
 from pixart_ft.sampling import Guidance, decode_latents, sample_latents
 from pixart_ft.schedulers import build_scheduler
 from pixart_ft.settings import flat, load, to_yaml
+from pixart_ft.targets import check_rank, check_targets
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once, read_rows
 from pixart_ft.training_objective import build_objective, warn_of_relearning
@@ -81,7 +88,9 @@ def _run(
     models.check_base(base, revision=config.model.revision)
     resolution = _resolution(config, base)
     objective, schedule_config = build_objective(config, base)
-    check_targets(models.skeleton(base, revision=config.model.revision), config.lora.targets)
+    skeleton = models.skeleton(base, revision=config.model.revision)
+    check_targets(skeleton, config.lora.targets)
+    check_rank(skeleton, config.lora.rank, config.lora.targets)
     folder.check_new(resume=resume is not None)
     checkpoint = folder.resolve_resume(resume) if resume is not None else None
     if resume is not None:

@@ -28,6 +28,7 @@ from pixart_ft.adapters import (
 from pixart_ft.data.captions import TEXT_PREPARATION
 from pixart_ft.errors import UserError
 from pixart_ft.models import fingerprint, load_transformer
+from pixart_ft.targets import check_rank
 from tests.tiny import build_tiny_pipeline
 
 SETTINGS = LoraSettings(rank=4, alpha=12.0)  # alpha is not the rank, so a loader that assumes it is gives itself away
@@ -151,6 +152,21 @@ def test_each_target_must_match_a_layer(tiny: Path) -> None:
     ):
         attach(transformer, replace(SETTINGS, targets=("to_q", "to_out", "to_kv")), seed=0)
     assert not lora(transformer)
+
+
+def test_a_rank_above_what_a_layer_can_use_is_refused_by_the_layer(tiny: Path) -> None:
+    transformer = base(tiny)  # 64 wide; the last layer gives 2 x 2 x 8 values
+    check_rank(transformer, 64, ("to_q", "net.0.proj"))
+    check_rank(transformer, 32, ("to_q", "proj_out"))
+    with pytest.raises(UserError, match=r"^lora\.rank 65 is more than the 64 that .*to_q can use; lower it$"):
+        check_rank(transformer, 65, ("to_q",))
+    with pytest.raises(UserError, match=r"^lora\.rank 33 is more than the 32 that proj_out can use; lower it$"):
+        check_rank(transformer, 33, ("to_q", "proj_out"))
+    patches = transformer.pos_embed.proj  # a convolution of 4 channels x 2 x 2
+    assert patches.weight[0].numel() == 16
+    check_rank(transformer, 16, ("pos_embed.proj",))
+    with pytest.raises(UserError, match="17 is more than the 16"):
+        check_rank(transformer, 17, ("pos_embed.proj",))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])

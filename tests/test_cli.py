@@ -51,7 +51,7 @@ def test_help_shows_every_key(name: str, kind: type[TrainConfig], capsys: pytest
         assert f"--{key if '.' in key else key.replace('_', '-')} {field.description} (" in shown
     assert HUB_BASE in shown
     assert max(map(len, out.splitlines())) <= cli.WIDTH
-    assert "(number > 0; default 0.0001)" in shown or kind is GenerateConfig
+    assert "(number >= 1e-10, <= 1; default 0.0001)" in shown or kind is GenerateConfig
 
 
 @pytest.mark.parametrize("arguments", ["train --help", "generate -h", "train --config quickstart --dry-run"])
@@ -144,7 +144,7 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
         "--resume and --init-from exclude each other; give one",
         'data.folder is required: folder of pictures with captions, or "demo"',
         "lora.rnak: unknown key; did you mean lora.rank?",
-        'train.steps is "many"; expected integer >= 1',
+        'train.steps is "many"; expected integer >= 1, <= 100,000,000',
     ]
 
 

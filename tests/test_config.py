@@ -1,17 +1,19 @@
 """The keys of training and generation, the rules between them, and the shipped configurations."""
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from pixart_ft.config import Sampler, TrainConfig, load_config
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.samplers import OPTIONS, SAMPLERS, users_of
-from pixart_ft.settings import default, keys, load, shipped_configs, to_yaml
+from pixart_ft.settings import Config, default, expected, keys, load, shipped_configs, to_yaml
 from tests.sampling_by_hand import OPTION_VALUES
 
 ROOT = Path(__file__).parents[1]
@@ -71,8 +73,8 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        ({"data.resolution": "500"}, "data.resolution is 500; expected integer >= 16, a multiple of 16"),
-        ({"optim.learning_rate": ".inf"}, "optim.learning_rate is Infinity; expected number > 0"),
+        ({"data.resolution": "500"}, "data.resolution is 500; expected integer >= 16, <= 8,192, a multiple of 16"),
+        ({"optim.learning_rate": ".inf"}, "optim.learning_rate is Infinity; expected number >= 1e-10, <= 1"),
         ({"train.steps": "0"}, "train.steps is 0; expected integer >= 1"),
         ({"train.accumulation": "0"}, "train.accumulation is 0; expected integer >= 1"),
         ({"lora.targets": "[]"}, r"lora.targets is \[\]; expected \[text, ...\] \(not empty\)"),
@@ -153,7 +155,7 @@ def test_training_accepts_what_only_looks_odd() -> None:
         ({}, "nothing to draw"),
         (
             {"prompts": ["a"], "width": "100"},
-            "width is 100; expected integer >= 16, a multiple of 16, or null",
+            "width is 100; expected integer >= 16, <= 8,192, a multiple of 16, or null",
         ),
         (
             {"prompts": ["a"], "sampler": "ddpm", "variance": "learned"},
@@ -166,7 +168,10 @@ def test_training_accepts_what_only_looks_odd() -> None:
         ),
         ({"prompts": ["a"], "steps": "0"}, "steps is 0; expected integer >= 1"),
         ({"prompts": ["a"], "guidance_interval": "[9, 1]"}, r"guidance_interval \[9, 1\] ends before it begins"),
-        ({"prompts": ["a"], "guidance_interval": "[9]"}, r"guidance_interval is \[9\]; expected \[number, ...\]"),
+        (
+            {"prompts": ["a"], "guidance_interval": "[9]"},
+            r"guidance_interval is \[9\]; expected \[number >= 0, <= 1,000, ...\]",
+        ),
         (
             {"prompts": ["a"], "guidance_interval": "[1, 9]", "guidance": "1"},
             r"guidance_interval is \[1, 9\], unused while guidance is 1",
@@ -292,3 +297,54 @@ def test_the_package_list_is_complete() -> None:
     folders = {module.parent for module in (ROOT / "pixart_ft").rglob("*.py")}
     there = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(listed) == there | {"pixart_ft.configs"}
+
+
+def numbers() -> list[tuple[type[Config], str]]:
+    """Every key whose value is a number or numbers."""
+    found = []
+    for kind in (TrainConfig, GenerateConfig):
+        words = {key: expected(field) for key, field in keys(kind).items()}
+        found += [(kind, key) for key, word in words.items() if "integer" in word or "number" in word]
+    return found
+
+
+@pytest.mark.parametrize(("kind", "key"), numbers(), ids=lambda part: getattr(part, "__name__", part))
+def test_every_number_has_two_ends(kind: type[Config], key: str) -> None:
+    """What is beyond them would never end, fit no machine or leave float32: refused before anything is made."""
+    several = "[" in expected(keys(kind)[key])
+    required = {"data": {"folder": "demo"}} if kind is TrainConfig else {"prompts": ["a"]}
+    for text in ("1" + "0" * 20, "-1" + "0" * 20, "1e308", "-1e308", "1e400", ".inf", "-.inf", ".nan", "nan"):
+        with pytest.raises(UserError, match=rf"{re.escape(key)}(\[0\])? is .*; expected "):
+            load(kind, required, {key: f"[{text}, {text}]" if several else text})
+
+
+def test_the_last_seed_is_the_last_that_torch_takes() -> None:
+    last = 2**64 - 1
+    torch.Generator("cpu").manual_seed(last)
+    with pytest.raises((RuntimeError, ValueError)):
+        torch.Generator("cpu").manual_seed(last + 1)
+    assert load(GenerateConfig, {"prompts": ["a"], "seed": last}).seed == last
+    assert load_config({}, BASE | {"validation.seeds": f"[0, {last}]", "run.seed": str(last)}).run.seed == last
+    for seed, count in ((last, 2), (last - 1, 3)):
+        with pytest.raises(UserError, match=rf"seed {seed} with images_per_prompt {count} passes the largest seed"):
+            load(GenerateConfig, {"prompts": ["a"], "seed": seed, "images_per_prompt": count})
+
+
+@pytest.mark.parametrize("optimizer_epsilon", [1e-20, 1])
+def test_the_ends_of_the_optimizer_leave_numbers(optimizer_epsilon: float) -> None:
+    """A gradient of zero, as A has at first, divided by an epsilon that float32 lacks would be 0 / 0."""
+    fields = keys(TrainConfig)
+    ends = {key: [bound for bound in fields[f"optim.{key}"].metadata] for key in ("beta1", "beta2", "learning_rate")}
+    highest = {key: next(b.le for b in bounds if hasattr(b, "le")) for key, bounds in ends.items()}
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW(
+        [weight],
+        lr=highest["learning_rate"],
+        betas=(highest["beta1"], highest["beta2"]),
+        eps=optimizer_epsilon,
+        weight_decay=1,
+    )
+    for gradient in (0.0, 1e-12, 1.0):
+        weight.grad = torch.tensor([0.0, gradient])
+        optimizer.step()
+    assert weight.isfinite().all()

@@ -54,6 +54,7 @@ LEVELS = {
     "models": 2,
     "ema": 1,
     "denoiser": 2,
+    "targets": 1,
     "adapters": 3,
     "checkpoint": 3,
     "prepared": 3,

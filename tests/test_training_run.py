@@ -68,15 +68,22 @@ def options(tiny, pictures, tmp_path, tmp_path_factory) -> dict[str, object]:
 
 
 def train(options: dict[str, object], **more: object) -> Path:
-    """Run with these options; keyword `run__folder` overrides run.folder."""
+    """Run with these options; keyword `run__folder` overrides run.folder.
+
+    rate: a learning rate that a configuration may not ask for, which makes a run diverge.
+    """
     resume = more.pop("resume", None)
+    rate = more.pop("rate", None)
     init_from = more.pop("init_from", None)
     given = options | {key.replace("__", "."): value for key, value in more.items()}
     tree: dict[str, dict[str, object]] = {}
     for key, value in given.items():
         section, name = key.split(".")
         tree.setdefault(section, {})[name] = str(value) if isinstance(value, Path) else value
-    return run_training(load(TrainConfig, tree), resume, init_from)
+    config = load(TrainConfig, tree)
+    if rate is not None:
+        config = config.model_copy(update={"optim": config.optim.model_copy(update={"learning_rate": rate})})
+    return run_training(config, resume, init_from)
 
 
 def losses(run: Path) -> list[dict[str, float]]:
@@ -356,9 +363,9 @@ def test_resuming_before_the_first_checkpoint_begins_again(options, tmp_path, mo
 
 
 def test_training_gives_up_when_every_gradient_is_infinite(options) -> None:
-    wild = {"optim.learning_rate": 1e30, "optim.clip_norm": 0, "optim.warmup_steps": 0, "train.checkpoint_every": 0}
+    wild = {"optim.clip_norm": 0, "optim.warmup_steps": 0, "train.checkpoint_every": 0}
     with pytest.raises(UserError, match="diverged: the gradient was not finite for 10 steps in a row"):
-        train(options | wild, train__steps=40)
+        train(options | wild, train__steps=40, rate=1e30)
     assert not (Path(str(options["run.folder"])) / "final").exists()
 
 
@@ -366,11 +373,11 @@ def test_training_gives_up_when_every_gradient_is_infinite(options) -> None:
 @pytest.mark.parametrize("rate", [1e30, 1e12])  # weights that are infinite in the end, or finite and useless
 def test_what_diverged_is_neither_kept_nor_exported(options, rate, ema_decay) -> None:
     """Whether in the last steps or at a checkpoint: the end of a run is not the end of the check."""
-    wild = {"optim.learning_rate": rate, "optim.clip_norm": 0, "optim.warmup_steps": 0, "train.ema_decay": ema_decay}
+    wild = {"optim.clip_norm": 0, "optim.warmup_steps": 0, "train.ema_decay": ema_decay}
     for every in (0, 1):
         options["run.folder"] = Path(str(options["run.folder"])).with_name(f"every{every}")
         with pytest.raises(UserError, match=r"diverged: .*Lower optim\.learning_rate"):
-            train(options | wild, train__steps=3, train__checkpoint_every=every)
+            train(options | wild, train__steps=3, train__checkpoint_every=every, rate=rate)
         run = Path(str(options["run.folder"]))
         assert not (run / "final").exists()
         assert not any((run / "checkpoints").iterdir())

@@ -1,0 +1,49 @@
+"""Which layers of a transformer an adapter is for, and what of it they can use."""
+
+import difflib
+
+from torch import nn
+
+from pixart_ft.errors import UserError
+
+
+def check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
+    """Raise UserError naming each of `lora.targets` that matches no layer of `transformer`, with the nearest."""
+    layers = _layers(transformer)
+    faults = []
+    for target in targets:
+        if not any(_is_meant(name, target) for name in layers):
+            endings = {_ending(name) for name in layers}
+            near = difflib.get_close_matches(target, sorted(endings), n=3, cutoff=0.5) or sorted(endings)
+            faults.append(f"{target!r} matches no layer; near: {', '.join(near)}")
+    if faults:
+        raise UserError("lora.targets: " + "; ".join(faults))
+
+
+def check_rank(transformer: nn.Module, rank: int, targets: tuple[str, ...]) -> None:
+    """Raise UserError unless `lora.rank` is at most the smaller side of every adapted layer: more adds only cost."""
+    sides = {
+        min(module.weight.shape[0], module.weight[0].numel()): name
+        for name, module in _layers(transformer).items()
+        if any(_is_meant(name, target) for target in targets)
+    }
+    smallest = min(sides)
+    if rank > smallest:
+        raise UserError(f"lora.rank {rank} is more than the {smallest} that {sides[smallest]} can use; lower it")
+
+
+def _layers(transformer: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    return {name: layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def _is_meant(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _ending(name: str) -> str:
+    """The shortest ending of a layer's name that says something: to_q, to_out.0, net.0.proj."""
+    parts = name.split(".")
+    count = 1
+    while count < len(parts) and (parts[-count].isdigit() or parts[-count] in ("proj", "linear")):
+        count += 1
+    return ".".join(parts[-count:])
