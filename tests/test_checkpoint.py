@@ -240,8 +240,8 @@ def test_a_damaged_line_of_the_log_costs_no_other_line(run: RunFolder, damage: b
         assert [record["step"] for record in run.log.records()] == [0, 10, 20, 30]
     run.log.cut(20)
     assert run.log.path.read_bytes() == lines[0] + damage + lines[1] + lines[2]
-    run.log.append({"step": 30})
-    assert run.log.path.read_bytes() == lines[0] + damage + b"".join(lines[1:])
+    run.log.append({"step": 30}, {"loss": 0.5})
+    assert run.log.path.read_bytes().startswith(lines[0] + damage + lines[1] + lines[2] + b'{"step": 30, "time": ')
     run.log.cut(-1)  # the run begins again
     assert run.log.path.read_bytes() == b""
 
