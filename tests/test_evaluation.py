@@ -1,20 +1,25 @@
 """The held-out loss. Oracle: closed form for the estimates, identities for the measurement."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 
 from pixart_ft import models
 from pixart_ft.attention import use_plain_attention
+from pixart_ft.diffusion.likelihood import Bound, variational_bound
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.evaluation import (
     HeldOutSet,
     evaluating,
+    held_out_bound,
     held_out_loss,
     mean_over_pictures,
     paired_difference,
     timestep_grid,
 )
 from pixart_ft.objective import Objective
+from pixart_ft.randomness import normal
 
 OBJECTIVE = Objective(NoiseSchedule.linear(), "epsilon", "hybrid", 2.0)
 
@@ -62,6 +67,41 @@ def test_pictures_and_timesteps_meet_noise_of_their_own(transformer, held_out) -
     twice = HeldOutSet(held_out.x0[[0, 0]], [held_out.texts[0]] * 2, timestep_count=2, seed=0)
     losses = held_out_loss(transformer, OBJECTIVE, twice, batch_size=4)["simple"]
     assert not torch.isclose(losses[0, 0], losses[1, 0])
+
+
+@torch.no_grad()
+def test_bound_is_that_of_each_picture_by_itself_without_dropout(tiny, held_out) -> None:
+    """Every picture with its own noise and no text but its own, by diffusers' transformer called as it documents."""
+    transformer, schedule = models.load_transformer(str(tiny), dtype=torch.float32), NoiseSchedule.linear().respaced(5)
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    transformer.train()
+    bound = held_out_bound(transformer, schedule, "epsilon", held_out, variance="learned", batch_size=2)
+    assert transformer.training
+    transformer.eval()
+    for p, text in enumerate(held_out.texts):
+
+        def network(x, t, text=text):
+            return transformer(x, text[None], t, {"resolution": None, "aspect_ratio": None}).sample
+
+        def noise(index, p=p):
+            return normal(held_out.seed, [5 * p + index], "held-out bound", (4, 8, 8))
+
+        alone = variational_bound(schedule, network, held_out.x0[[p]], "epsilon", noise=noise, variance="learned")
+        for field in fields(Bound):
+            ours, expected = (getattr(found, field.name) for found in (bound, alone))
+            torch.testing.assert_close(ours[[p]], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_off_while_the_loss_is_measured(tiny, held_out) -> None:
+    transformer = models.load_transformer(str(tiny), dtype=torch.float32)
+    expected = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    found = held_out_loss(transformer.train(), OBJECTIVE, held_out, batch_size=12)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_modes_and_random_state_survive(transformer, held_out) -> None:

@@ -230,6 +230,32 @@ def test_churn_is_the_papers_algorithm_with_the_first_noise_in_the_start(sampler
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("norms", ["per_sample", "batch_mean"])
+@pytest.mark.parametrize("corrector_first", [False, True])
+def test_predictor_and_corrector_are_song_et_als_algorithm_5(norms: str, corrector_first: bool) -> None:
+    """Song et al. 2021b, Algs. 3 and 5, line by line, at five steps of a thousand with two corrections each."""
+    options = {"corrector_steps": 2, "corrector_snr": 0.2, "corrector_first": corrector_first, "corrector_norms": norms}
+    scheduler, kept = made(("score_sde", options), 5), [0, 250, 500, 749, 999]
+    alpha_bar = LINEAR.alpha_bar[kept].tolist()
+    noise = [draw(*SHAPE, seed=call) for call in range(len(scheduler.timesteps))]
+    x, unused = draw(*SHAPE, seed=99), iter(noise)
+    found = run(scheduler, bent, x, noise=lambda call: noise[call])[-1]
+    for i in reversed(range(5)):
+
+        def score(x: Tensor, i: int = i) -> Tensor:
+            return -bent(x, torch.tensor(kept[i]))[:, :4] / math.sqrt(1 - alpha_bar[i])
+
+        alpha = alpha_bar[i] / (alpha_bar[i - 1] if i else 1)
+        for _ in range(2 if corrector_first or i < 4 else 0):
+            z, g = next(unused), score(x)
+            ratio = torch.stack([z.flatten(1).norm(dim=1), g.flatten(1).norm(dim=1)])
+            ratio = ratio if norms == "per_sample" else ratio.mean(dim=1, keepdim=True)
+            step = (2 * alpha * (0.2 * ratio[0] / ratio[1]) ** 2).view(-1, 1, 1, 1)
+            x = x + step * g + (2 * step).sqrt() * z
+        x = (2 - math.sqrt(alpha)) * x + (1 - alpha) * score(x) + (math.sqrt(1 - alpha) * next(unused) if i else 0)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ON_INDICES + ON_LEVELS, ids=name_of)
 def test_a_network_runs_on_another_schedule_matched_in_snr_or_by_the_index(case: Case, kind: PredictionType) -> None:

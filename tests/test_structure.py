@@ -1,6 +1,6 @@
 """The shape of the house: imports go down the levels of this table, files stay small, every shipped file is covered.
 
-Oracle: the table below, which is the design's. A module may import from lower levels, or from inside its own package.
+Oracle: the table below, which is the design's. A module may import from lower levels alone, inside a package too.
 """
 
 import ast
@@ -28,7 +28,7 @@ LEVELS = {
     "settings": 2,
     "config": 3,
     "diffusion": 0,
-    "diffusion.respacing": 0,
+    "diffusion.respacing": -1,
     "diffusion.schedules": 0,
     "diffusion.sigmas": 2,
     "diffusion.process": 1,
@@ -112,10 +112,7 @@ def ours(path: Path) -> set[str]:
 def test_imports_go_down_the_levels(name: str) -> None:
     assert name in LEVELS, f"give {name} a level"
     for other in ours(modules()[name]):
-        package = name.rpartition(".")[0]
-        same_package = bool(package) and other.startswith(package)
-        below = LEVELS[other] < LEVELS[name]
-        assert below or same_package, f"{name} (level {LEVELS[name]}) imports {other} (level {LEVELS[other]})"
+        assert LEVELS[other] < LEVELS[name], f"{name} (level {LEVELS[name]}) imports {other} (level {LEVELS[other]})"
 
 
 def test_table_names_no_module_that_is_gone() -> None:

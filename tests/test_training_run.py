@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
@@ -272,12 +273,33 @@ def test_cosine_schedule_is_trained_and_recorded(options, tmp_path) -> None:
     assert losses(run)[0]["loss"] != base[0]["loss"]
 
 
-def test_gradient_checkpointing_changes_memory_alone(options, tmp_path) -> None:
-    options["lora.dropout"] = 0.0
+def test_gradient_checkpointing_changes_memory_alone(options, tmp_path, monkeypatch) -> None:
+    """Each block is run once more in every step, to the same losses."""
+    options |= {"lora.dropout": 0.0, "data.held_out_fraction": 0.0, "validation.prompts": []}
+    whole, runs = BasicTransformerBlock.forward, []
+
+    def counted(block, *args, **kwargs):
+        runs.append(block)
+        return whole(block, *args, **kwargs)
+
+    monkeypatch.setattr(BasicTransformerBlock, "forward", counted)
     plain = losses(train(options))
+    assert len(runs) == 2 * STEPS  # the tiny transformer has two blocks
     saving = losses(train(options, run__folder=tmp_path / "saving", model__gradient_checkpointing=True))
+    assert len(runs) == 2 * STEPS + 4 * STEPS
     for a, b in zip(plain, saving, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_adapter_dropout_acts_in_training_and_not_before_there_is_something_to_drop(options, tmp_path) -> None:
+    """B is zero in the first step, so that what A is given does not matter yet."""
+    options |= {"train.steps": 3, "data.held_out_fraction": 0.0, "validation.prompts": []}
+    never, often = (
+        [a["loss"] for a in losses(train(options, run__folder=tmp_path / str(dropout), lora__dropout=dropout))]
+        for dropout in (0.0, 0.5)
+    )
+    assert often[0] == pytest.approx(never[0], rel=1e-6)
+    assert often[2] != pytest.approx(never[2], rel=1e-4)
 
 
 def test_bf16_trains_a_float32_adapter_on_a_bfloat16_base(options) -> None:

@@ -1,0 +1,92 @@
+"""The training loop itself, on a toy network. Oracles: one process for two, the average for what is drawn.
+
+Whole runs are in test_training_run.py, the numbers of the first steps by hand in test_training_wiring.py.
+"""
+
+import json
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pixart_ft.checkpoint import load_nested
+from tests.toy_run import Toy, toy_trainer
+
+STEPS = 12
+
+
+def state(run: Path, name: str) -> Any:
+    return load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / f"{name}.safetensors")
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def one_of_two(rank: int, port: int, folder: Path) -> None:
+    """The body of a process; accelerate finds the other by the environment, as `accelerate launch` sets it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    toy_trainer(folder / "two", folder / f"data-{rank}", batch_size=1, accumulation=2).run()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Two gloo processes that accumulate draw, learn, average, log and remember what one process does."""
+    toy_trainer(tmp_path / "one", tmp_path / "data", batch_size=4).run()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked, they need not import for ten seconds; but CUDA does not survive a fork.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(one_of_two, (port, tmp_path), nprocs=2, start_method=method)
+    one, two = tmp_path / "one", tmp_path / "two"
+    histories = [state(run, "progress")["history"] for run in (one, two)]
+    assert histories[1]["counts"].tolist() == histories[0]["counts"].tolist() == [10, 10, 10]
+    torch.testing.assert_close(histories[1]["losses"], histories[0]["losses"], rtol=1e-4, atol=1e-6)
+    for name in ("trained", "ema"):
+        torch.testing.assert_close(state(two, name), state(one, name), rtol=1e-4, atol=1e-6)
+    assert len(log(one)) == len(log(two)) == STEPS
+    for a, b in zip(log(one), log(two), strict=True):
+        assert (a["step"], a["samples"]) == (b["step"], b["samples"])
+        assert b["train"] == pytest.approx(a["train"], rel=1e-4)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-4)
+
+
+def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(tmp_path: Path) -> None:
+    """The next one begins with the weights and the average that this one began with, and no gradient."""
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=3)
+    found: list[list[torch.Tensor]] = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        assert trainer.transformer.layer.bias.grad is None
+        found.append([x.detach().clone() for x in (*trainer.trained.values(), *trainer.ema.shadows.values())])
+        return gradient * (math.nan if len(found) == 2 else 1.0)
+
+    trainer.transformer.layer.bias.register_hook(spoil)
+    trainer.run()
+    torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)
+    assert not torch.equal(found[1][0], found[0][0]) and trainer.ema.num_updates == 2
+
+
+def test_samples_are_drawn_by_the_average(tmp_path: Path) -> None:
+    """In eval mode too; the weights that are trained come back, in the mode they had."""
+    drawn: list[dict[str, torch.Tensor]] = []
+
+    def draw(network: Toy) -> list[Image.Image]:
+        assert not network.training
+        drawn.append({name: value.clone() for name, value in network.state_dict().items()})
+        return [Image.new("RGB", (8, 8))]
+
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=4, samples_every=2)
+    trainer.run()
+    assert trainer.transformer.training and len(drawn) == 3
+    torch.testing.assert_close(drawn[-1], dict(trainer.ema.shadows), rtol=0, atol=0)
+    assert not torch.equal(drawn[-1]["layer.weight"], trainer.trained["layer.weight"])
+    assert not torch.equal(drawn[1]["layer.weight"], drawn[2]["layer.weight"])
