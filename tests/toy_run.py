@@ -15,6 +15,7 @@ from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.draws import Plan, TrainingSet
 from pixart_ft.ema import Ema
+from pixart_ft.latents import LatentScale
 from pixart_ft.objective import Objective
 from pixart_ft.trainer import Trainer
 
@@ -62,7 +63,7 @@ def toy_set(folder: Path) -> TrainingSet:
     texts = {f"text{i}": torch.randn(1, 3, generator=generator) for i in range(6)}
     store.add(latents)
     store.add(texts)
-    return TrainingSet(CachedPictures(store, list(latents), list(texts)), 1.0, torch.zeros(1, 3))
+    return TrainingSet(CachedPictures(store, list(latents), list(texts)), LatentScale(1.0), torch.zeros(1, 3))
 
 
 def toy_trainer(folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | None = None, **plan: Any) -> Trainer:
