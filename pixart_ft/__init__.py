@@ -1,3 +1,52 @@
 """Fine-tune PixArt-Sigma on your own pictures, its learned variance included, and generate with the result."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pixart_ft.config import TrainConfig, load_config
+    from pixart_ft.drawing import Settings
+    from pixart_ft.errors import UserError
+    from pixart_ft.generate_config import GenerateConfig
+    from pixart_ft.generation import run_generation
+    from pixart_ft.pictures import read_recipe
+    from pixart_ft.pipeline import PixArtPipeline
+    from pixart_ft.text_to_image import TextToImage
+    from pixart_ft.training_run import run_training
+
 __version__ = "0.1.0"
+__all__ = [
+    "GenerateConfig",
+    "PixArtPipeline",
+    "Settings",
+    "TextToImage",
+    "TrainConfig",
+    "UserError",
+    "load_config",
+    "read_recipe",
+    "run_generation",
+    "run_training",
+]
+
+_HOMES = {  # imported when first asked for, since most bring torch along
+    "GenerateConfig": "generate_config",
+    "PixArtPipeline": "pipeline",
+    "Settings": "drawing",
+    "TextToImage": "text_to_image",
+    "TrainConfig": "config",
+    "UserError": "errors",
+    "load_config": "config",
+    "read_recipe": "pictures",
+    "run_generation": "generation",
+    "run_training": "training_run",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

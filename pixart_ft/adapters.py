@@ -207,9 +207,14 @@ def load_adapter(
     _fill(transformer, folder)
     for parameter in _parameters(transformer).values():
         parameter.requires_grad_(False)
-    for _, layer in _layers(transformer):
-        layer.scaling[_ADAPTER] *= scale
+    scale_adapter(transformer, scale)
     return metadata, _read_tensors(folder / _NULL_CAPTION)["null_caption"]
+
+
+def scale_adapter(transformer: PixArtTransformer2DModel, scale: float) -> None:
+    """Multiply the attached adapter's update by `scale`, whatever it was multiplied by before; 1 is as trained."""
+    for _, layer in _layers(transformer):
+        layer.set_scale(_ADAPTER, scale)
 
 
 def fill_adapter(transformer: PixArtTransformer2DModel, path: str | Path) -> AdapterMetadata:

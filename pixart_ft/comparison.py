@@ -56,6 +56,7 @@ def run_comparison(config: GenerateConfig, model: TextToImage, prompts: Sequence
                 captions[key] = f"{calls[key]} calls, {time.perf_counter() - started:.1f} s"
             sheet = grid(
                 [[pictures[name, steps] for steps in config.compare_steps] for name in config.compare_samplers],
+                title=prompt,
                 row_labels=[SAMPLERS[name].title for name in config.compare_samplers],
                 column_labels=[f"{steps} steps" for steps in config.compare_steps],
                 captions=[

@@ -249,9 +249,10 @@ class TrainConfig(Config):
     )
 
 
-def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> TrainConfig:
+def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:
     """A training configuration from a YAML file, a shipped name (`quickstart`) or a mapping.
 
-    overrides: dotted key -> text, as {"train.steps": "60"}. Raises UserError with all mistakes together.
+    overrides: dotted key -> value, or its text as on the command line, as {"train.steps": 60}. Raises UserError with
+    all mistakes together.
     """
     return load(TrainConfig, source, overrides)

@@ -1,10 +1,12 @@
 """How pictures are drawn, whatever the weights: the settings, what they ask of a model, the scheduler they mean."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Literal
+
+from PIL import Image
 
 from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule, ScheduleName, TimeConditioning, conditioned, named_config
@@ -27,7 +29,7 @@ class Settings:
     options: Mapping[str, object] = field(default_factory=dict)  # the sampler's own: SAMPLERS[sampler].settings
     schedule: ScheduleName | Literal["base"] = "base"  # the noise levels walked through; base: those trained on
     time_conditioning: TimeConditioning = "snr_matched"  # what another schedule tells the network
-    image: Path | None = None  # a picture to start from
+    image: Path | Image.Image | None = None  # a picture to start from
     strength: float = 0.6  # share of the steps that are run on it
     inversion: bool = False  # start from the noise that DDIM finds for it, not from a random one
     width: int | None = None  # pixels; None: the size the model was trained at
@@ -131,9 +133,9 @@ def size_of(aspect_ratio: str, model: Abilities) -> tuple[int, int]:
 
 def recipe_of(settings: Settings) -> dict[str, object]:
     """The settings as plain values, the sampler's options among them."""
-    values = asdict(settings)
-    image = values.pop("image")
-    return values | {"image": None if image is None else str(image)}
+    values: dict[str, object] = {part.name: getattr(settings, part.name) for part in fields(settings)}
+    image = settings.image
+    return values | {"image": "a picture in memory" if isinstance(image, Image.Image) else image and str(image)}
 
 
 def _learned(settings: Settings) -> bool:

@@ -1,13 +1,11 @@
 """The generate command: prompts times seeds to PNG files that hold their recipe, and a grid of them."""
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from pixart_ft.adapters import find_adapter, read_metadata
 from pixart_ft.comparison import run_comparison, settled_cells
@@ -15,7 +13,7 @@ from pixart_ft.config import HUB_BASE, MOST_PICTURES
 from pixart_ft.drawing import Abilities, Settings, settled, size_of
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.pictures import grid, read_recipe, save_png
+from pixart_ft.pictures import grid, picture_name, read_recipe, save_png
 from pixart_ft.text import read_text
 from pixart_ft.text_to_image import TextToImage, read_abilities
 
@@ -39,16 +37,14 @@ def run_generation(config: GenerateConfig) -> list[Path]:
         return run_comparison(config, model, prompts, cells)
     seeds = range(config.seed, config.seed + config.images_per_prompt)
     jobs = {
-        config.out / _file_name(number, prompt, seed): (prompt, seed)
+        config.out / picture_name(f"{number:03d}", prompt, seed): (prompt, seed)
         for number, prompt in enumerate(prompts)
         for seed in seeds
     }
     shared = model.circumstances(settings)
     recipes = {path: {"prompt": prompt, "seed": seed} | shared for path, (prompt, seed) in jobs.items()}
     todo = _missing(recipes)
-    calls = model.calls(settings)
-    total = None if calls is None else len(todo) * calls
-    with tqdm(total=total, desc="generating", unit=" calls", dynamic_ncols=True) as bar:
+    with model.progress_bar(len(todo), settings) as bar:
         drawn = model.draw([jobs[path] for path in todo], settings, batch_size=config.batch_size, progress=bar.update)
         for path, picture in zip(todo, drawn, strict=True):
             save_png(picture, path, recipes[path])
@@ -57,7 +53,7 @@ def run_generation(config: GenerateConfig) -> list[Path]:
     print(
         f"pictures drawn: {len(todo)} in {time.perf_counter() - started:.1f} s; there already: {len(jobs) - len(todo)}"
     )
-    print(_cost(settings, calls, made / len(todo) if todo else None))
+    print(_cost(settings, model.calls(settings), made / len(todo) if todo else None))
     print(f"pictures: {config.out}\nall of them on one sheet: {sheet}")
     return list(jobs)
 
@@ -161,12 +157,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _file_name(number: int, prompt: str, seed: int) -> str:
-    """Such as 000-a-red-apple-seed0.png; the number tells apart prompts whose words in ASCII are the same."""
-    words = "-".join(re.findall("[a-z0-9]+", prompt.lower()))[:40].strip("-")
-    return f"{number:03d}-{words or 'prompt'}-seed{seed}.png"
 
 
 def _missing(recipes: Mapping[Path, Mapping[str, object]]) -> list[Path]:

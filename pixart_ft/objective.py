@@ -13,6 +13,12 @@ from pixart_ft.diffusion.process import FixedVariance, LossSpace, PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import Weighting, loss_weights
 
+_ERRORS: dict[LossSpace, str] = {
+    "epsilon": "noise error",
+    "v_prediction": "v error",
+    "sample": "x0 error",
+    "posterior_mean": "posterior mean error",
+}
 ObjectiveKind = Literal["hybrid", "simple", "vlb"] | SuForm
 
 
@@ -43,6 +49,17 @@ class Objective:
     def trains_variance(self) -> bool:
         """Whether the network's variance half is trained; the other kinds leave it stale."""
         return self.kind == "hybrid" or (self.kind == "vlb" and self.variance == "learned")
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What each of the `terms` is, for people."""
+        space = self.space if self.kind in ("hybrid", "simple") else None
+        simple = _ERRORS[space or self.prediction_type]
+        if self.kind not in ("hybrid", "simple", "vlb"):
+            simple = f"error of the form {self.kind}"
+        if self.norm == "huber" and self.kind in ("hybrid", "simple"):
+            simple += " (Huber)"
+        return {"loss": "loss", "simple": simple, "vlb": "bits/dim of one step"}
 
     @property
     def draws_two_noises(self) -> bool:

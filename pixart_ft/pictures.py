@@ -4,29 +4,59 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_file
+from pixart_ft.lettering import dejavu_sans, fitting, font_of
 
 RECIPE_KEY = "pixart_ft"  # the PNG text chunk that holds the recipe, as JSON
 _HELD_OUT = "held out (± standard error)"
-_UNITS = {"simple": "mean squared error", "vlb": "bits per dimension"}
+
+
+@dataclass(frozen=True)
+class _Label:
+    """Lines of text in the font that has their letters."""
+
+    lines: Sequence[str]
+    font: ImageFont.FreeTypeFont
+
+    @classmethod
+    def fitted(cls, text: str, size: int, width: int, max_lines: int) -> Self:
+        """Wrapped to a width in pixels; ends in an ellipsis where it does not fit."""
+        path, shown = fitting(text)
+        font = font_of(path, size)
+        return cls(_wrap(shown, font, width, max_lines), font)
+
+    @property
+    def width(self) -> int:
+        return max((math.ceil(self.font.getlength(line)) for line in self.lines), default=0)
+
+    def write(self, draw: ImageDraw.ImageDraw, x: float, top: float, line: int, *, middle: bool = False) -> None:
+        """Draw the lines, `line` pixels each, from `top` on; x is their left end or their middle."""
+        ascent, _ = font_of(dejavu_sans(), round(self.font.size)).getmetrics()  # of any font's: one base line for all
+        for number, text in enumerate(self.lines):
+            place = x, top + number * line + ascent
+            draw.text(place, text, font=self.font, fill="black", anchor="ms" if middle else "ls")
 
 
 def grid(
     rows: Sequence[Sequence[Image.Image | None]],
     *,
+    title: str | None = None,
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     captions: Sequence[Sequence[str]] | None = None,
     cell: int | None = None,
 ) -> Image.Image:
-    """One white sheet with the pictures of `rows` in line, labels to the left and on top, captions of a line below.
+    """One white sheet with the pictures of `rows` in line.
 
     rows: may be of different lengths; None leaves a cell white.
+    title: above all; row_labels to the left, column_labels on top, captions of a line below each picture.
     cell: side in pixels of the square each picture is fitted into, proportions kept; None takes the longest
         side of any picture. Labels grow with it, are wrapped, and end in an ellipsis where they do not fit.
     Raises ValueError without any picture, or when the labels are not as many as the rows or columns.
@@ -42,84 +72,169 @@ def grid(
         if labels is not None and len(labels) != count:
             raise ValueError(f"{name} has {len(labels)} labels for {count} of them")
     side = cell or max(max(image.size) for image in present)
-    font = _font(min(28, max(10, side // 14)))
-    line = sum(font.getmetrics()) + 1
+    size = min(28, max(10, side // 14))
+    line = sum(font_of(dejavu_sans(), size).getmetrics()) + 1
     gap = max(4, side // 32)
 
-    beside = [_wrap(text, font, max(110, 3 * side // 4), side // line) for text in row_labels or ()]
-    above = [_wrap(text, font, side, 3) for text in column_labels or ()]
-    left = gap + (max((math.ceil(font.getlength(t)) for lines in beside for t in lines), default=-gap) + gap)
-    top = gap + (max((len(lines) for lines in above), default=0) * line + gap if above else 0)
+    beside = [_Label.fitted(text, size, max(110, 3 * side // 4), side // line) for text in row_labels or ()]
+    above = [_Label.fitted(text, size, side, 3) for text in column_labels or ()]
+    left = gap + max((label.width + gap for label in beside), default=0)
     pitch, down = side + gap, side + gap + (line if captions else 0)
-    sheet = Image.new("RGB", (left + columns * pitch, top + len(rows) * down), "white")
+    width = left + columns * pitch
+    headings = [_Label.fitted(title, size, width - 2 * gap, 3)] if title else []
+    head = sum(len(label.lines) * line + gap for label in headings)
+    top = head + gap + (max((len(label.lines) for label in above), default=0) * line + gap if above else 0)
+    sheet = Image.new("RGB", (width, top + len(rows) * down), "white")
     draw = ImageDraw.Draw(sheet)
-    for column, lines in enumerate(above):
-        for i, text in enumerate(lines):
-            middle = left + column * pitch + side / 2
-            draw.text((middle, top - gap - (len(lines) - i) * line), text, font=font, fill="black", anchor="ma")
-    for row, lines in enumerate(beside):
-        for i, text in enumerate(lines):
-            middle = top + row * down + side / 2
-            draw.text((gap, middle + (i - len(lines) / 2) * line), text, font=font, fill="black")
+    for label in headings:
+        label.write(draw, gap, gap, line)
+    for column, label in enumerate(above):
+        label.write(draw, left + column * pitch + side / 2, top - gap - len(label.lines) * line, line, middle=True)
+    for row, label in enumerate(beside):
+        label.write(draw, gap, top + row * down + (side - len(label.lines) * line) / 2, line)
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             if image is not None:
                 _paste(sheet, image, left + column * pitch, top + row * down, side)
     for row, texts in enumerate(captions or ()):
         for column, text in enumerate(texts):
-            (shown,) = _wrap(text, font, side, 1) or [""]
             below = left + column * pitch + side / 2, top + row * down + side
-            draw.text(below, shown, font=font, fill="black", anchor="ma")
+            _Label.fitted(text, size, side, 1).write(draw, *below, line, middle=True)
     return sheet
 
 
-def loss_curve(
-    records: Sequence[Mapping[str, object]],
-    path: str | Path,
-    *,
-    title: str = "Fine-tuning",
-) -> None:
-    """Draw the loss terms of a run's log, one panel a term, as a PNG.
+@dataclass(frozen=True)
+class Sample:
+    """A picture with what was drawn."""
+
+    prompt: str
+    seed: int
+    picture: Image.Image
+
+
+def sample_sheet(samples: Sequence[Sample], title: str) -> Image.Image:
+    """A grid of them: a row for each prompt, a column for each seed; samples come by prompt, then by seed."""
+    seeds = list(dict.fromkeys(sample.seed for sample in samples))
+    rows = [samples[start : start + len(seeds)] for start in range(0, len(samples), len(seeds))]
+    return grid(
+        [[sample.picture for sample in row] for row in rows],
+        title=title,
+        row_labels=[row[0].prompt for row in rows],
+        column_labels=[f"seed {seed}" for seed in seeds],
+    )
+
+
+def picture_name(number: str, prompt: str, seed: int) -> str:
+    """Such as 000-a-red-apple-seed0.png; the number tells apart prompts whose words in ASCII are the same."""
+    words = "-".join(re.findall("[a-z0-9]+", prompt.lower()))[:40].strip("-")
+    return f"{number}-{words or 'prompt'}-seed{seed}.png"
+
+
+def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path, *, title: str = "Fine-tuning") -> None:
+    """Draw the loss of a run's log as a PNG: held out, its lowest point marked, the training's behind it.
 
     A record holds "step" (optimizer steps), perhaps "samples" (pictures seen; then the horizontal axis), and
     either or both of
       "train": {term: mean over the batch}, drawn faint, with its running mean over a twentieth of the run;
       "held_out": {term: {"mean": float, "standard_error": float}}, drawn as points with bars of that error.
-    Terms by quartile of t (`simple_q1`) are left out, as are values that are not finite; a term equal to an
-    earlier one throughout is drawn once. The vertical axis is logarithmic where the values are positive and
-    span more than a factor of three.
+    Values that are not finite are left out. The vertical axis shows the held-out loss and the running mean whole; it is
+    logarithmic where these are positive and span more than a factor of three. Raises ValueError without a finite loss.
     """
-    from matplotlib.figure import Figure  # drawn by Agg; pyplot and its global state are left alone
-
-    by_samples = all("samples" in record for record in records)
-    train, held_out = _series(records, "samples" if by_samples else "step")
-    terms: dict[str, tuple[list[tuple[float, float]], list[tuple[float, float, float]]]] = {}
-    for name in dict.fromkeys((*train, *held_out)):
-        curves = train.get(name, []), held_out.get(name, [])
-        if not re.search("_q[1-4]$", name) and curves not in terms.values():
-            terms[name] = curves
+    terms, axis = _terms(records)
     if not terms:
         raise ValueError("loss_curve() needs at least one finite loss")
-    figure = Figure(figsize=(5.2 * len(terms), 3.8), dpi=120, layout="constrained")
-    figure.suptitle(title)
-    for axes, (name, (points, held)) in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms.items()):
-        if points:
-            x, y = zip(*points)
-            smooth = _running_mean(y, max(1, len(y) // 20))
-            axes.plot(x, y, color="tab:blue", alpha=0.2, linewidth=0.8)
-            axes.plot(x, smooth, color="tab:blue", label="train (running mean)")
-        if held:
-            x, y, error = zip(*held)
-            axes.errorbar(x, y, error, fmt="o-", color="tab:orange", markersize=4, capsize=3, label=_HELD_OUT)
-        values = [point[1] for point in (*points, *held)]
-        if min(values) > 0 and max(values) > 3 * min(values):
-            axes.set_yscale("log")
-        axes.set_title(name)
-        axes.set_xlabel("pictures seen" if by_samples else "optimizer steps")
-        axes.set_ylabel(_UNITS.get(name, "loss"))
-        axes.grid(True, which="both", alpha=0.25)
+    name = "loss" if "loss" in terms else next(iter(terms))
+    points, held = terms[name]
+    figure, (axes,) = _figure(1, title, axis)
+    smooth = _draw_term(axes, points, held, emphasis=2.0)
+    if held:
+        x, lowest, _ = min(held, key=lambda point: point[1])
+        steps = next(record["step"] for record in records if record[axis] == x)
+        where = "before the first step" if steps == 0 else f"after {steps} steps"
+        label = f"lowest held out: {lowest:.4g} {where}"
+        axes.plot([x], [lowest], "*", color="tab:red", markersize=16, zorder=4, label=label)
+        shown = [*(m - e for _, m, e in held), *(m + e for _, m, e in held), *smooth]
+        low, high = min(shown), max(shown)
+        if axes.get_yscale() == "log" and low > 0:
+            axes.set_ylim(low / (high / low) ** 0.1, high * (high / low) ** 0.1)
+        elif high > low:
+            axes.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    axes.set_ylabel(name)
+    axes.legend(frameon=False, fontsize="small")
+    write_file(Path(path), lambda file: figure.savefig(file, format="png"))
+
+
+def term_curves(
+    records: Sequence[Mapping[str, object]], path: str | Path, *, titles: Mapping[str, str], title: str = "Fine-tuning"
+) -> bool:
+    """Draw what the loss is made of, a panel a term, named by `titles`; False and no file where that is all one.
+
+    Records as in `loss_curve`. Terms by quartile of t (`simple_q1`) are left out, and equal ones drawn once.
+    """
+    terms, axis = _terms(records)
+    loss = terms.pop("loss", None)
+    distinct: dict[str, tuple[list[tuple[float, float]], list[tuple[float, float, float]]]] = {}
+    for name, curves in terms.items():
+        if curves != loss and curves not in distinct.values():
+            distinct[name] = curves
+    if not distinct:
+        return False
+    figure, panels = _figure(len(distinct), title, axis)
+    for axes, (name, (points, held)) in zip(panels, distinct.items(), strict=True):
+        _draw_term(axes, points, held)
+        axes.set_title(titles.get(name, name))
         axes.legend(frameon=False, fontsize="small")
     write_file(Path(path), lambda file: figure.savefig(file, format="png"))
+    return True
+
+
+def _terms(
+    records: Sequence[Mapping[str, object]],
+) -> tuple[dict[str, tuple[list[tuple[float, float]], list[tuple[float, float, float]]]], str]:
+    """Training and held-out points of every whole term, and the record's key that is the horizontal axis."""
+    axis = "samples" if all("samples" in record for record in records) else "step"
+    train, held_out = _series(records, axis)
+    names = [name for name in dict.fromkeys((*train, *held_out)) if not re.search("_q[1-4]$", name)]
+    return {name: (train.get(name, []), held_out.get(name, [])) for name in names}, axis
+
+
+def _figure(panels: int, title: str, axis: str) -> tuple[Any, list[Any]]:
+    """A figure with panels side by side."""
+    from matplotlib.figure import Figure  # drawn by Agg; pyplot and its global state are left alone
+
+    figure = Figure(figsize=(7.0 if panels == 1 else 4.6 * panels, 4.2), dpi=120, layout="constrained")
+    font, shown = fitting(title)
+    figure.suptitle(shown, font=Path(font), parse_math=False)  # a name with two $ is no formula
+    found = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in found:
+        axes.set_xlabel("pictures seen" if axis == "samples" else "optimizer steps")
+        axes.grid(True, which="both", alpha=0.25)
+        axes.locator_params(axis="x", nbins=6)
+    return figure, found
+
+
+def _draw_term(
+    axes: Any,
+    points: Sequence[tuple[float, float]],
+    held: Sequence[tuple[float, float, float]],
+    *,
+    emphasis: float = 1.0,
+) -> list[float]:
+    """The curves of one term; returns the running mean of training. `emphasis` thickens the held-out one."""
+    smooth: list[float] = []
+    if points:
+        x, y = zip(*points, strict=True)
+        smooth = _running_mean(y, max(1, len(y) // 20))
+        axes.plot(x, y, color="tab:blue", alpha=0.15, linewidth=0.8)
+        axes.plot(x, smooth, color="tab:blue", alpha=0.6, linewidth=1.2, label="training (running mean)")
+    if held:
+        x, y, error = zip(*held, strict=True)
+        style = {"markersize": 4, "capsize": 3, "linewidth": emphasis, "zorder": 3}
+        axes.errorbar(x, y, error, fmt="o-", color="tab:orange", label=_HELD_OUT, **style)
+    values = [*smooth, *(point[1] for point in held)]
+    if min(values) > 0 and max(values) > 3 * min(values):
+        axes.set_yscale("log")
+    return smooth
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, object]) -> None:
@@ -143,13 +258,6 @@ def read_recipe(path: str | Path) -> dict[str, object]:
             f"{path} holds no recipe: it is not a PNG by pixart_ft, or a program that drops metadata saved it"
         )
     return recipe
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it: needs no system font, and Pillow's own lacks accented letters."""
-    import matplotlib
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:

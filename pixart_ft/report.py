@@ -1,6 +1,6 @@
 """What a finished run leaves: adapters, the before/after sheet, the loss curve, and a summary on the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +12,9 @@ from pixart_ft.checkpoint import RunFolder
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import Estimate
 from pixart_ft.files import write_file
-from pixart_ft.pictures import grid, loss_curve
+from pixart_ft.pictures import grid, loss_curve, term_curves
 from pixart_ft.trainer import Trainer
 from pixart_ft.watching import Comparison, Place
-
-TITLES = {"loss": "held-out loss", "simple": "noise error", "vlb": "bits/dim of one step"}
 
 
 def finish(
@@ -40,13 +38,16 @@ def finish(
         with attempted("the loss curve"):
             loss_curve(records, folder.final / "loss.png", title=folder.path.name)
             written["loss curve"] = folder.final / "loss.png"
+            terms = folder.final / "loss_terms.png"
+            if term_curves(records, terms, titles=trainer.objective.titles, title=folder.path.name):
+                written["its terms"] = terms
     if prompts:
         with attempted("the sheet of before and after"):
             sheet = before_after(folder, trainer.watch.since, trainer.step, prompts)
             write_file(folder.final / "before_after.png", lambda aside: sheet.save(aside, format="PNG"))
             written["before and after"] = folder.final / "before_after.png"
     with attempted("the summary"):
-        print(summary(trainer.place, trainer.watch.comparison()))
+        print(summary(trainer.place, trainer.watch.comparison(), trainer.objective.titles))
     for what, path in written.items():
         print(f"  {what:<18}{path}")
     example = prompts[0] if prompts else "..."
@@ -82,7 +83,7 @@ def before_after(folder: RunFolder, first_step: int, last_step: int, prompts: Se
     return grid(rows, row_labels=[before, "after"], column_labels=list(prompts))
 
 
-def summary(place: Place, held_out: Comparison) -> str:
+def summary(place: Place, held_out: Comparison, titles: Mapping[str, str]) -> str:
     """By how much the held-out loss changed, with the standard error of the paired difference over pictures."""
     lines = [f"{place.step} steps, {place.samples} pictures seen"]
     if held_out.change and held_out.since:
@@ -92,7 +93,8 @@ def summary(place: Place, held_out: Comparison) -> str:
     for name in names if held_out.change else ():
         change = held_out.change[name]
         before, after = held_out.before[name], held_out.after[name]
-        lines.append(f"  {TITLES.get(name, name):<22}{before.mean:.4f} -> {after.mean:.4f}   change {_signed(change)}")
+        title = "held-out loss" if name == "loss" else titles[name]
+        lines.append(f"  {title:<22}{before.mean:.4f} -> {after.mean:.4f}   change {_signed(change)}")
     return "\n".join(lines)
 
 

@@ -105,14 +105,14 @@ def add_unknown(problems: list[str], key: str, known: Iterable[str]) -> None:
 def load(
     kind: type[AnyConfig],
     source: str | Path | Mapping[str, Any],
-    overrides: Mapping[str, str] | Mapping[str, str | list[str]] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     *,
     problems: Sequence[str] = (),
 ) -> AnyConfig:
     """Reads a configuration, applies the overrides and checks everything.
 
     source     YAML file, name of a shipped configuration, or a mapping
-    overrides  dotted key -> text as typed (YAML, or plain text where the key is text), or a list itself
+    overrides  dotted key -> text as typed (YAML, or plain text where the key is text), or a value
     problems   mistakes the caller found already, reported together with those found here
 
     Raises UserError with every unknown key, wrong type, missing key and contradiction in one report.
@@ -207,12 +207,12 @@ def _override(
             problems.append(f"{key} is {_show(text)}; expected {expected(fields[key])} ({error})")
             continue
         if isinstance(target, dict):  # else the whole section is wrong, which pydantic finds
-            target[name] = value
+            target[name] = json.loads(json.dumps(value, default=str))  # a tuple or a path becomes as YAML has it
 
 
-def _parse_override(text: str | list[str], field: FieldInfo) -> Any:
+def _parse_override(text: object, field: FieldInfo) -> Any:
     optional = NoneType in get_args(field.annotation)
-    if isinstance(text, list) or is_empty(text):
+    if not isinstance(text, str) or is_empty(text):
         return text
     if optional and text == "null":
         return None

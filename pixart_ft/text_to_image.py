@@ -3,28 +3,29 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata, find_adapter, load_adapter, read_metadata
-from pixart_ft.data.captions import encode_each, pad_text, prepare_text, warn_of_losses
-from pixart_ft.data.datasets import load_picture
+from pixart_ft.adapters import AdapterMetadata, find_adapter, load_adapter, read_metadata, scale_adapter
+from pixart_ft.data.captions import pad_text
+from pixart_ft.data.datasets import load_picture, picture_pixels
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.drawing import Abilities, Settings, inversion_calls, recipe_of, scheduler_for, settled
 from pixart_ft.environment import versions
+from pixart_ft.errors import UserError
 from pixart_ft.models import VarianceState
 from pixart_ft.sampling import Guidance, decode_latents, encode_picture, invert_latents, sample_latents
 from pixart_ft.schedulers import RespacedDDIMScheduler
+from pixart_ft.text_encoder import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -34,52 +35,7 @@ class Adapter:
     path: str
     scale: float
     sha256: str  # of the weights, which may be trained anew at the same path
-    metadata: AdapterMetadata
-
-
-@dataclass
-class TextEncoder:
-    """Prompts to embeddings, each encoded once; the encoder itself can be freed when all are known.
-
-    known: prepared prompt -> (L, D); that of "" is the null caption, an adapter's own where there is one.
-    """
-
-    max_tokens: int
-    tokenizer: PreTrainedTokenizerBase
-    encoder: T5EncoderModel | None
-    known: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def load(
-        cls, base: str, *, revision: str | None, dtype: torch.dtype, device: torch.device | str, max_tokens: int
-    ) -> Self:
-        """Of a resolved base."""
-        tokenizer, encoder = models.load_text_encoder(base, dtype=dtype, revision=revision)
-        return cls(max_tokens, tokenizer, encoder.to(device))
-
-    def of(self, prompt: str) -> Tensor:
-        """The embedding (L, D) of a prompt on the CPU. Raises ValueError for a new one after the encoder was freed."""
-        self.encode([prompt])
-        return self.known[prepare_text(prompt)]
-
-    def encode(self, prompts: Iterable[str]) -> None:
-        """Encode the new ones of these, each by itself, so that no other decides its last bits."""
-        new = [text for text in dict.fromkeys(map(prepare_text, prompts)) if text not in self.known]
-        if not new:
-            return
-        if self.encoder is None:
-            raise ValueError(f"the text encoder was freed before {new[0]!r} was encoded; give load() all prompts")
-        warn_of_losses(self.tokenizer, new, self.max_tokens)
-        found = encode_each(self.encoder, self.tokenizer, new, max_tokens=self.max_tokens, batch_size=1)
-        for index, embedding in tqdm(found, "prompts encoded", len(new), delay=1, dynamic_ncols=True):
-            self.known[new[index]] = embedding
-
-    def encode_and_free(self, prompts: Sequence[str]) -> None:
-        """Encode these and the empty prompt, and drop the encoder."""
-        self.encode(["", *prompts])
-        self.encoder = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    metadata: AdapterMetadata = field(repr=False)
 
 
 def read_abilities(
@@ -111,7 +67,7 @@ def read_abilities(
     )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class TextToImage:
     """A PixArt-Sigma ready to draw: `TextToImage.load("demo", lora="runs/mine").generate("an apple")`."""
 
@@ -177,40 +133,79 @@ class TextToImage:
             dtype=dtype,
         )
 
+    def __repr__(self) -> str:
+        lora = "" if self.adapter is None else f", lora={self.adapter.path!r} at {self.adapter.scale:g}"
+        place = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        can = f"{self.abilities.size} px, predicts {self.abilities.prediction_type}, variance {self.abilities.variance}"
+        return f"TextToImage({self.base!r}{lora}, {can}, {place})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.transformer.parameters()).device
+
+    def set_lora_scale(self, scale: float) -> None:
+        """Multiply the adapter's effect by `scale` from now on: 1 as trained, 0 the base alone.
+
+        Raises UserError if the model has no adapter.
+        """
+        if self.adapter is None:
+            raise UserError("lora_scale: this model has no adapter; load it with lora=")
+        scale_adapter(self.transformer, scale)
+        self.adapter = replace(self.adapter, scale=scale)
+
     def generate(
         self,
         prompts: str | Sequence[str],
         *,
-        sampler: str = "ddim",
-        steps: int = 30,
-        guidance: float = 4.5,
-        seeds: Sequence[int] = (0,),
-        negative_prompt: str = "",
+        seeds: int | Sequence[int] = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
         width: int | None = None,
         height: int | None = None,
+        image: str | Path | Image.Image | None = None,
+        strength: float | None = None,
         options: Mapping[str, object] | None = None,
         settings: Settings | None = None,
         batch_size: int = 4,
+        progress: bool = True,
     ) -> list[Image.Image]:
         """One picture for every prompt and seed: all seeds of the first prompt, then of the next.
 
-        options: the sampler's own settings, as {"eta": 0.5}; settings: everything as a `Settings`, in place of the
-        arguments before it; batch_size pictures are drawn at once. Raises UserError as `settled` does.
+        settings: everything as a `Settings`; an argument that is given replaces what it says there, and what is not
+        said at all has its default there. options: the sampler's own settings, as {"eta": 0.5}. image: a picture to
+        start from, cropped to the size. batch_size pictures are drawn at once; progress shows a bar on the terminal.
+        Raises UserError as `settled` does.
         """
-        if settings is None:
-            settings = Settings(
-                sampler=sampler,
-                steps=steps,
-                guidance=guidance,
-                negative_prompt=negative_prompt,
-                width=width,
-                height=height,
-                options=options or {},
-            )
+        settings = settings or Settings()
+        if options is None and sampler not in (None, settings.sampler):
+            options = {}  # those of the settings are another sampler's
+        said = {
+            "sampler": sampler,
+            "steps": steps,
+            "guidance": guidance,
+            "negative_prompt": negative_prompt,
+            "width": width,
+            "height": height,
+            "image": Path(image) if isinstance(image, str) else image,
+            "strength": strength,
+            "options": options,
+        }
+        given: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+        settings = self.settled(replace(settings, **given))
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        jobs = list(itertools.product(prompts, seeds))
+        jobs = list(itertools.product(prompts, [seeds] if isinstance(seeds, int) else seeds))
         self.text.encode([*prompts, settings.negative_prompt])  # all at once: warnings name them together
-        return list(self.draw(jobs, self.settled(settings), batch_size=batch_size))
+        with self.progress_bar(len(jobs), settings, show=progress) as bar:
+            return list(self.draw(jobs, settings, batch_size=batch_size, progress=bar.update))
+
+    def progress_bar(self, count: int, settings: Settings, *, show: bool = True) -> tqdm:
+        """A bar over the network calls of `count` pictures; its `update` is for `draw`."""
+        calls = self.calls(settings)
+        total = None if calls is None else count * calls
+        return tqdm(total=total, desc="generating", unit=" calls", dynamic_ncols=True, disable=not show)
 
     def settled(self, settings: Settings) -> Settings:
         """The settings with this model's own size and the sampler's own options; see `drawing.settled`."""
@@ -242,7 +237,7 @@ class TextToImage:
     ) -> Tensor:
         """The latents (N, C, H, W) float32 of (prompt, seed) pairs, all at once; arguments as in `draw`."""
         assert settings.width is not None and settings.height is not None
-        device = next(self.transformer.parameters()).device
+        device = self.device
         factor = models.vae_factor(self.vae)
         shape = (self.transformer.config.in_channels, settings.height // factor, settings.width // factor)
         embeds, mask = (x.to(device) for x in pad_text([self.text.of(prompt) for prompt, _ in jobs]))
@@ -256,7 +251,9 @@ class TextToImage:
 
         begin = None
         if settings.image is not None:
-            x0 = encode_picture(self.vae, load_picture(settings.image, (settings.width, settings.height))[None])
+            image, size = settings.image, (settings.width, settings.height)
+            pixels = picture_pixels(image, size) if isinstance(image, Image.Image) else load_picture(image, size)
+            x0 = encode_picture(self.vae, pixels[None])
             x0 = x0.to(device).expand(len(jobs), *shape)
             if settings.inversion:
                 assert isinstance(scheduler, RespacedDDIMScheduler)
@@ -302,10 +299,12 @@ class TextToImage:
             "fingerprint": self.fingerprint,
             "adapter": adapter,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "device": next(self.transformer.parameters()).device.type,
+            "device": self.device.type,
             "versions": versions(),
         }
         if settings.image is not None:
-            values["image_sha256"] = hashlib.sha256(settings.image.read_bytes()).hexdigest()
+            image = settings.image
+            content = image.read_bytes() if isinstance(image, Path) else image.tobytes()
+            values["image_sha256"] = hashlib.sha256(content).hexdigest()
         plain: dict[str, object] = json.loads(json.dumps(values))
         return plain

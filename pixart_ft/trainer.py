@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import HeldOutSet, evaluating
 from pixart_ft.loss_window import LossWindow
 from pixart_ft.objective import Objective
+from pixart_ft.pictures import Sample
 from pixart_ft.randomness import generator
 from pixart_ft.stopping import StopRequest
 from pixart_ft.watching import Place, Watch
@@ -55,7 +55,7 @@ class Trainer:
         plan: Plan,
         folder: RunFolder,
         held_out: HeldOutSet | None = None,
-        draw_samples: Callable[[], list[Image.Image]] | None = None,
+        draw_samples: Callable[[], list[Sample]] | None = None,
     ):
         """`transformer` has its adapter attached; only parameters with requires_grad are trained and saved.
 

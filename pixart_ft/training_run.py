@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from PIL import Image
 
 from pixart_ft import models
 from pixart_ft.adapters import (
@@ -35,6 +34,7 @@ from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_text
 from pixart_ft.objective import Objective
+from pixart_ft.pictures import Sample
 from pixart_ft.report import finish
 from pixart_ft.run_lock import RunLock
 from pixart_ft.sampling import Guidance, decode_latents, sample_latents
@@ -280,7 +280,7 @@ def _sampler(
     transformer: torch.nn.Module,
     objective: Objective,
     accelerator: Accelerator,
-) -> Callable[[], list[Image.Image]] | None:
+) -> Callable[[], list[Sample]] | None:
     """Draws the fixed prompts with the network as it stands, one picture for every prompt and seed."""
     if not encoded.prompts or not accelerator.is_main_process:
         return None if not encoded.prompts else list
@@ -290,9 +290,9 @@ def _sampler(
     half = None if config.train.mixed_precision == "no" else compute_dtype(config)
     scheduler = build_scheduler(choice.sampler, objective.schedule, objective.prediction_type)
 
-    def draw() -> list[Image.Image]:
-        pictures = []
-        for text in encoded.prompts:
+    def draw() -> list[Sample]:
+        samples = []
+        for prompt, text in zip(choice.prompts, encoded.prompts, strict=True):
             embeds, mask = pad_text([text] * len(choice.seeds))
             scheduler.set_timesteps(choice.steps)
             latents = sample_latents(
@@ -306,8 +306,9 @@ def _sampler(
                 shape=(vae.config.latent_channels, side, side),
                 autocast=half,
             )
-            pictures += decode_latents(vae, latents)
-        return pictures
+            pictures = decode_latents(vae, latents)
+            samples += [Sample(prompt, *one) for one in zip(choice.seeds, pictures, strict=True)]
+        return samples
 
     return draw
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor
 from torch.nn import Module
 
@@ -18,7 +17,7 @@ from pixart_ft.ema import Ema
 from pixart_ft.evaluation import Estimate, HeldOutSet, evaluating, held_out_loss, mean_over_pictures, paired_difference
 from pixart_ft.files import write_folder
 from pixart_ft.objective import Objective
-from pixart_ft.pictures import grid
+from pixart_ft.pictures import Sample, picture_name, sample_sheet, save_png
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Watch:
         folder: RunFolder,
         batch_size: int,
         held_out: HeldOutSet | None,
-        draw_samples: Callable[[], list[Image.Image]] | None,
+        draw_samples: Callable[[], list[Sample]] | None,
     ) -> None:
         self.accelerator, self.transformer, self.objective, self.ema = accelerator, transformer, objective, ema
         self.folder, self.batch_size, self.held_out, self.draw_samples = folder, batch_size, held_out, draw_samples
@@ -91,18 +90,22 @@ class Watch:
         return self.folder.samples_at(step).is_dir()
 
     def draw(self, place: Place) -> None:
-        """Pictures of the fixed prompts, into samples/step-XXXXXX/."""
+        """Pictures of the fixed prompts, into samples/step-XXXXXX/, and beside it a labelled sheet of them."""
         if self.draw_samples is None or not self.accelerator.is_main_process:
             return
         with self.ema.applied(), evaluating(self.transformer):
-            pictures = self.draw_samples()
+            samples = self.draw_samples()
+        about = {"run": self.folder.path.name, "step": place.step}
 
         def write(folder: Path) -> None:
-            for number, picture in enumerate(pictures):
-                picture.save(folder / f"{number:04d}.png")
+            for number, sample in enumerate(samples):
+                name = picture_name(f"{number:04d}", sample.prompt, sample.seed)
+                save_png(sample.picture, folder / name, {"prompt": sample.prompt, "seed": sample.seed, **about})
 
-        write_folder(self.folder.samples_at(place.step), write)
-        sheet = grid([pictures])
+        pictures = self.folder.samples_at(place.step)
+        write_folder(pictures, write)
+        sheet = sample_sheet(samples, f"{self.folder.path.name}, step {place.step}")
+        save_png(sheet, pictures.with_suffix(".png"), about)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 image = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)

@@ -75,7 +75,7 @@ def test_a_sheet_for_each_prompt_with_labels_and_cost(
         assert (recipe["prompt"], recipe["seed"], recipe["model"]) == (prompt, 5, str(tiny))
         assert (recipe["sampler"], recipe["steps"], recipe["options"]) == (list(ROWS), list(COLUMNS), {})
         stored = Image.open(path)
-        labels = {key: sheet[key] for key in ("row_labels", "column_labels", "captions")}
+        labels = {key: sheet[key] for key in ("row_labels", "column_labels", "captions")} | {"title": prompt}
         assert stored.tobytes() == grid(sheet["rows"], cell=64, **labels).tobytes()
         assert ImageChops.difference(stored, Image.new("RGB", stored.size, "white")).getbbox()
 

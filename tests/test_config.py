@@ -1,6 +1,8 @@
 """The keys of training and generation, the rules between them, and the shipped configurations."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, get_args
@@ -9,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+import pixart_ft
 from pixart_ft.config import Sampler, TrainConfig, load_config
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
@@ -348,3 +351,24 @@ def test_the_ends_of_the_optimizer_leave_numbers(optimizer_epsilon: float) -> No
         weight.grad = torch.tensor([0.0, gradient])
         optimizer.step()
     assert weight.isfinite().all()
+
+
+def test_overrides_are_values_or_their_text() -> None:
+    texts = load_config("quickstart", {"train.steps": "60", "lora.targets": "[to_q]", "run.folder": "x"})
+    values = load_config("quickstart", {"train.steps": 60, "lora.targets": ("to_q",), "run.folder": Path("x")})
+    assert texts == values and values.train.steps == 60
+    with pytest.raises(UserError, match=r"2 problems\n  - run\.name is 7; expected text.*\n  - train\.steps is 2\.5"):
+        load_config("quickstart", {"train.steps": 2.5, "run.name": 7})
+
+
+def test_the_package_offers_its_names_and_imports_them_late() -> None:
+    code = (
+        "import sys, pixart_ft; print(*dir(pixart_ft), 'torch' in sys.modules, len(pixart_ft.load_config.__doc__) > 9)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {"TextToImage", "PixArtPipeline", "Settings", "load_config", "run_training"} <= set(printed)
+    assert printed[-2:] == ["False", "True"]
+    for name in pixart_ft.__all__:
+        assert getattr(pixart_ft, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pixart_ft.nothing

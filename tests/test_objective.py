@@ -2,7 +2,7 @@
 tiny transformer, compared bit for bit, and closed forms for the weights."""
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -178,3 +178,20 @@ def test_under_autocast_the_network_alone_is_in_half_precision(tiny: Path, given
     }[kind]()
     assert all(values.dtype == torch.float32 for values in found.values())
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("choice", "title"),
+    [
+        ({"prediction_type": "epsilon"}, "noise error"),
+        ({"prediction_type": "v_prediction"}, "v error"),
+        ({"prediction_type": "v_prediction", "space": "epsilon"}, "noise error"),
+        ({"prediction_type": "epsilon", "space": "sample", "kind": "simple"}, "x0 error"),
+        ({"prediction_type": "posterior_mean", "kind": "vlb"}, "posterior mean error"),
+        ({"prediction_type": "epsilon", "norm": "huber"}, "noise error (Huber)"),
+        ({"prediction_type": "epsilon", "kind": "su_raw"}, "error of the form su_raw"),
+    ],
+)
+def test_an_error_is_called_by_what_it_is_of(choice: dict[str, Any], title: str) -> None:
+    words = {"kind": "hybrid"} | choice
+    assert Objective(schedule=NoiseSchedule.linear(10), **words).titles["simple"] == title  # type: ignore[arg-type]

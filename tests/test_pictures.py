@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image, ImageChops, ImageFont
+from PIL import Image, ImageChops
 
-from pixart_ft import pictures
+from pixart_ft import lettering, pictures
 from pixart_ft.errors import UserError
-from pixart_ft.pictures import grid, loss_curve, read_recipe, save_png
+from pixart_ft.pictures import Sample, grid, loss_curve, read_recipe, sample_sheet, save_png, term_curves
 
 
 def plain(colour: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
@@ -80,8 +80,7 @@ def test_captions_are_one_line_below_their_own_picture(side: int) -> None:
 
 
 def test_long_labels_wrap_at_words_and_end_in_an_ellipsis() -> None:
-    font = pictures._font(12)
-    assert isinstance(font, ImageFont.FreeTypeFont)
+    font = lettering.font_of(lettering.dejavu_sans(), 12)
     text = "a photograph of a small red apple on a wooden table"
     whole = pictures._wrap(text, font, 120, 10)
     assert " ".join(whole) == text and len(whole) > 2
@@ -89,6 +88,40 @@ def test_long_labels_wrap_at_words_and_end_in_an_ellipsis() -> None:
     assert cut[0] == whole[0] and cut[1].endswith("…") and whole[1].startswith(cut[1][:-1])
     assert all(font.getlength(line) <= 120 for line in (*whole, *cut, *pictures._wrap("W" * 99, font, 120, 9)))
     assert pictures._wrap("", font, 120, 2) == []
+
+
+def test_a_title_stands_above_all() -> None:
+    rows, labels = [[plain("red"), plain("blue")]], ["a", "b"]
+    sheet, bare = (grid(rows, column_labels=labels, title=title) for title in ("a red apple " * 30, None))
+    assert sheet.width == bare.width and sheet.height > bare.height
+    added = sheet.height - bare.height
+    assert sheet.crop((0, added, *sheet.size)).tobytes() == bare.tobytes()
+    left, top, right, bottom = ink(sheet.crop((0, 0, sheet.width, added))) or (0, 0, 0, 0)
+    assert left > 0 and 0 < top < bottom <= added and right <= sheet.width - 4
+
+
+def test_samples_are_labelled_by_prompt_and_seed() -> None:
+    cells = [plain(colour) for colour in ("red", "blue", "green", "black")]
+    samples = [
+        Sample(*what, cell) for what, cell in zip([("a", 3), ("a", 10), ("b", 3), ("b", 10)], cells, strict=True)
+    ]
+    labels = {"title": "mine, step 5", "row_labels": ["a", "b"], "column_labels": ["seed 3", "seed 10"]}
+    assert sample_sheet(samples, "mine, step 5").tobytes() == grid([cells[:2], cells[2:]], **labels).tobytes()
+
+
+def test_letters_come_from_an_installed_font_or_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    dejavu = lettering.dejavu_sans()
+    mathematics = Path(dejavu).with_name("STIXGeneral.ttf")  # stands for another script's: it has の
+    monkeypatch.setattr(lettering, "_installed", lambda: ())
+    assert lettering.fitting("café яблоко תפוח") == (dejavu, "café яблоко תפוח")
+    assert lettering.fitting("red 犬の🍎\U000e0067") == (dejavu, r"red \u72ac\u306e\U0001f34e")
+    monkeypatch.setattr(lettering, "_installed", lambda: (str(mathematics), "/absent.ttf"))
+    assert lettering.fitting("red の") == (str(mathematics), "red の")
+    assert lettering.fitting("red 犬の") == (str(mathematics), r"red \u72acの")
+    assert lettering.fitting("red 犬猫の") == (dejavu, r"red \u72ac\u732b\u306e")  # a third of them is too few
+    assert lettering.fitting("red")[0] == dejavu
+    sheets = [grid([[plain("red")]], row_labels=[text]) for text in ("の", r"\u306e")]
+    assert sheets[0].tobytes() != sheets[1].tobytes()
 
 
 def test_grid_refuses_no_pictures_and_labels_that_do_not_match() -> None:
@@ -152,46 +185,67 @@ def log(scale: float = 1.0) -> list[dict[str, object]]:
     return [{"step": 0, "samples": 0, "held_out": held}, *records]
 
 
-def drawn(records: list[dict[str, object]], path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The axes of the figure that `loss_curve` saves at `path`."""
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are saved from now on."""
     from matplotlib.figure import Figure
 
-    figures: list[Figure] = []
+    saved: list[Any] = []
     save = Figure.savefig
 
     def kept(self: Figure, *args: Any, **kwargs: Any) -> None:
-        figures.append(self)
+        saved.append(self)
         save(self, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", kept)
-    loss_curve(records, path)
-    return figures[-1].axes
+    return saved
 
 
-def test_loss_curve_draws_a_panel_a_term(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    simple, vlb = drawn(log(), tmp_path / "loss.png", monkeypatch)
+def test_the_loss_curve_is_one_panel_with_the_lowest_held_out_loss_marked(tmp_path: Path, figures: list[Any]) -> None:
+    means = {0: 0.9, 10: 0.3, 20: 0.2, 30: 0.25, 40: float("nan")}
+    records: list[dict[str, object]] = [
+        {"step": s, "samples": 8 * s, "held_out": {"loss": {"mean": m, "standard_error": 0.01}}}
+        for s, m in means.items()
+    ]
+    records += [
+        {"step": s, "samples": 8 * s, "train": {"loss": 30 if s == 1 else 0.3, "simple": 9.0}} for s in range(1, 41)
+    ]
+    loss_curve(records, tmp_path / "loss.png", title="my $run$ 1")  # no formula
+    (axes,) = figures[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("pictures seen", "loss", "log")
+    (star,) = (line for line in axes.lines if line.get_marker() == "*")
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (160, 0.2)
+    assert star.get_label() == "lowest held out: 0.2 after 20 steps"
+    smooth = next(line for line in axes.lines if line.get_label() == "training (running mean)")
+    low, high = axes.get_ylim()
+    assert low < 0.19 and max(smooth.get_ydata()) < high and smooth.get_xdata()[0] == 8
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.format == "PNG" and picture.width > 2 * 400
-    assert (simple.get_title(), simple.get_yscale(), simple.get_xlabel()) == (
-        "simple",
-        "log",
-        "pictures seen",
-    )
-    assert (vlb.get_title(), vlb.get_yscale(), vlb.get_ylabel()) == ("vlb", "linear", "bits per dimension")
-    assert simple.lines[1].get_xdata()[0] == 8 and len(simple.containers) == 1  # steps times batch; held-out bars
-    assert len(vlb.containers) == 0  # its only held-out value is not a number
-
-
-def test_loss_curve_counts_steps_without_samples_and_draws_equal_terms_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records: list[dict[str, object]] = [
-        {"step": step, "train": {"simple": 1.0, "loss": 1.0, "simple_q1": 2.0}} for step in range(5)
-    ]
-    (only,) = drawn(records, tmp_path / "loss.png", monkeypatch)
-    assert (only.get_title(), only.get_xlabel(), only.get_yscale()) == ("simple", "optimizer steps", "linear")
     with pytest.raises(ValueError, match="at least one finite loss"):
         loss_curve([{"step": 1, "train": {"loss": float("inf")}}], tmp_path / "none.png")
+
+
+def test_a_loss_without_held_out_pictures_and_one_that_only_rose(tmp_path: Path, figures: list[Any]) -> None:
+    loss_curve([{"step": step, "train": {"simple": 1.0}} for step in range(5)], tmp_path / "loss.png")
+    (axes,) = figures[0].axes
+    assert (axes.get_ylabel(), axes.get_xlabel(), axes.get_yscale()) == ("simple", "optimizer steps", "linear")
+    assert not [line for line in axes.lines if line.get_marker() == "*"]
+    held = [{"step": s, "held_out": {"loss": {"mean": 1.0 + s, "standard_error": 0.0}}} for s in (0, 5)]
+    loss_curve(held, tmp_path / "loss.png")
+    assert "lowest held out: 1 before the first step" in [line.get_label() for line in figures[1].axes[0].lines]
+
+
+def test_what_the_loss_is_made_of_has_a_panel_a_term(tmp_path: Path, figures: list[Any]) -> None:
+    titles = {"simple": "v error", "vlb": "bits/dim of one step"}
+    assert term_curves(log(), tmp_path / "terms.png", titles=titles)
+    simple, vlb = figures[0].axes
+    assert (simple.get_title(), simple.get_yscale(), simple.get_xlabel()) == ("v error", "log", "pictures seen")
+    assert (vlb.get_title(), vlb.get_yscale()) == ("bits/dim of one step", "linear")
+    assert simple.lines[1].get_xdata()[0] == 8 and len(simple.containers) == 1  # steps times batch; held-out bars
+    assert len(vlb.containers) == 0  # its only held-out value is not a number
+    same = [{"step": step, "train": {"simple": 1.0, "loss": 1.0, "simple_q1": 2.0}} for step in range(5)]
+    assert not term_curves(same, tmp_path / "none.png", titles=titles)
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_running_mean_is_centred_and_keeps_straight_lines() -> None:

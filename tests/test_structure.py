@@ -16,6 +16,7 @@ PACKAGE = ROOT / "pixart_ft"
 LEVELS = {
     "errors": -1,
     "text": 0,
+    "lettering": 0,
     "randomness": 0,
     "yaml_text": 0,
     "files": 1,
@@ -62,6 +63,7 @@ LEVELS = {
     "pipeline": 8,
     "drawing": 7,
     "draws": 5,
+    "text_encoder": 3,
     "text_to_image": 8,
     "generate_config": 4,
     "comparison": 9,

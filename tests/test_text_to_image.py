@@ -161,7 +161,7 @@ def test_prompts_are_told_apart_together_and_encoded_alone(
     texts = ["a red circle", "a photo of the picture", "a"]
     alone = [base.text.of(text) for text in texts]
     base.text.known.clear()
-    monkeypatch.setattr("pixart_ft.text_to_image.tqdm", lambda *given, **words: tqdm(*given, **words | {"delay": 0}))
+    monkeypatch.setattr("pixart_ft.text_encoder.tqdm", lambda *given, **words: tqdm(*given, **words | {"delay": 0}))
     base.text.encode(texts)
     assert all(torch.equal(base.text.of(text), one) for text, one in zip(texts, alone, strict=True))  # to the bit
     assert "prompts encoded: 100%" in capsys.readouterr().err
@@ -353,3 +353,43 @@ def test_base_of_another_adapter_is_refused(adapter: Path, tmp_path: Path) -> No
 def test_same_call_gives_the_same_bytes(adapted: TextToImage) -> None:
     first, again = (adapted.generate(PROMPTS, sampler="ddpm", seeds=[3], steps=3) for _ in range(2))
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
+
+
+def test_an_argument_replaces_what_the_settings_say(base: TextToImage, tmp_path: Path) -> None:
+    five = Settings(steps=5, sampler="ddim", options={"eta": 1.0})
+    assert torch.equal(sampled(base, "a", settings=five, steps=3), sampled(base, "a", steps=3, options={"eta": 1.0}))
+    assert torch.equal(sampled(base, "a", settings=five, sampler="euler"), sampled(base, "a", sampler="euler", steps=5))
+    assert torch.equal(sampled(base, "a", steps=2, seeds=3), sampled(base, "a", steps=2, seeds=[3]))
+    picture = base.generate("a red circle", steps=2, progress=False)[0]
+    picture.save(tmp_path / "start.png")
+    from_file = sampled(base, "a", steps=2, image=str(tmp_path / "start.png"), strength=0.5)
+    assert torch.equal(sampled(base, "a", steps=2, image=picture, strength=0.5), from_file)
+    assert not torch.equal(sampled(base, "a", steps=2), from_file)
+    with pytest.raises(UserError, match="strength must lie above 0"):
+        base.generate("a", image=picture, strength=0.0)
+
+
+def test_the_adapter_is_scaled_anew_after_loading(tiny: Path, adapter: Path, base: TextToImage) -> None:
+    model = TextToImage.load(tiny, lora=adapter, lora_scale=0.3)
+    for scale in (0.0, 0.5, 1.0, 0.5):  # not on top of one another
+        model.set_lora_scale(scale)
+        expected = sampled(TextToImage.load(tiny, lora=adapter, lora_scale=scale), "a", steps=2)
+        assert torch.equal(sampled(model, "a", steps=2), expected)
+        assert model.recipe("a", 0, Settings())["adapter"]["scale"] == scale  # type: ignore[index]
+    with pytest.raises(UserError, match="lora_scale: this model has no adapter"):
+        base.set_lora_scale(0.5)
+
+
+def test_what_is_printed_of_a_model_is_a_line(adapted: TextToImage, tiny: Path, adapter: Path) -> None:
+    shown = repr(adapted)
+    assert f"TextToImage({str(tiny)!r}, lora={str(adapter)!r} at 1, 64 px, predicts epsilon" in shown
+    assert "\n" not in shown and shown.endswith("float32 on cpu)")
+    for part in (adapted.text, adapted.adapter, adapted.abilities, adapted.abilities.schedule):
+        assert len(repr(part)) < 300, type(part)
+
+
+def test_a_bar_is_shown_unless_it_is_not_wanted(base: TextToImage, capsys: pytest.CaptureFixture[str]) -> None:
+    base.generate("a", steps=3)
+    assert "generating: 100%" in (shown := capsys.readouterr().err) and "3/3" in shown
+    base.generate("a", steps=3, progress=False)
+    assert capsys.readouterr().err == ""

@@ -200,6 +200,15 @@ def test_the_grid_is_drawn_as_generate_draws(options, tiny, sampler) -> None:
         validation__seeds=[3, 4],
     )
     drawn = [Image.open(path).convert("RGB") for path in sorted((run / "samples" / "step-000000").glob("*.png"))]
+    names = [f"{n:04d}-{what}" for n, what in enumerate(("a-red-circle-seed3", "a-red-circle-seed4"))]
+    assert [path.stem for path in sorted((run / "samples" / "step-000001").iterdir())][:2] == names
+    sheet, recipe = (
+        run / "samples" / "step-000001.png",
+        read_recipe(run / "samples" / "step-000001" / f"{names[1]}.png"),
+    )
+    assert recipe == {"prompt": "a red circle", "seed": 4, "run": run.name, "step": 1}
+    with Image.open(sheet) as labelled:
+        assert labelled.height > 4 + 2 * 68 and read_recipe(sheet) == {"run": run.name, "step": 1}  # labels above
     model = TextToImage.load(tiny)
     expected = model.generate(["a red circle", "a black square on pink"], sampler=sampler, steps=4, seeds=[3, 4])
     assert len(drawn) == len(expected) == 4
@@ -213,7 +222,13 @@ def test_the_grid_is_drawn_as_generate_draws(options, tiny, sampler) -> None:
 def test_what_a_run_leaves(options, capsys) -> None:
     run = train(options, logging__tensorboard=True)
     final = run / "final"
-    assert {p.name for p in final.iterdir()} == {"adapter", "adapter_raw", "before_after.png", "loss.png"}
+    assert {p.name for p in final.iterdir()} == {
+        "adapter",
+        "adapter_raw",
+        "before_after.png",
+        "loss.png",
+        "loss_terms.png",
+    }
     meta = json.loads((final / "adapter" / "pixart_ft.json").read_text())
     raw = json.loads((final / "adapter_raw" / "pixart_ft.json").read_text())
     assert (meta["weights"], raw["weights"]) == ("ema", "raw")

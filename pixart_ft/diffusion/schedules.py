@@ -50,6 +50,9 @@ class NoiseSchedule:
     sigmas: Tensor
     timesteps: Tensor
 
+    def __repr__(self) -> str:
+        return f"NoiseSchedule({self.num_steps} steps, alpha_bar {self.alpha_bar[0]:.4g} to {self.alpha_bar[-1]:.4g})"
+
     @property
     def num_steps(self) -> int:
         """T, the number of steps of this process."""
