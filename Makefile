@@ -1,6 +1,7 @@
 # make quickstart   install into .venv, fine-tune the embedded demo, leave pictures in runs/quickstart
 # make test         the test suite (installs into .venv if needed)
 # make check        format, lint, types, tests
+# make test-processors   the tests of numbers on the kernels of other processors, with one thread and two
 # make planted      every planted bug must turn a test red (half an hour; BUGS="sampling ema" for some, JOBS=2)
 PYTHON ?= python3
 VENV := .venv
@@ -9,11 +10,31 @@ INSTALLED := $(VENV)/.installed
 
 JOBS ?= 1
 
-.PHONY: quickstart test test-slow check planted format install clean
+# The oldest Python that will do: asked before pip is, which would speak of conflicting dependencies.
+OLDEST_PYTHON := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
+CHECK_PYTHON = $(PYTHON) -c 'import sys; own = ".".join(map(str, sys.version_info[:3])); \
+	old = sys.version_info < tuple(map(int, "$(OLDEST_PYTHON)".split("."))); \
+	sys.exit("make needs Python $(OLDEST_PYTHON) or newer, and $(PYTHON) is " + own + \
+	": give another, as in  make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" if old else 0)'
+
+# The tests whose results are numbers, and the kernels to run them on; `own` are the fastest that this processor has.
+NUMBERS := tests/diffusion tests/test_flow.py tests/test_solvers.py tests/test_schedulers.py tests/test_samplers.py \
+	tests/test_schedulers_in_pipelines.py tests/test_golden.py tests/test_rounding.py tests/test_sampling.py \
+	tests/test_guidance.py tests/test_prepared.py tests/test_pipeline.py tests/test_text_to_image.py \
+	tests/test_image_to_image.py tests/test_attention.py tests/test_adapters.py tests/test_evaluation.py \
+	tests/test_objective.py tests/test_training_wiring.py tests/test_diffusion_settings.py tests/test_ema.py \
+	tests/data/test_cache.py tests/data/test_captions.py
+KERNELS_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+KERNELS_own :=
+PROCESSORS := $(foreach kernels,default avx2 own,$(foreach threads,1 2,test-on-$(kernels)-$(threads)))
+
+.PHONY: test-processors $(PROCESSORS) quickstart test test-slow check planted format install clean
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
@@ -30,6 +51,12 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+test-processors: $(PROCESSORS)
+
+$(PROCESSORS): test-on-%: $(INSTALLED)
+	env $(KERNELS_$(firstword $(subst -, ,$*))) OMP_NUM_THREADS=$(lastword $(subst -, ,$*)) \
+		$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(NUMBERS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -17,6 +17,7 @@ from torch import Tensor
 from pixart_ft.diffusion.process import promoted
 from pixart_ft.diffusion.sigmas import (
     Lookup,
+    eps_at_sigma,
     exponential_sigmas,
     index_to_sigma,
     index_to_timestep,
@@ -33,7 +34,6 @@ from pixart_ft.diffusion.solvers import (
     euler_step,
     heun_step,
     langevin_step,
-    slope,
 )
 from pixart_ft.schedulers.base import PixArtScheduler
 
@@ -288,15 +288,16 @@ class EDMScheduler(SigmaScheduler):
         return calls, list(range(0, len(calls), 2))
 
     def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        step, second = divmod(call, 2)
-        x0 = x0_at_sigma(output, x, self.calls[call], self.prediction_type)
+        (step, second), sigma = divmod(call, 2), self.calls[call]
+        x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
+        # The slope dy/dsigma; (y - x0) / sigma would lose the digits that y and x0 share where sigma is small.
+        eps = eps_at_sigma(output, x / math.hypot(1, sigma), sigma, self.prediction_type)
         here, after = self.raised[step], self.sigmas[step + 1].item()
         if not second:
-            self._first = None if after == 0 else (x, slope(x, x0, here))
+            self._first = None if after == 0 else (x, eps)
             return euler_step(x, x0, here, after), x0
         assert self._first is not None
-        y, first = self._first
-        y = heun_step(y, first, slope(x, x0, after), here, after)
+        y = heun_step(*self._first, eps, here, after)
         return self._churned(y, step + 1, draw), x0
 
 
@@ -346,5 +347,4 @@ class AnnealedLangevinScheduler(SigmaScheduler):
         x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
         if call == len(self.calls) - 1:
             return x0, x0
-        score = -slope(x, x0, sigma) / sigma
-        return langevin_step(x, score, self.langevin_step_size * sigma**2, draw()), x0
+        return langevin_step(x, (x0 - x) / sigma**2, self.langevin_step_size * sigma**2, draw()), x0
