@@ -10,11 +10,13 @@ import json
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pixart_ft.config import TrainConfig
+from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of
 from pixart_ft.generate_config import GenerateConfig
@@ -37,6 +39,7 @@ class Command:
     summary: str
     usage: str
     config: type[Config]
+    prompts: str  # the key that --prompt fills
     options: Mapping[str, str]  # name -> description; each takes a value
     run: Callable[[Any, Mapping[str, str]], object]  # of the configuration and the options given
 
@@ -58,8 +61,10 @@ COMMANDS = {
         "fine-tune on a folder of captioned pictures",
         "pixart-ft train --config NAME|FILE [--section.key value ...]",
         TrainConfig,
+        "validation.prompts",
         {
             "config": "YAML file or shipped name; without it the defaults below",
+            "prompt": "one prompt of the sample grid; give it again for more",
             "resume": "continue this run: auto = from its newest whole checkpoint, or a checkpoint folder",
             "init_from": "start a new run from the weights of an adapter or run folder",
         },
@@ -69,6 +74,7 @@ COMMANDS = {
         "draw pictures",
         'pixart-ft generate --prompt "..." [--lora RUN] [--key value ...]',
         GenerateConfig,
+        "prompts",
         {
             "config": "YAML file with the keys below",
             "prompt": "one prompt; give it again for more",
@@ -84,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks is escaped, and stops nothing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    before, warnings.formatwarning = warnings.formatwarning, _plain_warning
     try:
         _run(arguments)
         sys.stdout.flush()  # a full disk that the output goes to is told of here
@@ -102,12 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = before
     return 0
 
 
 def _run(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
+        return
+    if arguments[0] in ("-V", "--version"):
+        print(", ".join(f"{name} {number}" for name, number in versions().items()))
         return
     name, *rest = arguments
     if name not in COMMANDS:
@@ -137,10 +149,12 @@ def split_options(
     given: dict[str, list[str]] = {}
     problems = []
     words = ["--help" if word == "-h" else word for word in arguments]
+    name = ""
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            problems.append(f"{word}: not an option; options begin with --")
+            quoted = f"; in quotes if it belongs to --{name}" if name else ""
+            problems.append(f"{word}: not an option; options begin with --{quoted}")
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -180,8 +194,8 @@ def _config(command: Command, given: Mapping[str, list[str]], problems: list[str
     """The configuration that the command line describes; every mistake of line and file in one report."""
     overrides: dict[str, str | list[str]] = {k: v[-1] for k, v in given.items() if k in keys(command.config)}
     if "prompt" in given:
-        overrides["prompts"] = given["prompt"]
-    for one, other in (("prompt", "prompts"), ("resume", "init_from")):
+        overrides[command.prompts] = given["prompt"]
+    for one, other in (("prompt", command.prompts), ("resume", "init_from")):
         if one in given and other in given:
             problems.append(f"--{one} and --{other.replace('_', '-')} exclude each other; give one")
     for option in command.options:
@@ -195,7 +209,13 @@ def overview() -> str:
     """The commands."""
     lines = [f"  pixart-ft {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
-        ["Fine-tune PixArt-Sigma, and generate with it.", "", *lines, "", "COMMAND --help lists its keys."]
+        [
+            "Fine-tune PixArt-Sigma, and generate with it.",
+            "",
+            *lines,
+            "",
+            "COMMAND --help lists its keys; --version tells the version.",
+        ]
     )
 
 
@@ -204,7 +224,8 @@ def help_text(command: Command) -> str:
     lines = [f"{command.summary}\n\n  {command.usage}\n\noptions"]
     for name, description in {**command.options, **SWITCHES}.items():
         lines += _entry(f"--{name.replace('_', '-')}", description)
-    lines += ["", f"shipped configurations: {', '.join(shipped_configs()) or 'none'}"]
+    if command.config.shipped:
+        lines += ["", f"shipped configurations: {', '.join(shipped_configs()) or 'none'}"]
     section = None
     for key, field in keys(command.config).items():
         if (place := key.rpartition(".")[0]) != section:
@@ -215,6 +236,11 @@ def help_text(command: Command) -> str:
         given = "required" if field.is_required() else f"default {_plain(default(field))}"
         lines += _entry(f"--{flag}", f"{field.description} ({expected(field)}; {given})")
     return "\n".join(lines)
+
+
+def _plain_warning(message: Warning | str, *place: object, **line: object) -> str:
+    """A warning as a user reads it: without the place in the package that gave it."""
+    return f"warning: {message}\n"
 
 
 def _plain(value: Any) -> str:

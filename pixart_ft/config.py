@@ -157,7 +157,7 @@ class Optim(Section):
     beta2: float = Field(0.999, ge=0, le=0.99999, description="memory of the squared gradient")
     epsilon: float = Field(1e-8, ge=1e-20, le=1, description="added to Adam's denominator")
     clip_norm: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient; 0 = no clipping")
-    warmup_steps: Every = Field(0, description="linear warm-up, optimizer steps")
+    warmup_steps: Every = Field(0, description="linear warm-up, steps; a tenth of a shorter run")
     decay: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
 
 
@@ -212,6 +212,7 @@ class TrainConfig(Config):
     logging: Logging = Logging()
 
     may_be_empty = ("validation.prompts",)
+    shipped = True
     unused = (
         ("model.revision", "model.base", lambda base: base != "demo"),
         ("data.held_out_fraction", "data.held_out", lambda folder: folder is None),
@@ -227,11 +228,6 @@ class TrainConfig(Config):
         ("diffusion.logit_std", "diffusion.timestep_law", lambda law: law == "logit_normal"),
     )
     rules = (
-        (
-            ("optim.warmup_steps", "train.steps"),
-            lambda warmup, steps: warmup > steps,
-            "optim.warmup_steps ({}) is more than train.steps ({}): the warm-up would never end; lower it",
-        ),
         (
             ("diffusion.time_conditioning", "diffusion.schedule", "diffusion.zero_snr"),
             lambda conditioning, schedule, zero_snr: (

@@ -13,6 +13,7 @@ from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import Estimate
 from pixart_ft.files import write_file
 from pixart_ft.pictures import grid, loss_curve, term_curves
+from pixart_ft.shell import pasteable
 from pixart_ft.trainer import Trainer
 from pixart_ft.watching import Comparison, Place
 
@@ -51,7 +52,7 @@ def finish(
     for what, path in written.items():
         print(f"  {what:<18}{path}")
     example = prompts[0] if prompts else "..."
-    print(f'  draw with it      pixart-ft generate --lora {folder.path} --prompt "{example}"')
+    print(f"  draw with it      {pasteable('generate', '--lora', folder.path, '--prompt', example)}")
 
 
 def save_adapters(

@@ -34,11 +34,13 @@ class Config(Section):
     rules   (keys, broken, message): `broken(*values of keys)` must be false
     may_be_empty   keys for which an empty text means something; for any other it is a mistake, such as a shell variable
                    that is not set, and never the default or the current folder
+    shipped  whether the recipes that come with the package are of this kind
     """
 
     unused: ClassVar[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = ()
     rules: ClassVar[tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...]] = ()
     may_be_empty: ClassVar[tuple[str, ...]] = ()
+    shipped: ClassVar[bool] = False
 
 
 SHOWN = 20  # mistakes that a report lists; the others it counts
@@ -117,13 +119,14 @@ def load(
 
     Raises UserError with every unknown key, wrong type, missing key and contradiction in one report.
     """
-    origin, values = _read(source)
+    origin, values = _read(source, kind.shipped)
     fields = keys(kind)
     problems = list(problems)
     for name in kind.model_fields:  # an absent or empty section has its defaults
         if name not in fields and values.get(name) is None:
             values[name] = {}
     _override(values, overrides or {}, fields, problems)
+    _wrap_single_values(values, fields)
     values = _whole(values, "", problems)
     config = None
     empty = {key for key, value in _flat(values) if key in fields and key not in kind.may_be_empty and is_empty(value)}
@@ -167,7 +170,7 @@ def shipped_configs() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _read(source: str | Path | Mapping[str, Any], shipped: bool) -> tuple[str, dict[str, Any]]:
     if is_empty(source):
         raise UserError("--config is empty; give a YAML file or a shipped name, or leave it out")
     if isinstance(source, Mapping):
@@ -175,13 +178,14 @@ def _read(source: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             return "configuration", json.loads(json.dumps(source, default=str))
         except (TypeError, ValueError, RecursionError) as error:  # a key that is no text, or a value inside itself
             raise UserError(f"cannot read the configuration: {error}") from None
-    path = Path(os.path.expanduser(source))
+    path, names = Path(os.path.expanduser(source)), shipped_configs()
     try:
-        path = path if path.is_file() else shipped_configs().get(str(source), path)
+        path = path if path.is_file() or not shipped else names.get(str(source), path)
         values = yaml_text.parse(read_text(path, most=yaml_text.LONGEST))
     except FileNotFoundError:
-        names = ", ".join(shipped_configs()) or "none"
-        raise UserError(f"no configuration file {path}; give a path or a shipped name: {names}") from None
+        remedy = f"give a path or a shipped name: {', '.join(names) or 'none'}" if shipped else "give a path"
+        other = f" ({source} is a recipe for training)" if not shipped and str(source) in names else ""
+        raise UserError(f"no configuration file {path}{other}; {remedy}") from None
     except UserError as error:
         raise UserError(f"cannot read the configuration: {error}") from None
     except (OSError, ValueError) as error:
@@ -216,8 +220,41 @@ def _parse_override(text: object, field: FieldInfo) -> Any:
         return text
     if optional and text == "null":
         return None
+    if _item(field) in _TEXTS:
+        return _parse_texts(text)
     words = _type_words(field.annotation).removesuffix(" or null")
-    return text if words in ("text", "path") else yaml_text.parse(text)
+    return text if words in _TEXTS else yaml_text.parse(text)
+
+
+def _parse_texts(text: str) -> Any:
+    """A list of texts as typed: one text as it is, or several in brackets, as the shell has left them."""
+    if not text.lstrip().startswith("["):
+        return text
+    try:
+        values = yaml_text.parse(text)
+    except ValueError:
+        values = None
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(
+            'the shell takes quotation marks away: put the whole list in single ones, as \'["a cat", "a dog"]\''
+        )
+    return values
+
+
+def _item(field: FieldInfo) -> str | None:
+    """What a list holds, in words; None for a key that is no list."""
+    parts = (field.annotation, *get_args(field.annotation))
+    return next((_type_words(get_args(part)[0]) for part in parts if get_origin(part) is tuple), None)
+
+
+def _wrap_single_values(values: dict[str, Any], fields: Mapping[str, FieldInfo]) -> None:
+    """One value stands for a list of one."""
+    for key, field in fields.items():
+        section, _, name = key.rpartition(".")
+        target = values.get(section) if section else values
+        value = target.get(name) if isinstance(target, dict) else None
+        if _item(field) and isinstance(value, str | int | float) and value != "":
+            target[name] = [value]
 
 
 def _whole(value: Any, key: str, problems: list[str]) -> Any:
@@ -301,6 +338,7 @@ _SIGNS = {
     "min_length": "(not empty)",
     "max_length": "(at most {})",
 }
+_TEXTS = ("text", "path")
 _WORDS = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path", NoneType: "null"}
 
 

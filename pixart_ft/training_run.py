@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -250,6 +251,18 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> tor
     )
 
 
+def _warmup(config: TrainConfig) -> int:
+    """The steps of the warm-up; one that would not end within the run, such as a recipe's in a short try, is cut."""
+    asked, steps = config.optim.warmup_steps, config.train.steps
+    if asked <= steps:
+        return asked
+    warnings.warn(
+        f"optim.warmup_steps {asked} would not end within train.steps {steps}: {steps // 10} are used, a tenth of them",
+        stacklevel=2,
+    )
+    return steps // 10
+
+
 def _plan(config: TrainConfig) -> Plan:
     return Plan(
         steps=config.train.steps,
@@ -261,7 +274,7 @@ def _plan(config: TrainConfig) -> Plan:
         logit_mean=config.diffusion.logit_mean,
         logit_std=config.diffusion.logit_std,
         learning_rate=config.optim.learning_rate,
-        warmup_steps=config.optim.warmup_steps,
+        warmup_steps=_warmup(config),
         decay=config.optim.decay,
         clip_norm=config.optim.clip_norm,
         log_every=config.logging.every,

@@ -4,11 +4,12 @@ import errno
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pixart_ft import cli
+from pixart_ft import __version__, cli
 from pixart_ft.config import HUB_BASE, TrainConfig, load_config
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
@@ -103,6 +104,42 @@ def test_prompts_may_be_given_one_by_one(tmp_path: Path, capsys: pytest.CaptureF
     assert (config.lora, config.lora_scale, config.seed) == (Path("run"), -0.5, 3)
 
 
+def test_prompts_of_the_sample_grid_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", "quickstart", "--prompt", "a cat", "--prompt", "[b]"]
+    assert cli.main(["train", *arguments, "--dry-run"]) == 0
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(capsys.readouterr().out)
+    assert load_config(resolved).validation.prompts == ("a cat", "[b]")
+    both = problems(capsys, "train", *arguments, "--validation.prompts", "c")
+    assert both[0].endswith("--prompt and --validation.prompts exclude each other; give one")
+
+
+def test_words_that_need_quotes_are_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    (one,) = problems(capsys, "generate", "--prompt", "red", "apple")
+    assert one == "configuration: apple: not an option; options begin with --; in quotes if it belongs to --prompt"
+
+
+def test_the_version_and_the_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--version", "-V"):
+        assert cli.main([flag]) == 0
+        assert capsys.readouterr().out.startswith(f"pixart_ft {__version__}, torch ")
+
+
+def test_only_training_offers_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, offered in (("train", True), ("generate", False)):
+        assert cli.main([command, "--help"]) == 0
+        assert ("quickstart" in capsys.readouterr().out) is offered
+
+
+def test_a_warning_is_one_plain_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where it was given, nor that place's source. As in a shell: pytest catches warnings itself."""
+    line = (
+        "from pixart_ft import cli; import warnings; cli._run = lambda words: warnings.warn('so and so'); cli.main([])"
+    )
+    run = subprocess.run([sys.executable, "-c", line], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stderr == "warning: so and so\n"
+
+
 @pytest.mark.parametrize("flag", ["compare", "tiling", "inversion", "corrector_first"])
 @pytest.mark.parametrize("given", ["{}", "{} true", "{}=true", "{} --seed 3", "{}=false", "{} false"])
 def test_true_or_false_may_be_said_by_the_name_alone(
@@ -158,10 +195,7 @@ def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_command_receives_the_configuration_and_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[object] = []
     command = cli.COMMANDS["train"]
-    stand_in = cli.Command(
-        command.summary, command.usage, command.config, command.options, lambda *given: received.extend(given)
-    )
-    monkeypatch.setitem(cli.COMMANDS, "train", stand_in)
+    monkeypatch.setitem(cli.COMMANDS, "train", replace(command, run=lambda *given: received.extend(given)))
     assert cli.main(["train", "--config", "quickstart", "--resume", "auto", "--run.seed", "2"]) == 0
     assert received == [
         load_config("quickstart", {"run.seed": "2"}),
@@ -189,7 +223,7 @@ def test_exit_codes(
     def fail(config: object, options: object) -> None:
         raise raised
 
-    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("", "", TrainConfig, cli.COMMANDS["train"].options, fail))
+    monkeypatch.setitem(cli.COMMANDS, "train", replace(cli.COMMANDS["train"], run=fail))
     assert cli.main(["train", "--config", "quickstart"]) == code
     assert capsys.readouterr().err == message
 
@@ -198,7 +232,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(config: object, options: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setitem(cli.COMMANDS, "train", cli.Command("", "", TrainConfig, cli.COMMANDS["train"].options, fail))
+    monkeypatch.setitem(cli.COMMANDS, "train", replace(cli.COMMANDS["train"], run=fail))
     with pytest.raises(ValueError, match="a bug"):
         cli.main(["train", "--config", "quickstart"])
 

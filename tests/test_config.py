@@ -86,7 +86,6 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
             {"data.held_out": "a", "data.held_out_fraction": "0.1"},
             "held_out_fraction is 0.1, unused while data.held_out",
         ),
-        ({"optim.warmup_steps": "2000"}, r"optim.warmup_steps \(2000\) is more than train.steps \(1000\)"),
         (
             {"diffusion.objective": "simple", "diffusion.vlb_scale": "2"},
             "vlb_scale is 2, unused while .* is .simple",
@@ -281,6 +280,38 @@ def test_a_comparison_refuses_what_each_cell_decides_for_itself() -> None:
     config = load(GenerateConfig, {"prompts": ["a"], "compare": True, "compare_steps": [3], **shared})
     assert (config.compare_steps, config.image, config.strength) == ((3,), Path("a.png"), 0.3)
     assert set(config.compare_samplers) < set(SAMPLERS)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("my dog on the moon", ("my dog on the moon",)),
+        ("no: quotes, needed", ("no: quotes, needed",)),
+        ('["a cat", "a, b"]', ("a cat", "a, b")),
+        ("[doughnut]", ("doughnut",)),  # what a shell leaves of ["doughnut"]
+        ("[]", ()),
+    ],
+)
+def test_a_single_text_is_a_list_of_one(typed: str, meant: tuple[str, ...]) -> None:
+    assert load_config({}, BASE | {"validation.prompts": typed}).validation.prompts == meant
+
+
+def test_a_single_value_is_a_list_of_one_for_every_list() -> None:
+    config = load_config({"lora": {"targets": "to_q"}, "data": {"folder": "x"}}, {"validation.seeds": "3"})
+    assert (config.lora.targets, config.validation.seeds) == (("to_q",), (3,))
+    sheet = load(GenerateConfig, {"prompts": "a", "compare": True}, {"compare_samplers": "edm", "compare_steps": "7"})
+    assert (sheet.prompts, sheet.compare_samplers, sheet.compare_steps) == (("a",), ("edm",), (7,))
+
+
+@pytest.mark.parametrize("typed", ["[my dog: on the moon]", "[", "[3]", "[a, [b]]"])
+def test_a_list_that_the_shell_broke_says_how_to_quote_it(typed: str) -> None:
+    with pytest.raises(UserError, match=r"validation.prompts is .*put the whole list in single ones, as '\[\"a cat"):
+        load_config({}, BASE | {"validation.prompts": typed})
+
+
+def test_a_recipe_for_training_is_none_for_drawing() -> None:
+    with pytest.raises(UserError, match=r"no configuration file quickstart \(quickstart is a recipe for training\)"):
+        load(GenerateConfig, "quickstart")
 
 
 def test_every_shipped_configuration_is_valid_and_has_a_card() -> None:

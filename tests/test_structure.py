@@ -21,6 +21,7 @@ LEVELS = {
     "yaml_text": 0,
     "files": 1,
     "environment": 0,
+    "shell": 0,
     "samplers": 0,
     "pictures": 2,
     "stopping": 0,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from pixart_ft import models, report, watching
 from pixart_ft.checkpoint import load_nested
 from pixart_ft.cli import main
-from pixart_ft.config import TrainConfig
+from pixart_ft.config import TrainConfig, load_config
 from pixart_ft.errors import UserError
 from pixart_ft.pictures import read_recipe
 from pixart_ft.run_lock import RunLock
@@ -29,7 +29,7 @@ from pixart_ft.run_log import RunLog
 from pixart_ft.settings import load
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
-from pixart_ft.training_run import run_training
+from pixart_ft.training_run import _plan, run_training
 
 ROOT = Path(__file__).parent.parent
 STEPS = 6
@@ -554,3 +554,16 @@ def test_what_was_trained_can_be_drawn(options, tiny, tmp_path, capsys) -> None:
         "beta_end": 0.02,
         "rescale_betas_zero_snr": False,
     }
+
+
+@pytest.mark.parametrize(("steps", "used"), [(600, 20), (20, 20), (19, 1), (10, 1), (9, 0), (1, 0)])
+def test_a_warm_up_never_blocks_a_short_try(steps: int, used: int) -> None:
+    """The recipe's warm-up of 20 steps, and a run of any length: a tenth of the run where it would not end."""
+    config = load_config("quickstart", {"train.steps": str(steps)})
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        plan = _plan(config)
+    assert plan.warmup_steps == used
+    shown = [f"optim.warmup_steps 20 would not end within train.steps {steps}: {used} are used, a tenth of them"]
+    assert [str(warning.message) for warning in told] == ([] if used == 20 else shown)
+    assert plan.learning_rate_at(0) == 3e-3 / max(1, used)
