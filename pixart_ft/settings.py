@@ -271,6 +271,7 @@ def _whole(value: Any, key: str, problems: list[str]) -> Any:
 
 def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterator[tuple[str, str | None]]:
     """(dotted key, what is wrong) of each of pydantic's findings; None: there is no such key."""
+    lists: set[str] = set()  # with a wrong item, which pydantic leaves out of their length
     for finding in error.errors(include_url=False, include_context=False):
         words = [part for part in finding["loc"] if isinstance(part, str)]
         items = [f"[{part}]" for part in finding["loc"] if isinstance(part, int)]
@@ -283,7 +284,10 @@ def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterato
             yield key, f"{key} is required: {fields[key].description}"
         elif key not in fields:
             yield key, f"{key} is {_show(value)}; expected a section of keys"
-        elif finding["type"] != "default_factory_not_called":  # another key is wrong, and reported
+        elif finding["type"] == "default_factory_not_called" or (finding["type"] == "too_short" and key in lists):
+            continue  # what it comes from is wrong, and reported
+        else:
+            lists |= {key} if items else set()
             hint = "; put it in quotes" if finding["type"] == "string_type" and value is not None else ""
             yield key, f"{key}{''.join(items)} is {_show(value)}; expected {expected(fields[key])}{hint}"
 

@@ -35,6 +35,7 @@ class Baking(Config):
     oven: Oven = Oven()
     cake: Cake
 
+    shipped = True
     unused = (("oven.shelves", "oven.mode", lambda mode: mode != "grill"),)
     rules = (
         (
@@ -94,8 +95,12 @@ def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
             'oven.mode is "steam"; expected fan | grill | no',
         ),
         (
-            {"cake": {"recipe": "a"}, "oven": {"shelves": 2}},
-            "oven.shelves is 2; expected [integer, ...] (not empty)",
+            {"cake": {"recipe": "a"}, "oven": {"shelves": None}},
+            "oven.shelves is null; expected [integer, ...] (not empty)",
+        ),
+        (
+            {"cake": {"recipe": "a"}, "oven": {"shelves": "top"}},
+            'oven.shelves[0] is "top"; expected [integer, ...] (not empty)',
         ),
         (
             {"cake": {"recipe": "a"}, "oven": {"shelves": [1, "top"]}},
