@@ -20,7 +20,8 @@ from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of
 from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.settings import Config, add_unknown, default, expected, is_empty, keys, load, shipped_configs, to_yaml
+from pixart_ft.key_types import expected, is_empty
+from pixart_ft.settings import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
 from pixart_ft.text import is_text, no_text, visible
 
 WIDTH = 110

@@ -8,8 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -17,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pixart_ft import yaml_text
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of
+from pixart_ft.key_types import expected, is_empty, item_of, parse_override
 from pixart_ft.text import is_text, no_text, read_text, visible
 
 
@@ -64,22 +64,6 @@ def default(field: FieldInfo) -> Any:
     """The default of a key, plain as YAML has it. One derived from the run's name shows NAME."""
     value = field.get_default(call_default_factory=True, validated_data={"name": "NAME"})
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
-
-
-def expected(field: FieldInfo) -> str:
-    """What a key accepts, in words: `integer >= 1`, `ddim | ddpm`, `[text, ...]`, `path or null`."""
-    bounds = _bound_words(field.metadata)
-    words = _type_words(field.annotation)
-    if not bounds:
-        return words
-    plain = words.removesuffix(" or null")
-    return f"{plain} {bounds}" + (", or null" if plain != words else "")
-
-
-def is_empty(value: object) -> bool:
-    """Whether a value is a text of nothing but white space, or a list that holds one."""
-    texts = value if isinstance(value, list | tuple) else [value]
-    return any(isinstance(text, str) and not text.strip() for text in texts)
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
@@ -206,7 +190,7 @@ def _override(
         section, _, name = key.rpartition(".")
         target = values[section] if section else values
         try:
-            value = _parse_override(text, fields[key])
+            value = parse_override(text, fields[key])
         except ValueError as error:
             problems.append(f"{key} is {_show(text)}; expected {expected(fields[key])} ({error})")
             continue
@@ -214,47 +198,17 @@ def _override(
             target[name] = json.loads(json.dumps(value, default=str))  # a tuple or a path becomes as YAML has it
 
 
-def _parse_override(text: object, field: FieldInfo) -> Any:
-    optional = NoneType in get_args(field.annotation)
-    if not isinstance(text, str) or is_empty(text):
-        return text
-    if optional and text == "null":
-        return None
-    if _item(field) in _TEXTS:
-        return _parse_texts(text)
-    words = _type_words(field.annotation).removesuffix(" or null")
-    return text if words in _TEXTS else yaml_text.parse(text)
-
-
-def _parse_texts(text: str) -> Any:
-    """A list of texts as typed: one text as it is, or several in brackets, as the shell has left them."""
-    if not text.lstrip().startswith("["):
-        return text
-    try:
-        values = yaml_text.parse(text)
-    except ValueError:
-        values = None
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError(
-            'the shell takes quotation marks away: put the whole list in single ones, as \'["a cat", "a dog"]\''
-        )
-    return values
-
-
-def _item(field: FieldInfo) -> str | None:
-    """What a list holds, in words; None for a key that is no list."""
-    parts = (field.annotation, *get_args(field.annotation))
-    return next((_type_words(get_args(part)[0]) for part in parts if get_origin(part) is tuple), None)
-
-
 def _wrap_single_values(values: dict[str, Any], fields: Mapping[str, FieldInfo]) -> None:
     """One value stands for a list of one."""
     for key, field in fields.items():
         section, _, name = key.rpartition(".")
         target = values.get(section) if section else values
-        value = target.get(name) if isinstance(target, dict) else None
-        if _item(field) and isinstance(value, str | int | float) and value != "":
-            target[name] = [value]
+        if item_of(field) and isinstance(target, dict) and _is_single(target.get(name)):
+            target[name] = [target[name]]
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, str | int | float) and value != ""
 
 
 def _whole(value: Any, key: str, problems: list[str]) -> Any:
@@ -331,39 +285,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-_SIGNS = {
-    "gt": "> {}",
-    "ge": ">= {}",
-    "lt": "< {}",
-    "le": "<= {}",
-    "multiple_of": "a multiple of {}",
-    "min_length": "(not empty)",
-    "max_length": "(at most {})",
-}
-_TEXTS = ("text", "path")
-_WORDS = {int: "integer", float: "number", str: "text", bool: "true | false", Path: "path", NoneType: "null"}
-
-
-def _bound_words(metadata: Iterable[Any]) -> str:
-    limits = ((sign, getattr(bound, name, None)) for bound in metadata for name, sign in _SIGNS.items())
-    return ", ".join(sign.format(_plain_number(limit)) for sign, limit in limits if limit is not None)
-
-
-def _plain_number(limit: float) -> str:
-    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
-
-
-def _type_words(annotation: Any) -> str:
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        bounds = [bound for part in inner[1:] for bound in getattr(part, "metadata", ())]
-        return f"{_type_words(inner[0])} {_bound_words(bounds)}".strip()
-    if origin is Literal:
-        return " | ".join(inner)
-    if origin is tuple:
-        return f"[{_type_words(inner[0])}, ...]"
-    if inner:  # a union with None
-        return " or ".join(_type_words(part) for part in inner)
-    return _WORDS[annotation]

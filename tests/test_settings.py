@@ -8,7 +8,8 @@ from pydantic import Field
 
 from pixart_ft import settings
 from pixart_ft.errors import UserError
-from pixart_ft.settings import Config, Section, expected, keys, load, to_yaml, unknown_key
+from pixart_ft.key_types import expected
+from pixart_ft.settings import Config, Section, keys, load, to_yaml, unknown_key
 
 
 class Oven(Section):

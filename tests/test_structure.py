@@ -22,6 +22,7 @@ LEVELS = {
     "files": 1,
     "environment": 0,
     "shell": 0,
+    "key_types": 1,
     "samplers": 0,
     "pictures": 2,
     "stopping": 0,
