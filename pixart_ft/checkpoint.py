@@ -131,9 +131,15 @@ class RunFolder:
         if not resume.strip():
             raise UserError(f"--resume is empty; give auto or {self.checkpoints}/step-XXXXXX")
         if resume == "auto":
-            return self.newest()
+            newest = self.newest()
+            if newest is None and self.final.exists():
+                raise UserError(
+                    f"--resume auto: {self.path} has a result and no whole checkpoint to continue it from; choose "
+                    "another run.name, or delete the folder to begin again"
+                )
+            return newest
         folder = Path(resume)
-        if folder.resolve().parent != self.checkpoints.resolve() or _step_of(folder) is None:
+        if folder.resolve().parent != self.checkpoints.resolve() or step_of(folder) is None:
             known = ", ".join(path.name for _, path in self._by_step()) or "none"
             raise UserError(
                 f"--resume {resume}: not a checkpoint of the run {self.path} (it has: {known}); give auto or "
@@ -149,7 +155,7 @@ class RunFolder:
     def _by_step(self) -> list[tuple[int, Path]]:
         """Every checkpoint folder, whole or not, newest first."""
         paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        found = [(step, path) for path in paths if (step := _step_of(path)) is not None]
+        found = [(step, path) for path in paths if (step := step_of(path)) is not None]
         return sorted(found, reverse=True)
 
 
@@ -199,7 +205,8 @@ def _step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _step_of(path: Path) -> int | None:
+def step_of(path: Path) -> int | None:
+    """The optimizer step in the name of a checkpoint's folder, None if it is none."""
     match = re.fullmatch(r"step-(\d{6,})", path.name)
     return int(match[1]) if match else None
 

@@ -5,6 +5,7 @@ dashes and underscores are the same, and a key that is true or false needs no va
 by a command that runs, so help is instant.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -12,7 +13,6 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from pixart_ft.config import TrainConfig
@@ -33,7 +33,7 @@ REPEATABLE = {"prompt"}
 MAY_BE_EMPTY = {"prompt"}  # of the commands' own options, those for which an empty text means something
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Command:
     """One command: its configuration, and its own options beside the configuration's keys."""
 
@@ -42,13 +42,15 @@ class Command:
     config: type[Config]
     prompts: str  # the key that --prompt fills
     options: Mapping[str, str]  # name -> description; each takes a value
-    run: Callable[[Any, Mapping[str, str]], object]  # of the configuration and the options given
+    run: Callable[[Any, Mapping[str, str]], object]  # of the configuration, and the options and switches given
+    switches: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> description; these take no value
 
 
 def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
     from pixart_ft.training_run import run_training
 
-    run_training(config, options.get("resume"), options.get("init_from"))
+    accept = "accept_changes" in options
+    run_training(config, options.get("resume"), options.get("init_from"), accept_changes=accept)
 
 
 def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
@@ -70,6 +72,7 @@ COMMANDS = {
             "init_from": "start a new run from the weights of an adapter or run folder",
         },
         _train,
+        {"accept_changes": "with resume: go on though what the run is trained on has changed"},
     ),
     "generate": Command(
         "draw pictures",
@@ -127,7 +130,8 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"unknown command {name}; choose from {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     flags = [name for name, field in keys(command.config).items() if field.annotation in (bool, bool | None)]
-    given, problems = split_options(rest, [*keys(command.config), *command.options, *SWITCHES], flags)
+    known, switches = [*keys(command.config), *command.options], [*command.switches, *SWITCHES]
+    given, problems = split_options(rest, known, flags, switches)
     if "help" in given:
         print(help_text(command))
         return
@@ -135,18 +139,20 @@ def _run(arguments: list[str]) -> None:
     if "dry_run" in given:
         print(to_yaml(config, ascii_only=not _prints(to_yaml(config))), end="")
     else:
-        command.run(config, {option: given[option][-1] for option in command.options if option in given})
+        own = (*command.options, *command.switches)
+        command.run(config, {option: given[option][-1] for option in own if option in given})
 
 
 def split_options(
-    arguments: Iterable[str], known: Iterable[str], flags: Iterable[str] = ()
+    arguments: Iterable[str], known: Iterable[str], flags: Iterable[str] = (), switches: Iterable[str] = SWITCHES
 ) -> tuple[dict[str, list[str]], list[str]]:
     """The values given to each known option, in order, and what could not be understood. Dashes become _.
 
-    flags: options that mean true where no value follows. Only those of `REPEATABLE` may be given twice.
+    flags: options that mean true where no value follows; switches take none. Only those of `REPEATABLE` may be given
+    twice.
     """
-    flags = set(flags)
-    known = list(known)
+    flags, switches = set(flags), set(switches)
+    known = [*known, *switches]
     given: dict[str, list[str]] = {}
     problems = []
     words = ["--help" if word == "-h" else word for word in arguments]
@@ -159,7 +165,7 @@ def split_options(
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        is_switch, has_value = name in SWITCHES, bool(words) and not words[0].startswith("--")
+        is_switch, has_value = name in switches, bool(words) and not words[0].startswith("--")
         if not equals and not is_switch and has_value:
             value = words.pop(0)
         if not is_text(value):
@@ -176,7 +182,7 @@ def split_options(
         else:
             given.setdefault(name, []).append(value)
     for name, values in given.items():
-        if len(values) > 1 and name not in REPEATABLE and name not in SWITCHES:
+        if len(values) > 1 and name not in REPEATABLE and name not in switches:
             shown = " and ".join(dict.fromkeys(json.dumps(visible(value)) for value in values))
             problems.append(f"--{name}: given {len(values)} times ({shown}); give it once")
     return given, problems
@@ -199,6 +205,8 @@ def _config(command: Command, given: Mapping[str, list[str]], problems: list[str
     for one, other in (("prompt", command.prompts), ("resume", "init_from")):
         if one in given and other in given:
             problems.append(f"--{one} and --{other.replace('_', '-')} exclude each other; give one")
+    if "accept_changes" in given and "resume" not in given:
+        problems.append("--accept-changes goes with --resume; give both or none")
     for option in command.options:
         if option not in MAY_BE_EMPTY and is_empty(given.get(option)):
             problems.append(f"--{option.replace('_', '-')} is empty; give its value, or leave it out")
@@ -223,7 +231,7 @@ def overview() -> str:
 def help_text(command: Command) -> str:
     """Usage, options, and every key with its meaning, what it accepts and its default."""
     lines = [f"{command.summary}\n\n  {command.usage}\n\noptions"]
-    for name, description in {**command.options, **SWITCHES}.items():
+    for name, description in {**command.options, **command.switches, **SWITCHES}.items():
         lines += _entry(f"--{name.replace('_', '-')}", description)
     if command.config.shipped:
         lines += ["", f"shipped configurations: {', '.join(shipped_configs()) or 'none'}"]

@@ -56,13 +56,15 @@ class Trainer:
         folder: RunFolder,
         held_out: HeldOutSet | None = None,
         draw_samples: Callable[[], list[Sample]] | None = None,
+        describe: Callable[[Path], None] = lambda checkpoint: None,
     ):
         """`transformer` has its adapter attached; only parameters with requires_grad are trained and saved.
 
         `held_out` is measured, and `draw_samples` makes the pictures of the fixed prompts, with the network as it is.
+        `describe` writes into each checkpoint what else belongs there.
         """
         self.accelerator, self.objective, self.data, self.plan = accelerator, objective, data, plan
-        self.folder, self.ema, self.transformer = folder, ema, transformer
+        self.folder, self.ema, self.transformer, self.describe = folder, ema, transformer, describe
         self.watch = Watch(
             accelerator=accelerator,
             transformer=transformer,
@@ -208,7 +210,7 @@ class Trainer:
         bad = None if all_finite([*weights, *moments]) else "weights or moments are not finite"
         if bad is None:
             law = None if self.history is None else self.history.probabilities()
-            for average in (nullcontext(), self.ema.applied()):
+            for average in (nullcontext(), self.ema.applied())[: 1 + self.ema.is_on]:
                 with average, evaluating(self.transformer):
                     loss = self._forward(self.draws_of(max(0, self.step - 1), 0), law)[2]["loss"]
                 bad = bad if all_finite([loss]) else "the loss of these weights is not finite"
@@ -297,6 +299,7 @@ class Trainer:
             "history": None if self.history is None else vars(self.history),
         }
         save_nested(folder / "progress.safetensors", progress)
+        self.describe(folder)
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint that `RunFolder` calls complete.
@@ -310,17 +313,26 @@ class Trainer:
                 f"{self.global_batch}: keep train.batch_size x train.accumulation x processes the same to resume"
             )
         saved = load_nested(folder / "trained.safetensors")
-        if saved.keys() != self.trained.keys():
-            raise UserError(f"{folder} holds other trained weights than this run's adapter: check lora.targets")
+        shapes = {name: p.shape for name, p in self.trained.items()}
+        if {name: value.shape for name, value in saved.items()} != shapes:
+            raise UserError(
+                f"{folder} holds other trained weights than this run's adapter: check lora.targets and rank"
+            )
+        average = load_nested(folder / "ema.safetensors")
+        if not all_finite([*saved.values(), *average["shadows"].values()]):
+            raise UserError(f"{folder} holds weights that are not finite: give an earlier checkpoint, or begin again")
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(saved[name])
-        self.ema.load_state_dict(load_nested(folder / "ema.safetensors"))
+        self.ema.load_state_dict(average)
+        chosen = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(load_nested(folder / "optimizer.safetensors"))
+        for group, own in zip(self.optimizer.param_groups, chosen, strict=True):
+            group |= own  # the moments are the checkpoint's, the settings this run's
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step = progress["step"]
         self.window.sums = progress["window"]
-        self.watch.before, self.watch.since = progress["held_out_before"], progress["compared_since"]
-        if progress.get("history") is not None:
+        self.watch.before, self.watch.since = progress["held_out_before"], progress.get("compared_since", 0)
+        if self.history is not None and progress.get("history") is not None:
             self.history = LossHistory(**progress["history"])

@@ -1,5 +1,6 @@
 """The data of a run: rows from the folders, everything that T5 and the VAE are needed for encoded once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,25 @@ def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     return rows, held[: config.validation.pictures]
 
 
+def vae_id(config: TrainConfig, base: str) -> str:
+    """Names the VAE by its content, see `component_id`."""
+    return _component_id(config, base, "vae", dtype=torch.float32)
+
+
+def text_encoder_id(config: TrainConfig, base: str) -> str:
+    """Names the tokenizer, T5 and the dtype it runs in, see `component_id`."""
+    return _component_id(config, base, "tokenizer", "text_encoder", dtype=_text_dtype(config))
+
+
+def _component_id(config: TrainConfig, base: str, *subfolders: str, dtype: torch.dtype) -> str:
+    memo = config.data.cache / "files.json"
+    return component_id(base, *subfolders, dtype=dtype, revision=config.model.revision, memo=memo)
+
+
+def _text_dtype(config: TrainConfig) -> torch.dtype:
+    return DTYPES.get(config.model.text_encoder_dtype) or compute_dtype(config)
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Everything that T5 and the VAE are needed for, made before the transformer is loaded."""
@@ -49,18 +69,23 @@ class Encoded:
 
 
 def encode_once(
-    config: TrainConfig, base: str, rows: list[Row], held: list[Row], resolution: int, accelerator: Accelerator
+    config: TrainConfig,
+    base: str,
+    rows: list[Row],
+    held: list[Row],
+    resolution: int,
+    accelerator: Accelerator,
+    digests: Sequence[str] | None = None,
 ) -> Encoded:
     """Fill the cache on the main process, then read it on all; what it holds already is not encoded again.
 
-    Pictures go first, since one that cannot be read should be known before T5 is even downloaded.
+    Pictures go first, since one that cannot be read should be known before T5 is even downloaded. `digests` are those
+    of the pictures of `rows`, then of `held`, where they are known.
     """
-    text_dtype = DTYPES.get(config.model.text_encoder_dtype) or compute_dtype(config)
     revision, device = config.model.revision, accelerator.device
-    memo = config.data.cache / "files.json"
 
     def text_encoder() -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
-        tokenizer, encoder = models.load_text_encoder(base, dtype=text_dtype, revision=revision)
+        tokenizer, encoder = models.load_text_encoder(base, dtype=_text_dtype(config), revision=revision)
         return tokenizer, encoder.to(device)
 
     def vae() -> AutoencoderKL:
@@ -73,7 +98,8 @@ def encode_once(
             store,
             rows + held,
             load_vae=vae,
-            vae_id=component_id(base, "vae", dtype=torch.float32, revision=revision, memo=memo),
+            vae_id=vae_id(config, base),
+            digests=digests,
             size=resolution,
             progress=show,
         )
@@ -82,7 +108,7 @@ def encode_once(
             store,
             texts,
             load_text_encoder=text_encoder,
-            encoder_id=component_id(base, "tokenizer", "text_encoder", dtype=text_dtype, revision=revision, memo=memo),
+            encoder_id=text_encoder_id(config, base),
             max_tokens=config.data.max_tokens,
             progress=show,
         )

@@ -28,6 +28,7 @@ from pixart_ft.adapters import (
 from pixart_ft.attention import use_plain_attention
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
+from pixart_ft.data.cache import picture_digests
 from pixart_ft.data.captions import TEXT_PREPARATION, pad_text
 from pixart_ft.draws import Plan, TrainingSet
 from pixart_ft.ema import Ema
@@ -40,47 +41,36 @@ from pixart_ft.report import finish
 from pixart_ft.run_lock import RunLock
 from pixart_ft.sampling import Guidance, decode_latents, sample_latents
 from pixart_ft.schedulers import build_scheduler
-from pixart_ft.settings import flat, load, to_yaml
+from pixart_ft.settings import to_yaml
 from pixart_ft.targets import check_rank, check_targets
+from pixart_ft.trained_on import Changes, announce, check_continues, trained_on
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once, read_rows
 from pixart_ft.training_objective import build_objective, warn_of_relearning
 
-# What a resumed run may change without becoming another run: its length, and how it is watched and kept.
-MAY_CHANGE = {
-    "run.name",
-    "run.folder",
-    "data.cache",
-    "train.steps",
-    "train.batch_size",
-    "train.accumulation",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "validation.every",
-    "validation.samples_every",
-    "logging.every",
-    "logging.tensorboard",
-}
 
-
-def run_training(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Path:
+def run_training(
+    config: TrainConfig, resume: str | None = None, init_from: str | None = None, *, accept_changes: bool = False
+) -> Path:
     """Train as `config` says and return the run folder.
 
     resume: "auto" or a checkpoint folder, continues the run in config.run.folder with all its state. init_from: an
-    adapter or run folder whose weights start a new run. Raises UserError for whatever the user can mend.
+    adapter or run folder whose weights start a new run. accept_changes: continue though what the run is trained on has
+    changed (see `trained_on`). Raises UserError for whatever the user can mend.
     """
     accelerator = accelerator_for(config)
     folder = RunFolder(config.run.folder)
     with RunLock(folder.path) as lock:
         if accelerator.is_main_process and resume is not None and folder.path.is_dir():
             lock.take()  # before anything in the folder is looked at
-        return _run(config, resume, init_from, accelerator, folder, lock)
+        return _run(config, resume, init_from, accept_changes, accelerator, folder, lock)
 
 
 def _run(
     config: TrainConfig,
     resume: str | None,
     init_from: str | None,
+    accept_changes: bool,
     accelerator: Accelerator,
     folder: RunFolder,
     lock: RunLock,
@@ -94,15 +84,24 @@ def _run(
     check_rank(skeleton, config.lora.rank, config.lora.targets)
     folder.check_new(resume=resume is not None)
     checkpoint = folder.resolve_resume(resume) if resume is not None else None
-    if resume is not None:
-        _check_continues(config, folder)
     if init_from is not None:
         find_adapter(init_from)
     rows, held_rows = read_rows(config)
-    encoded = encode_once(config, base, rows, held_rows, resolution, accelerator)
+    plan = _plan(config)
+    with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered
+        digests = picture_digests([*rows, *held_rows])
+        predicted = objective.prediction_type
+        about = trained_on(config, base, rows, held_rows, digests, schedule_config, predicted, resolution)
+    if checkpoint is not None:
+        check_continues(folder, checkpoint, about, plan, accept_changes)
+    encoded = encode_once(config, base, rows, held_rows, resolution, accelerator, digests)
 
     transformer = models.load_transformer(base, dtype=_weights_dtype(config), revision=config.model.revision)
     fingerprint = models.fingerprint(transformer)
+    about = about.with_base(transformer, config.model.base)
+    found = Changes([], [], [])
+    if checkpoint is not None:
+        found = check_continues(folder, checkpoint, about, plan, accept_changes)
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     attach(transformer, lora, seed=config.run.seed)
     if init_from is not None:
@@ -122,10 +121,11 @@ def _run(
         data=TrainingSet(encoded.train, encoded.scale, encoded.null_caption),
         optimizer=optimizer,
         ema=ema,
-        plan=_plan(config),
+        plan=plan,
         folder=folder,
         held_out=encoded.held_out,
         draw_samples=_sampler(config, encoded, base, resolution, transformer, objective, accelerator),
+        describe=about.write,
     )
     if checkpoint is not None:
         trainer.load(checkpoint)
@@ -136,6 +136,12 @@ def _run(
         folder.log.cut(trainer.step if checkpoint is not None else -1)
         write_text(folder.config_file, to_yaml(config))
         write_text(folder.path / "environment.json", environment)
+        if resume is not None:
+            announce(folder, checkpoint, plan, found)
+    if found.begins_anew:
+        trainer.watch.begin_anew(trainer.place, found.names)
+    if init_from is not None:
+        trainer.save()  # else a run that is resumed before its first checkpoint would begin without these weights
     accelerator.wait_for_everyone()
     if config.logging.tensorboard:
         accelerator.init_trackers("tensorboard")
@@ -190,20 +196,6 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError("set train.accumulation here and leave gradient accumulation out of accelerate's configuration")
     return accelerator
-
-
-def _check_continues(config: TrainConfig, folder: RunFolder) -> None:
-    """Refuse to continue a run under settings that would make it another one; `Trainer.load` checks the batch."""
-    if not folder.config_file.is_file():
-        return
-    began, now = (flat(c) for c in (load(TrainConfig, folder.config_file), config))
-    changed = [key for key in now if now[key] != began[key] and key not in MAY_CHANGE]
-    if changed:
-        lines = [f"  - {key} was {began[key]!r}, is {now[key]!r}" for key in changed]
-        raise UserError(
-            f"--resume continues {folder.path} as it began, but these settings differ:\n" + "\n".join(lines) + "\n"
-            f"use --config {folder.config_file}, or start another run (--init-from takes this one's weights)"
-        )
 
 
 def _base_to_find(base: str) -> str:

@@ -3,7 +3,7 @@
 It reads the run and writes into its folder; nothing of it changes the course.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,12 @@ class Watch:
         self.since = 0  # the step of what the end is compared with
         self.before: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
+
+    def begin_anew(self, place: Place, why: Sequence[str]) -> None:
+        """Compare with this step from now on; the log says why."""
+        self.since, self.before = place.step, {}
+        if self.accelerator.is_main_process:
+            self.folder.log.append(vars(place), {"begins_anew": list(why)})
 
     def has_measured(self, step: int) -> bool:
         """Whether the log has the held-out loss of this step."""

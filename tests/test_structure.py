@@ -77,6 +77,7 @@ LEVELS = {
     "trainer": 8,
     "training_data": 7,
     "training_objective": 8,
+    "trained_on": 8,
     "report": 9,
     "training_run": 10,
     "cli": 11,

@@ -21,99 +21,23 @@ from safetensors.torch import load_file
 from pixart_ft import models, report, watching
 from pixart_ft.checkpoint import load_nested
 from pixart_ft.cli import main
-from pixart_ft.config import TrainConfig, load_config
+from pixart_ft.config import load_config
 from pixart_ft.errors import UserError
 from pixart_ft.pictures import read_recipe
 from pixart_ft.run_lock import RunLock
 from pixart_ft.run_log import RunLog
-from pixart_ft.settings import load
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
-from pixart_ft.training_run import _plan, run_training
+from pixart_ft.training_run import _plan
+from tests.runs import STEPS, assert_same_end, command, losses, short_run, stop_at, train
 
 ROOT = Path(__file__).parent.parent
-STEPS = 6
-STATE_FILES = ("trained.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
 @pytest.fixture
 def options(tiny, pictures, tmp_path, tmp_path_factory) -> dict[str, object]:
-    """Dotted keys of a short run with everything on; the cache is shared by the module's tests."""
-    return {
-        "run.folder": tmp_path / "run",
-        "model.base": tiny,
-        "data.folder": pictures,
-        "data.held_out_fraction": 0.3,
-        "data.resolution": 64,
-        "data.cache": tmp_path_factory.getbasetemp() / "cache",
-        "diffusion.timestep_law": "stratified",
-        "lora.rank": 4,
-        "lora.alpha": 8,
-        "lora.dropout": 0.1,
-        "optim.learning_rate": 1e-2,
-        "optim.warmup_steps": 2,
-        "optim.decay": "cosine",
-        "train.steps": STEPS,
-        "train.batch_size": 4,
-        "train.mixed_precision": "no",
-        "train.ema_decay": 0.9,
-        "train.checkpoint_every": 2,
-        "validation.every": 3,
-        "validation.timesteps": 4,
-        "validation.prompts": ["a red circle"],
-        "validation.steps": 2,
-        "validation.samples_every": 100,
-        "logging.every": 1,
-        "logging.tensorboard": False,
-    }
-
-
-def train(options: dict[str, object], **more: object) -> Path:
-    """Run with these options; keyword `run__folder` overrides run.folder.
-
-    rate: a learning rate that a configuration may not ask for, which makes a run diverge.
-    """
-    resume = more.pop("resume", None)
-    rate = more.pop("rate", None)
-    init_from = more.pop("init_from", None)
-    given = options | {key.replace("__", "."): value for key, value in more.items()}
-    tree: dict[str, dict[str, object]] = {}
-    for key, value in given.items():
-        section, name = key.split(".")
-        tree.setdefault(section, {})[name] = str(value) if isinstance(value, Path) else value
-    config = load(TrainConfig, tree)
-    if rate is not None:
-        config = config.model_copy(update={"optim": config.optim.model_copy(update={"learning_rate": rate})})
-    return run_training(config, resume, init_from)
-
-
-def losses(run: Path) -> list[dict[str, float]]:
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [record["train"] for record in records if "train" in record]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Adapters, average, optimizer and every logged loss of two runs are equal bit for bit."""
-    for adapter in ("adapter", "adapter_raw"):
-        a, b = (load_file(run / "final" / adapter / "adapter_model.safetensors") for run in (one, other))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    for name in STATE_FILES:
-        a, b = ((run / "checkpoints" / f"step-{STEPS:06d}" / name).read_bytes() for run in (one, other))
-        assert a == b, name
-    assert losses(one) == losses(other)
-    assert len(losses(one)) == STEPS
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Make the next run die without warning when it begins this step, as a lost machine would."""
-    whole = Trainer._optimizer_step
-
-    def dying(self: Trainer) -> float:
-        if self.step == step:
-            raise RuntimeError("the machine is gone")
-        return whole(self)
-
-    monkeypatch.setattr(Trainer, "_optimizer_step", dying)
+    """A short run of this test's own; the cache is shared by all tests."""
+    return short_run(tiny, pictures, tmp_path / "run", tmp_path_factory.getbasetemp() / "cache")
 
 
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(options, tmp_path, monkeypatch) -> None:
@@ -294,7 +218,7 @@ def test_gradient_checkpointing_changes_memory_alone(options, tmp_path, monkeypa
     whole, runs = BasicTransformerBlock.forward, []
 
     def counted(block, *args, **kwargs):
-        runs.append(block)
+        runs.extend([block] * block.training)  # the check before a checkpoint trains nothing
         return whole(block, *args, **kwargs)
 
     monkeypatch.setattr(BasicTransformerBlock, "forward", counted)
@@ -374,8 +298,8 @@ def test_existing_run_is_never_overwritten(options) -> None:
 def test_resume_under_other_settings_is_refused_and_touches_nothing(options) -> None:
     run = train(options)
     before = (run / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match=r"lora\.alpha was 8\.0, is 64\.0\n  - optim\.learning_rate was 0\.01, is 1\.0"):
-        train(options, lora__alpha=64, optim__learning_rate=1.0, resume="auto")
+    with pytest.raises(UserError, match=r"lora\.alpha was 8\.0, is 64\.0\n  - diffusion|diffusion.*\n  - lora\.alpha"):
+        train(options, lora__alpha=64, diffusion__vlb_scale=2, optim__learning_rate=1.0, resume="auto")
     with pytest.raises(UserError, match="pictures per step"):
         train(options, train__batch_size=2, resume="auto")
     assert (run / "config.yaml").read_bytes() == before
@@ -484,18 +408,6 @@ def test_hybrid_needs_a_variance_half(options, tmp_path) -> None:
     run = train(options, model__base=base, diffusion__objective="simple")
     meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
     assert meta["variance"] == "none"
-
-
-def command(options: dict[str, object], **more: object) -> list[str]:
-    """The command line of a run: an empty configuration file and an override for every option."""
-    given = options | {key.replace("__", "."): value for key, value in more.items()}
-    empty = Path(str(options["run.folder"])).parent / "empty.yaml"
-    empty.write_text("")
-    values = {
-        k: json.dumps(v) if isinstance(v, list) else str(v).lower() if isinstance(v, bool) else v
-        for k, v in given.items()
-    }
-    return ["--config", str(empty), *(f"--{key}={value}" for key, value in values.items())]
 
 
 @pytest.mark.slow

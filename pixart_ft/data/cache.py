@@ -157,6 +157,11 @@ def cache_captions(
     return keys
 
 
+def picture_digests(rows: Sequence[Row]) -> list[str]:
+    """The SHA-256 of each picture's file; UserError for one that cannot be read."""
+    return [_sha256(row.path) for row in rows]
+
+
 def cache_pictures(
     store: TensorStore,
     rows: Sequence[Row],
@@ -164,6 +169,7 @@ def cache_pictures(
     load_vae: Callable[[], AutoencoderKL],
     vae_id: str,
     size: int,
+    digests: Sequence[str] | None = None,
     batch_size: int = 4,
     progress: bool = True,
 ) -> list[str]:
@@ -171,11 +177,12 @@ def cache_pictures(
 
     load_vae   called only if something is missing and all of that can be read; its result is freed
     vae_id     names the VAE and its dtype: see `component_id`
+    digests    of the rows' files, where they are known: see `picture_digests`
 
     Raises UserError listing the pictures that cannot be read, or for which the VAE gives NaN or infinity.
     """
     about = {"transform": TRANSFORM, "size": size, "vae": vae_id}
-    keys = [_key(about, _sha256(row.path)) for row in rows]
+    keys = [_key(about, digest) for digest in (picture_digests(rows) if digests is None else digests)]
     row_of = dict(zip(keys, rows, strict=True))
     if missing := store.missing(keys):
         verify_pictures([row_of[key] for key in missing], size, progress=progress)

@@ -1,0 +1,289 @@
+"""A run goes on with what it was trained on, and says where that changed. Oracle: contents that this file changes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pixart_ft.draws import Plan
+from pixart_ft.errors import UserError
+from pixart_ft.run_log import RunLog
+from pixart_ft.trained_on import Part, TrainedOn, changes
+from tests.runs import STEPS, short_run, stop_at, train
+from tests.tiny import build_picture_folder
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, pictures, tmp_path_factory) -> dict[str, object]:
+    """The options of a finished run, with held-out pictures of its own; read only."""
+    place = tmp_path_factory.mktemp("trained")
+    held_out = build_picture_folder(place / "held_out", 3)
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    options = short_run(tiny, pictures, place / "run", cache) | {
+        "data.held_out": held_out,
+        "data.held_out_fraction": 0.0,
+        "optim.decay": "constant",
+        "optim.warmup_steps": 0,
+        "validation.every": 0,
+        "train.checkpoint_every": 0,
+    }
+    train(options)
+    return options
+
+
+@pytest.fixture
+def options(trained, tmp_path) -> dict[str, object]:
+    """The same run, and all that it was trained on, moved to another place: two steps are left to do."""
+    moved = {"train.steps": STEPS + 2}
+    for key in ("run.folder", "model.base", "data.folder", "data.held_out"):
+        moved[key] = shutil.copytree(trained[key], tmp_path / f"moved {key}")
+    return trained | moved
+
+
+def change_weights(folder: Path, part: str) -> None:
+    """Change the last value of one tensor, which a glance at some values would not see."""
+    (file,) = (folder / part).glob("*.safetensors")
+    weights = load_file(file)
+    name = max(weights, key=lambda key: weights[key].numel())
+    weights[name].view(-1)[-1] += 0.5
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def change_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def add_picture(folder: Path) -> None:
+    Image.new("RGB", (64, 64), "red").save(folder / "zzz.png")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "zzz.png", "text": "red"}) + "\n")
+
+
+def swap_pictures(folder: Path) -> None:
+    (folder / "000.png").rename(folder / "x.png")
+    (folder / "001.png").rename(folder / "000.png")
+    (folder / "x.png").rename(folder / "001.png")
+
+
+def other_caption(folder: Path) -> None:
+    path = folder / "metadata.jsonl"
+    path.write_text(path.read_text().replace("red circle", "blue circle"))
+
+
+CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "a picture more": ("data.folder", add_picture, r"training pictures: 12 before, 13 now"),
+    "other pictures": ("data.folder", swap_pictures, r"training pictures: not the same as before"),
+    "other captions": ("data.folder", other_caption, r"training captions: not the same as before"),
+    "a held-out picture more": ("data.held_out", add_picture, r"held-out pictures: 3 before, 4 now"),
+    "held-out swapped": ("data.held_out", swap_pictures, r"held-out pictures: not the same as before"),
+    "base weights": ("model.base", lambda base: change_weights(base, "transformer"), r"base: .* before, .* now"),
+    "VAE": ("model.base", lambda base: change_weights(base, "vae"), r"VAE: not the same as before"),
+    "VAE scale": (
+        "model.base",
+        lambda base: change_json(base / "vae/config.json", scaling_factor=0.5),
+        "VAE: not the same as before",
+    ),
+    "T5": ("model.base", lambda base: change_weights(base, "text_encoder"), r"text encoder: not the same as before"),
+    "schedule": (
+        "model.base",
+        lambda base: change_json(base / "scheduler/scheduler_config.json", beta_end=0.03),
+        r"noise schedule: not the same as before",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_content_is_refused_by_its_name_and_touches_nothing(options, name: str) -> None:
+    key, change, message = CHANGES[name]
+    change(Path(str(options[key])))
+    run = Path(str(options["run.folder"]))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError, match=rf"from step {STEPS}, and these are not as they were:\n(  - .*\n)*  - {message}\n"
+    ) as found:
+        train(options, resume="auto")
+    assert "--accept-changes" in str(found.value)
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert {path: content for path, content in before.items() if path.name != ".lock"} == after
+
+
+def test_a_moved_folder_of_the_same_content_goes_on(options, capsys) -> None:
+    train(options, resume="auto")
+    out = capsys.readouterr().out
+    assert f"continuing {options['run.folder']} from step {STEPS} of {STEPS + 2}\n" in out
+    assert f"changed: train.steps was {STEPS}, is {STEPS + 2}\n" in out and out.count("changed:") == 1
+
+
+def test_other_held_out_pictures_where_accepted_begin_the_comparison_anew(options, capsys) -> None:
+    """Their number too: what is measured at the end is compared with the same pictures."""
+    add_picture(Path(str(options["data.held_out"])))
+    run = train(options, resume="auto", accept_changes=True)
+    out = capsys.readouterr().out
+    assert "changed: held-out pictures: 3 before, 4 now\n" in out
+    assert f"compared with step {STEPS}, where the comparison began anew" in out
+    records = RunLog(run / "log.jsonl").records()
+    (mark,) = (number for number, record in enumerate(records) if "begins_anew" in record)
+    assert [r["step"] for r in records[mark:] if "held_out" in r] == [STEPS, STEPS + 2]
+    train(options, resume="auto")  # from now on these are its pictures
+    assert f"compared with step {STEPS}" in capsys.readouterr().out
+
+
+def test_other_training_pictures_where_accepted_keep_the_comparison(options, capsys) -> None:
+    add_picture(Path(str(options["data.folder"])))
+    train(options, resume="auto", accept_changes=True)
+    out = capsys.readouterr().out
+    assert "changed: training pictures: 12 before, 13 now\n" in out and "anew" not in out
+
+
+def test_settings_are_checked_without_the_file_of_settings(options) -> None:
+    (Path(str(options["run.folder"])) / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"lora\.alpha was 8\.0, is 64\.0"):
+        train(options, lora__alpha=64, resume="auto")
+
+
+def test_words_that_mean_the_same_are_no_change(options) -> None:
+    train(
+        options,
+        diffusion__schedule="linear",
+        diffusion__prediction_type="epsilon",
+        model__dtype="float32",
+        model__text_encoder_dtype="float32",
+        validation__pictures=50,
+        resume="auto",
+    )
+
+
+def test_a_checkpoint_of_an_earlier_version_has_to_be_accepted(options, capsys) -> None:
+    (folder,) = (Path(str(options["run.folder"])) / "checkpoints").iterdir()
+    (folder / "run.json").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["run.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="what it was trained on is not recorded"):
+        train(options, resume="auto")
+    train(options, resume="auto", accept_changes=True)
+
+
+def test_the_advice_after_a_divergence_can_be_followed(options, capsys) -> None:
+    """What diverged leaves the checkpoint and the result from before; a lower rate goes on from there."""
+    run = Path(str(options["run.folder"]))
+    adapter = (run / "final" / "adapter" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(
+        UserError, match=rf"diverged.*Lower .*learning_rate \(1e\+30\) and continue from step {STEPS} with"
+    ):
+        train(options, rate=1e30, optim__clip_norm=0, train__checkpoint_every=1, resume="auto")
+    assert (run / "final" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{STEPS:06d}"]
+    train(options, optim__learning_rate=1e-3, optim__weight_decay=0.25, resume="auto")
+    out = capsys.readouterr().out
+    assert "changed: optim.learning_rate was 0.01, is 0.001\n" in out
+    assert "changed: the learning rate was 0.01 and goes on at 0.001\n" in out
+    assert (run / "final" / "adapter" / "adapter_model.safetensors").read_bytes() != adapter
+
+
+def test_fewer_steps_than_done_are_refused(options) -> None:
+    with pytest.raises(UserError, match=rf"train\.steps is 3, and this run has done {STEPS} steps already"):
+        train(options, train__steps=3, resume="auto")
+
+
+def test_a_result_without_a_checkpoint_is_not_begun_again(options) -> None:
+    shutil.rmtree(Path(str(options["run.folder"])) / "checkpoints")
+    with pytest.raises(UserError, match="has a result and no whole checkpoint"):
+        train(options, resume="auto")
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(options) -> None:
+    (folder,) = (Path(str(options["run.folder"])) / "checkpoints").iterdir()
+    weights = load_file(folder / "trained.safetensors")
+    with (folder / "trained.safetensors").open("r+b") as file:  # the last value becomes NaN; the manifest lets it be
+        file.seek(-4, 2)
+        file.write(torch.tensor([float("nan")]).numpy().tobytes())
+    (folder / "manifest.json").write_text("{}")
+    assert weights
+    with pytest.raises(UserError, match="not finite: give an earlier checkpoint"):
+        train(options, resume="auto")
+
+
+def test_init_from_is_not_forgotten_before_the_first_checkpoint(options, tmp_path, monkeypatch) -> None:
+    """A run that began with another's weights and dies in its first step goes on with them."""
+    first, new = Path(str(options["run.folder"])), {"run.folder": tmp_path / "new", "train.steps": 1}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 0)
+        with pytest.raises(RuntimeError):
+            train(options | new, init_from=str(first))
+    state = load_file(tmp_path / "new" / "checkpoints" / "step-000000" / "trained.safetensors")
+    trained = load_file(first / "checkpoints" / f"step-{STEPS:06d}" / "ema.safetensors")
+    shadows = sorted(trained.items())  # in the same order; the exported adapter is the average
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(sorted(state.items()), shadows, strict=True))
+    train(options | new, resume="auto")
+
+
+# The rules, without a run
+
+PLAN = Plan(
+    steps=100,
+    batch_size=1,
+    accumulation=1,
+    seed=0,
+    caption_dropout=0.0,
+    timestep_law="uniform",
+    logit_mean=0.0,
+    logit_std=1.0,
+    learning_rate=1.0,
+    warmup_steps=0,
+    decay="cosine",
+    clip_norm=1.0,
+    log_every=1,
+    validate_every=0,
+    samples_every=0,
+    checkpoint_every=0,
+    keep_checkpoints=1,
+)
+
+
+def settings(plan: Plan) -> dict[str, object]:
+    optim = {f"optim.{name}": getattr(plan, name) for name in ("learning_rate", "warmup_steps", "decay")}
+    return {"train.steps": plan.steps, **optim}
+
+
+def found(step: int = 100, **more: object) -> tuple[list[str], list[str]]:
+    """Said and refused when PLAN, after `step` steps, goes on with these fields changed."""
+    plan = replace(PLAN, **more)
+    result = changes(TrainedOn({}, settings(PLAN)), TrainedOn({}, settings(plan)), plan, step)
+    return list(result.said), list(result.refused)
+
+
+def test_a_rate_that_would_jump_up_is_refused_and_another_change_of_it_is_said() -> None:
+    said, refused = found(steps=200)  # the cosine is at its middle again: 0.5, after 1/2 (1 + cos(0.99 pi)) = 0.000247
+    assert said == ["train.steps was 100, is 200"]
+    assert refused == [
+        "the learning rate was 0.000247 and goes on at 0.5: train.steps stretches the cosine decay",
+    ]
+    said, refused = found(steps=200, learning_rate=0.1)
+    assert not refused and said[-1] == "the learning rate was 0.000247 and goes on at 0.05"
+    said, refused = found(step=50, steps=60)  # down from 0.516 to 1/2 (1 + cos(50/60 pi)) = 0.067
+    assert not refused and said[-1] == "the learning rate was 0.516 and goes on at 0.067"
+    assert found(step=50) == ([], [])
+    assert found() == ([], [])
+
+
+def test_the_comparison_begins_anew_only_where_it_depends_on_the_change() -> None:
+    def anew(name: str) -> bool:
+        began = TrainedOn({name: Part.of([1])}, settings(PLAN))
+        return changes(began, TrainedOn({name: Part.of([2])}, settings(PLAN)), PLAN, 10).begins_anew
+
+    assert [anew(n) for n in ("training pictures", "training captions")] == [False, False]
+    parts = ("held-out pictures", "held-out captions", "base", "VAE", "text encoder", "noise schedule")
+    assert all(anew(name) for name in parts)
+
+
+def test_parts_depend_on_order_and_content_alone() -> None:
+    assert Part.of(["a", "b"]) != Part.of(["b", "a"])
+    assert Part.of(["ab"]) != Part.of(["a", "b"])
+    assert Part.of(iter("ab"), "2") == Part.of(["a", "b"], "2")
