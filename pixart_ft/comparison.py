@@ -12,7 +12,7 @@ from pixart_ft.drawing import Abilities, Settings, settled
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.pictures import grid, save_png
-from pixart_ft.samplers import SAMPLERS
+from pixart_ft.samplers import EVERY_SAMPLER
 from pixart_ft.text_to_image import TextToImage
 
 Cells = dict[tuple[str, int], Settings]  # by sampler and number of steps
@@ -57,7 +57,7 @@ def run_comparison(config: GenerateConfig, model: TextToImage, prompts: Sequence
             sheet = grid(
                 [[pictures[name, steps] for steps in config.compare_steps] for name in config.compare_samplers],
                 title=prompt,
-                row_labels=[SAMPLERS[name].title for name in config.compare_samplers],
+                row_labels=[EVERY_SAMPLER[name].title for name in config.compare_samplers],
                 column_labels=[f"{steps} steps" for steps in config.compare_steps],
                 captions=[
                     [captions[name, steps] for steps in config.compare_steps] for name in config.compare_samplers

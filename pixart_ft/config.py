@@ -27,6 +27,15 @@ Sampler = Literal[
     "score_sde",
     "annealed_langevin",
     "pf_ode",
+    "dpm++",
+    "dpm++_sde",
+    "unipc",
+    "deis",
+    "heun",
+    "dpm2",
+    "dpm2_ancestral",
+    "lms",
+    "pndm",
 ]
 
 

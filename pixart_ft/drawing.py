@@ -1,10 +1,12 @@
 """How pictures are drawn, whatever the weights: the settings, what they ask of a model, the scheduler they mean."""
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -12,9 +14,13 @@ from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule, ScheduleName, TimeConditioning, conditioned, named_config
 from pixart_ft.errors import UserError
 from pixart_ft.models import VarianceState
-from pixart_ft.samplers import CONDITIONS, SAMPLERS
+from pixart_ft.samplers import CONDITIONS, EVERY_SAMPLER
 from pixart_ft.schedulers import SCHEDULERS, build_scheduler
 from pixart_ft.schedulers.base import PixArtScheduler
+from pixart_ft.schedulers.stock import StockScheduler
+
+FAR_AREA = 2.0  # times the training's area, or 1 / that: beyond it, a warning
+FAR_RATIO = 4.0  # of the sides; PixArt-Sigma's own buckets end there
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class Settings:
     guidance: float = 4.5
     guidance_interval: tuple[float, float] | None = None  # timesteps between which guidance acts; None: everywhere
     negative_prompt: str = ""  # in place of the null caption, unless empty
-    options: Mapping[str, object] = field(default_factory=dict)  # the sampler's own: SAMPLERS[sampler].settings
+    options: Mapping[str, object] = field(default_factory=dict)  # the sampler's own: EVERY_SAMPLER[sampler].settings
     schedule: ScheduleName | Literal["base"] = "base"  # the noise levels walked through; base: those trained on
     time_conditioning: TimeConditioning = "snr_matched"  # what another schedule tells the network
     image: Path | Image.Image | None = None  # a picture to start from
@@ -51,7 +57,7 @@ class Abilities:
     unit: int
 
 
-def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler:
+def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler | StockScheduler:
     """The scheduler that the settings mean, with its timesteps, at the call that sampling begins with.
 
     Raises ValueError for what the sampler or the schedule cannot do.
@@ -78,41 +84,95 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
     Raises UserError with everything that is wrong: an unknown sampler, an option that it does not use or cannot take,
     steps or a size that the model cannot give, a learned variance that is not there or was not trained.
     """
-    faults = []
     width, height = settings.width or model.size, settings.height or model.size
-    for key, size in (("width", width), ("height", height)):
-        if size < model.unit or size % model.unit:
-            near = max(model.unit, round(size / model.unit) * model.unit)
-            faults.append(
-                f"{key} ({size}) must be a multiple of {model.unit} (patch size times VAE factor); try {near}"
-            )
-    if settings.negative_prompt and settings.guidance == 1:
-        faults.append("negative_prompt is unused at guidance 1; raise guidance or remove it")
-    if settings.guidance < 1:
-        faults.append(f"guidance must be at least 1 (off), got {settings.guidance:g}")
-    if settings.guidance_interval is not None and settings.guidance_interval[0] > settings.guidance_interval[1]:
-        faults.append(f"guidance_interval {settings.guidance_interval} ends before it begins")
-    if settings.guidance_interval is not None and settings.guidance == 1:
-        faults.append("guidance_interval is unused at guidance 1; raise guidance or remove it")
+    faults = size_faults(width, height, model.unit)
+    if not 1 <= settings.guidance < math.inf:
+        faults.append(f"guidance must be at least 1, which is off, got {settings.guidance:g}")
+    elif settings.guidance == 1:
+        faults += [
+            f"{key} is unused at guidance 1; raise guidance or remove it"
+            for key in ("negative_prompt", "guidance_interval")
+            if getattr(settings, key)
+        ]
     start_faults = _start_faults(settings)
     faults += [*start_faults, *_idle_options(settings)]
     if settings.steps < 1:
         faults.append(f"steps must be at least 1, got {settings.steps}")
-    if settings.sampler not in SAMPLERS:
-        faults.append(f"sampler: unknown {settings.sampler!r}; choose from {', '.join(SAMPLERS)}")
+    if settings.sampler not in EVERY_SAMPLER:
+        faults.append(f"sampler: unknown {settings.sampler!r}; choose from {', '.join(EVERY_SAMPLER)}")
     elif _learned(settings) and model.variance != "trained":
         faults.append(_untrained_variance(model.variance, adapter))
     options: dict[str, object] = {}
-    if settings.sampler in SAMPLERS and settings.steps >= 1:
+    if settings.sampler in EVERY_SAMPLER and settings.steps >= 1:
         try:
             scheduler = scheduler_for(replace(settings, image=None) if start_faults else settings, model)
-            options = {key: scheduler.config[key] for key in SAMPLERS[settings.sampler].settings}
+            options = {key: scheduler.config[key] for key in EVERY_SAMPLER[settings.sampler].settings}
+            if settings.guidance > 1:
+                adaptive = options.get("tolerance") is not None
+                faults += interval_faults(settings.guidance_interval, None if adaptive else calls_to_come(scheduler))
         except ValueError as error:
             named = str(error).startswith(f"sampler {settings.sampler} ")
             faults.append(str(error) if named else f"sampler {settings.sampler}: {error}")
     if faults:
         raise UserError("\n".join(faults))
+    warn_of_size(width, height, model.size)
     return replace(settings, options=options, width=width, height=height)
+
+
+def size_faults(width: int, height: int, unit: int) -> list[str]:
+    """What keeps a picture of this size, in pixels, from having latents."""
+    return [
+        f"{key} ({size}) must be a multiple of {unit} (patch size times VAE factor); "
+        f"try {max(unit, round(size / unit) * unit)}"
+        for key, size in (("width", width), ("height", height))
+        if size < unit or size % unit
+    ]
+
+
+def warn_of_size(width: int, height: int, side: int) -> None:
+    """Warn where a picture is far from those of side x side pixels that the model was trained on."""
+    area, ratio = width * height / side**2, max(width, height) / min(width, height)
+    if not 1 / FAR_AREA <= area <= FAR_AREA or ratio > FAR_RATIO:
+        warnings.warn(
+            f"{width} x {height} pixels are far from the {side} x {side} that this model was trained on (area times "
+            f"{area:.2g}, sides {ratio:.2g} to 1): expect repeated or broken parts; --aspect-ratio keeps the area",
+            stacklevel=3,
+        )
+
+
+def strength_faults(strength: float) -> list[str]:
+    """What keeps a start picture from being noised so."""
+    if 0 < strength <= 1:
+        return []
+    return [f"strength must lie above 0 (the picture itself) and at most at 1 (only noise), got {strength:g}"]
+
+
+def interval_faults(interval: tuple[float, float] | None, calls: Sequence[float] | None, last: int = 999) -> list[str]:
+    """What keeps guidance from acting between these two of the network's timesteps, 0 to `last`.
+
+    calls: the timesteps of the network calls to come; None where a solver chooses its own.
+    """
+    if interval is None:
+        return []
+    low, high = interval
+    shown = f"guidance_interval [{low:g}, {high:g}]"
+    unit = f"it is in the network's timesteps, from 0 (the least noise) to {last}"
+    if low > high:
+        return [f"{shown} ends before it begins; {unit}"]
+    if not 0 <= low <= high <= last:
+        return [f"{shown} reaches beyond the timesteps; {unit}"]
+    if calls is not None and not any(low <= timestep <= high for timestep in calls):
+        return [
+            f"{shown} holds none of this run's {len(calls)} network calls, at timesteps {max(calls):g} to "
+            f"{min(calls):g}, so guidance would never act; {unit}"
+        ]
+    return []
+
+
+def calls_to_come(scheduler: Any) -> list[float]:
+    """The timesteps that the network will be called with, after `set_timesteps` of any scheduler."""
+    timesteps: list[float] = scheduler.timesteps.tolist()
+    return timesteps[getattr(scheduler, "begin_index", None) or 0 :]
 
 
 def size_of(aspect_ratio: str, model: Abilities) -> tuple[int, int]:
@@ -140,7 +200,7 @@ def recipe_of(settings: Settings) -> dict[str, object]:
 
 def _learned(settings: Settings) -> bool:
     """Whether the steps are to be taken by the network's own variance."""
-    return SAMPLERS[settings.sampler].needs_variance and settings.options.get("variance", "learned") == "learned"
+    return EVERY_SAMPLER[settings.sampler].needs_variance and settings.options.get("variance", "learned") == "learned"
 
 
 def _skipped(settings: Settings) -> int:
@@ -162,11 +222,7 @@ def _idle_options(settings: Settings) -> list[str]:
 def _start_faults(settings: Settings) -> list[str]:
     if settings.image is None:
         return ["inversion starts from a picture: give image"] if settings.inversion else []
-    faults = []
-    if not 0 < settings.strength <= 1:
-        faults.append(
-            f"strength must lie above 0 (the picture itself) and at most at 1 (only noise), got {settings.strength}"
-        )
+    faults = strength_faults(settings.strength)
     if settings.options.get("tolerance") is not None:
         faults.append("image starts at a step, and pf_ode with a tolerance has none; remove tolerance")
     if settings.inversion and (settings.sampler != "ddim" or settings.options.get("eta")):

@@ -23,14 +23,14 @@ from pixart_ft.config import (
     Seed,
     Source,
 )
-from pixart_ft.samplers import CONDITIONS, OPTIONS, SAMPLERS, users_of
+from pixart_ft.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS, users_of
 from pixart_ft.settings import Config
 
-_SAMPLERS = "; ".join(f"{facts.name}: {facts.summary}" for facts in SAMPLERS.values())
+_SAMPLERS = "; ".join(f"{facts.name}: {facts.summary}" for facts in EVERY_SAMPLER.values())
 
 
 def _uses(option: str, sampler: str) -> bool:
-    return option in SAMPLERS[sampler].settings
+    return option in EVERY_SAMPLER[sampler].settings
 
 
 def _of(option: str) -> str:
@@ -70,8 +70,12 @@ class GenerateConfig(Config):
     sampler: Sampler = Field("ddim", description=_SAMPLERS)
     steps: SamplerSteps = Field(30, description="sampler steps")
     guidance: Guidance = Field(4.5, description="classifier-free guidance scale; 1 = off")
-    guidance_interval: tuple[Annotated[float, Field(ge=0, le=1000)], ...] | None = Field(
-        None, min_length=2, max_length=2, description="timesteps between which guidance acts; null = all"
+    # `drawing.interval_faults` knows the run's timesteps; these ends only keep the numbers sane
+    guidance_interval: tuple[Annotated[float, Field(ge=-1_000_000, le=1_000_000)], ...] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="the two network timesteps, 0 to 999, between which guidance acts; null = all",
     )
     schedule: Literal["base", "linear", "scaled_linear", "cosine", "su_linear"] = Field(
         "base", description="noise levels to walk through; base = those of the training"
@@ -80,7 +84,8 @@ class GenerateConfig(Config):
         "snr_matched", description="what another schedule tells the network: its index, or where it knows that noise"
     )
     spacing: Literal["iddpm", "trailing", "leading", "karras", "exponential", "linspace"] | None = Field(
-        None, description="how the steps are spread; null = iddpm on indices and SDE, karras on noise levels"
+        None,
+        description="how the steps are spread; null = iddpm on indices and SDE, karras on levels, else linspace",
     )
     variance: Literal["beta_tilde", "beta", "learned"] | None = Field(
         None, description=_of("variance") + "of each step; null = beta_tilde for ddpm, learned for iddpm"
@@ -168,19 +173,15 @@ class GenerateConfig(Config):
         ),
         (
             ("spacing", "sampler"),
-            lambda spacing, sampler: spacing is not None and spacing not in SAMPLERS[sampler].spacings,
+            lambda spacing, sampler: spacing is not None and spacing not in EVERY_SAMPLER[sampler].spacings,
             "spacing {} is not for sampler {}: iddpm, trailing and leading are for indices and the SDE, karras, "
-            "exponential, linspace and trailing for noise levels",
+            "exponential, linspace and trailing for noise levels, linspace, trailing, leading and mostly karras for "
+            "diffusers' samplers",
         ),
         (
             ("sampler", "variance"),
             lambda sampler, variance: sampler == "ddpm" and variance == "learned",
             "sampler {} takes variance beta_tilde or beta, not {}; the sampler that steps by the learned one is iddpm",
-        ),
-        (
-            ("guidance_interval",),
-            lambda interval: interval is not None and interval[0] > interval[1],
-            "guidance_interval {} ends before it begins",
         ),
     )
 

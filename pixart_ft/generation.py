@@ -31,6 +31,8 @@ def run_generation(config: GenerateConfig) -> list[Path]:
     abilities = read_abilities(_base(config), lora=config.lora, weights=config.weights, revision=_revision(config))
     adapter = None if config.lora is None else str(config.lora)
     settings = settled(_settings(config, abilities), abilities, adapter)
+    if config.aspect_ratio is not None:
+        print(f"aspect_ratio {config.aspect_ratio}: {settings.width} x {settings.height} pixels")
     cells = settled_cells(config, settings, abilities, adapter) if config.compare else {}
     model = load_model(config, prompts)
     if config.compare:

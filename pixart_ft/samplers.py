@@ -3,14 +3,14 @@
 No torch: asking for help must be instant. The formulas are in `diffusion/solvers.py`.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Space = Literal["index", "sigma", "sde"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplerFacts:
     """What a user, or a test, needs to know about one sampler."""
 
@@ -31,6 +31,23 @@ class SamplerFacts:
         if self.space == "sigma":
             return ("karras", "exponential", "linspace", "trailing")
         return ("iddpm", "trailing", "leading")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StockFacts(SamplerFacts):
+    """The same of a scheduler of diffusers."""
+
+    needs_variance: bool = False
+    space: Space = "sigma"
+    settings: tuple[str, ...] = ("spacing",)
+    kind: str  # its class there
+    arguments: Mapping[str, object] = field(default_factory=dict)  # of its constructor
+    spacings_taken: tuple[str, ...] = ("linspace", "trailing", "leading", "karras")
+    begins_late: bool = True  # False: a step needs the steps before it, so it cannot start from a picture
+
+    @property
+    def spacings(self) -> tuple[str, ...]:
+        return self.spacings_taken
 
 
 _SIGMAS = ("spacing", "rho", "sigma_min", "sigma_max")
@@ -162,6 +179,111 @@ SAMPLERS: dict[str, SamplerFacts] = {
     )
 }
 
+# diffusers' own, for comparison with what others draw; none of them steps by the learned variance.
+STOCK_SAMPLERS: dict[str, StockFacts] = {
+    facts.name: facts
+    for facts in (
+        StockFacts(
+            name="dpm++",
+            title="DPM-Solver++ 2M",
+            source="Lu et al. 2022b",
+            order=2,
+            calls_per_step=1,
+            stochastic=False,
+            kind="DPMSolverMultistepScheduler",
+            arguments={"algorithm_type": "dpmsolver++"},
+            summary="PixArt-Sigma's own choice; good from 14 steps",
+        ),
+        StockFacts(
+            name="dpm++_sde",
+            title="DPM-Solver++ 2M SDE",
+            source="Lu et al. 2022b, as an SDE",
+            order=None,
+            calls_per_step=1,
+            stochastic=True,
+            kind="DPMSolverMultistepScheduler",
+            arguments={"algorithm_type": "sde-dpmsolver++"},
+            summary="DPM-Solver++ with noise; good from 25 steps",
+        ),
+        StockFacts(
+            name="unipc",
+            title="UniPC",
+            source="Zhao et al. 2023",
+            order=2,
+            calls_per_step=1,
+            stochastic=False,
+            kind="UniPCMultistepScheduler",
+            summary="a predictor and a corrector; good from 12 steps",
+        ),
+        StockFacts(
+            name="deis",
+            title="DEIS",
+            source="Zhang & Chen 2022",
+            order=2,
+            calls_per_step=1,
+            stochastic=False,
+            kind="DEISMultistepScheduler",
+            summary="exponential integrator; good from 15 steps",
+        ),
+        StockFacts(
+            name="heun",
+            title="Heun (diffusers)",
+            source="Karras et al. 2022, Alg. 1",
+            order=2,
+            calls_per_step=2,
+            stochastic=False,
+            kind="HeunDiscreteScheduler",
+            summary="as edm without churn, on another grid; two calls a step",
+        ),
+        StockFacts(
+            name="dpm2",
+            title="DPM2",
+            source="Karras et al. 2022, Alg. 2 with the midpoint",
+            order=2,
+            calls_per_step=2,
+            stochastic=False,
+            kind="KDPM2DiscreteScheduler",
+            summary="the midpoint method; two calls a step",
+        ),
+        StockFacts(
+            name="dpm2_ancestral",
+            title="DPM2 ancestral",
+            source="the midpoint method with noise added back",
+            order=None,
+            calls_per_step=2,
+            stochastic=True,
+            kind="KDPM2AncestralDiscreteScheduler",
+            summary="dpm2 with noise; two calls a step",
+        ),
+        StockFacts(
+            name="lms",
+            title="LMS",
+            source="linear multistep, Adams-Bashforth",
+            order=4,
+            calls_per_step=1,
+            stochastic=False,
+            kind="LMSDiscreteScheduler",
+            begins_late=False,
+            summary="fourth order from the steps before; good from 20 steps",
+        ),
+        StockFacts(
+            name="pndm",
+            title="PNDM",
+            source="Liu et al. 2022, PLMS",
+            order=4,
+            calls_per_step=1,
+            stochastic=False,
+            kind="PNDMScheduler",
+            arguments={"skip_prk_steps": True},
+            spacings_taken=("linspace", "trailing", "leading"),
+            begins_late=False,
+            summary="DDIM with the slopes of four steps; one call more than steps",
+        ),
+    )
+}
+
+EVERY_SAMPLER: dict[str, SamplerFacts] = {**SAMPLERS, **STOCK_SAMPLERS}
+
 OPTIONS = tuple(dict.fromkeys(option for facts in SAMPLERS.values() for option in facts.settings))
 
 # (option, other, used): the option acts only where `used(value of other)` is true, None being the sampler's default.
@@ -180,4 +302,4 @@ CONDITIONS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 def users_of(setting: str) -> tuple[str, ...]:
     """The samplers that use a setting."""
-    return tuple(facts.name for facts in SAMPLERS.values() if setting in facts.settings)
+    return tuple(facts.name for facts in EVERY_SAMPLER.values() if setting in facts.settings)

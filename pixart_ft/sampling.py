@@ -33,16 +33,21 @@ OnCall = Callable[[int, Tensor], Tensor | None]
 class Guidance:
     """Classifier-free guidance: the mean half becomes u + scale (c - u) on all channels (Ho & Salimans 2022).
 
-    The variance half is the conditional branch's. At scale 1, and where the timestep lies outside `interval` (both
+    The variance half is the conditional branch's. Up to scale 1, and where the timestep lies outside `interval` (both
     ends included), the unconditional branch is not run (Kynkaanniemi et al. 2024 guide in the middle only).
     """
 
     scale: float = 4.5
     interval: tuple[float, float] | None = None
 
+    @property
+    def on(self) -> bool:
+        """Whether it acts at all: above 1, as in diffusers; at 0 too the picture follows the prompt."""
+        return self.scale > 1
+
     def applies(self, timestep: float) -> bool:
         """Whether a call at this timestep is guided."""
-        return self.scale != 1 and (self.interval is None or self.interval[0] <= timestep <= self.interval[1])
+        return self.on and (self.interval is None or self.interval[0] <= timestep <= self.interval[1])
 
 
 @torch.no_grad()
@@ -57,6 +62,7 @@ def sample_latents(
     generators: Sequence[torch.Generator],
     shape: tuple[int, int, int],
     start: Tensor | None = None,
+    eta: float = 0.0,
     autocast: torch.dtype | None = None,
     on_call: OnCall | None = None,
 ) -> Tensor:
@@ -66,6 +72,7 @@ def sample_latents(
     null: (L', D), or N of them, what the unconditional branch sees: the null caption, or negative prompts.
     generators: one CPU generator a picture, for its first noise and every later one.
     start: the sample (N, *shape) to begin with, at the scheduler's begin index; None: noise, at the first call.
+    eta: of a scheduler whose `step` takes one, as those of diffusers do.
     autocast: half type to run the network in; the latents stay float32.
 
     Raises ValueError for a network in training mode, and for settings that the scheduler refuses.
@@ -80,7 +87,7 @@ def sample_latents(
     if isinstance(scheduler, ProbabilityFlowScheduler) and scheduler.tolerance is not None:
         return _solved(scheduler, branches, embeds, mask, null, start, on_call)
     timesteps = scheduler.timesteps.cpu()
-    x, extra = start, _step_arguments(scheduler, list(generators))
+    x, extra = start, _step_arguments(scheduler, list(generators), eta)
     with branches(embeds, mask, null) as network:
         for made, timestep in enumerate(timesteps[first_call(scheduler) :], start=1):
             output = network(scheduler.scale_model_input(x, timestep), timestep.expand(len(x)))
@@ -141,7 +148,7 @@ def denoiser(
     Arguments as in `sample_latents`; both branches go through the network in one batch.
     """
     device = embeds.device
-    if guidance.scale != 1:
+    if guidance.on:
         embeds, mask = _with_unconditional(embeds, mask, null)
     with prepared(transformer, embeds, mask, (size[0], size[1])) as network:
 
@@ -168,9 +175,25 @@ def encode_picture(vae: AutoencoderKL, pixels: Tensor, device: torch.device | No
     return LatentScale.of(vae.config).scaled(means)
 
 
-@torch.no_grad()
 def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """The pictures of latents (N, C, H, W) in the VAE's scale, decoded one at a time, on their device.
+    """The pictures of latents (N, C, H, W) in the VAE's scale; raises as `decode_pixels`."""
+    return to_pictures(to_unit(decode_pixels(vae, latents)))
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """0..1 of pixels in -1..1, cut where they go beyond."""
+    return (pixels / 2 + 0.5).clamp(0, 1)
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """Of pixels (N, 3, height, width) in 0..1."""
+    values = (pixels * 255).round().to("cpu", torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in values]
+
+
+@torch.no_grad()
+def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Pixels (N, 3, 8H, 8W) float32, about -1..1, of latents (N, C, H, W) in the VAE's scale, decoded one at a time.
 
     Raises UserError if latents or pictures are not finite.
     """
@@ -182,9 +205,8 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
         picture = vae.decode(latent[None], return_dict=False)[0][0].float()
         if not picture.isfinite().all():
             raise UserError(f"the VAE gave NaN or infinity in {vae.dtype}; use dtype bfloat16 or float32")
-        values = ((picture / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-        pictures.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
-    return pictures
+        pictures.append(picture)
+    return torch.stack(pictures)
 
 
 def _solved(
@@ -224,10 +246,10 @@ def first_call(scheduler: Any) -> int:
     return getattr(scheduler, "begin_index", None) or 0
 
 
-def _step_arguments(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:
-    """What `step` takes beside the usual: some of diffusers' draw no noise and take no generator."""
+def _step_arguments(scheduler: Any, generators: list[torch.Generator], eta: float) -> dict[str, Any]:
+    """What `step` takes beside the usual: some of diffusers' draw no noise and take no generator, few take eta."""
     takes = inspect.signature(scheduler.step).parameters
-    return {"generator": generators} if "generator" in takes else {}
+    return {name: value for name, value in (("generator", generators), ("eta", eta)) if name in takes}
 
 
 def _takes_variance(scheduler: Any) -> bool:

@@ -15,7 +15,7 @@ import pixart_ft
 from pixart_ft.config import Sampler, TrainConfig, load_config
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.samplers import OPTIONS, SAMPLERS, users_of
+from pixart_ft.samplers import EVERY_SAMPLER, OPTIONS, SAMPLERS, users_of
 from pixart_ft.settings import Config, default, expected, keys, load, shipped_configs, to_yaml
 from tests.sampling_by_hand import OPTION_VALUES
 
@@ -54,7 +54,7 @@ def test_a_configuration_is_frozen() -> None:
 
 
 def test_samplers_are_those_of_the_table() -> None:
-    assert set(get_args(Sampler)) == set(SAMPLERS)
+    assert set(get_args(Sampler)) == set(EVERY_SAMPLER)
 
 
 def test_the_run_folder_follows_the_name_unless_given() -> None:
@@ -169,10 +169,9 @@ def test_training_accepts_what_only_looks_odd() -> None:
             r'schedule is "cosin"; expected base \| linear \| scaled_linear \| cosine \| su_linear',
         ),
         ({"prompts": ["a"], "steps": "0"}, "steps is 0; expected integer >= 1"),
-        ({"prompts": ["a"], "guidance_interval": "[9, 1]"}, r"guidance_interval \[9, 1\] ends before it begins"),
         (
             {"prompts": ["a"], "guidance_interval": "[9]"},
-            r"guidance_interval is \[9\]; expected \[number >= 0, <= 1,000, ...\]",
+            r"guidance_interval is \[9\]; expected \[number >= -1,000,000, <= 1,000,000, ...\]",
         ),
         (
             {"prompts": ["a"], "guidance_interval": "[1, 9]", "guidance": "1"},

@@ -94,6 +94,34 @@ def test_settled_fills_in_the_size_and_every_option_of_the_sampler(sampler: str)
         ({"sampler": "euler"}, MEANS, "sampler euler steps between the timesteps, where a posterior mean has no"),
         ({"negative_prompt": "red", "guidance": 1.0}, ABLE, "negative_prompt is unused at guidance 1; raise guidance"),
         ({"guidance_interval": (1, 2), "guidance": 1.0}, ABLE, "guidance_interval is unused at guidance 1"),
+        ({"guidance": 0.0}, ABLE, "guidance must be at least 1, which is off, got 0"),
+        ({"guidance": float("nan")}, ABLE, "guidance must be at least 1, which is off, got nan"),
+        ({"guidance": float("inf")}, ABLE, "guidance must be at least 1, which is off, got inf"),
+        (
+            {"guidance_interval": (0.2, 0.8)},
+            ABLE,
+            "guidance_interval [0.2, 0.8] holds none of this run's 30 network calls, at timesteps 999 to 0, so "
+            "guidance would never act; it is in the network's timesteps, from 0 (the least noise) to 999",
+        ),
+        (
+            {"guidance_interval": (2000, 3000)},
+            ABLE,
+            "guidance_interval [2000, 3000] reaches beyond the timesteps",
+        ),
+        ({"guidance_interval": (500, 1000)}, ABLE, "guidance_interval [500, 1000] reaches beyond the timesteps; it is"),
+        ({"guidance_interval": (-1, 500)}, ABLE, "guidance_interval [-1, 500] reaches beyond the timesteps; it is"),
+        ({"guidance_interval": (float("nan"), 5)}, ABLE, "guidance_interval [nan, 5] reaches beyond the timesteps"),
+        ({"guidance_interval": (800, 100)}, ABLE, "guidance_interval [800, 100] ends before it begins; it is in the"),
+        (
+            {"guidance_interval": (700, 900), "image": IMAGE, "steps": 10, "strength": 0.5},
+            ABLE,
+            "holds none of this run's 5 network calls, at timesteps 444 to 0",
+        ),
+        (
+            {"guidance_interval": (700, 900), "sampler": "dpm++", "steps": 2},
+            ABLE,
+            "holds none of this run's 2 network calls, at timesteps 999 to 500",
+        ),
         ({"inversion": True}, ABLE, "inversion starts from a picture: give image"),
         ({"image": IMAGE, "strength": 0.0}, ABLE, "strength must lie above 0 (the picture itself) and at most at 1"),
         ({"image": IMAGE, "strength": 1.1}, ABLE, "(only noise), got 1.1"),
@@ -226,3 +254,41 @@ def test_a_recipe_is_plain_values_that_give_the_settings_back(sampler: str) -> N
     again = Settings(**recipe | {"image": Path(recipe["image"]), "guidance_interval": (10.0, 900.0)})
     assert again == done and recipe["guidance_interval"] == [10.0, 900.0]
     assert recipe_of(settled(Settings(), ABLE))["image"] is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_interval": (0, 999)},
+        {"guidance_interval": (0, 0)},
+        {"guidance_interval": (999.0, 999.0)},
+        {"guidance_interval": (0.2, 0.8), "sampler": "pf_ode", "options": {"tolerance": 0.1}},  # it chooses its calls
+        {"guidance_interval": (400, 444), "image": IMAGE, "steps": 10, "strength": 0.5},
+    ],
+)
+def test_an_interval_that_holds_a_call_is_taken(settings: dict[str, Any]) -> None:
+    assert settled(Settings(**settings), ABLE).guidance_interval == settings["guidance_interval"]
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "words"),
+    [
+        (
+            128,
+            128,
+            "128 x 128 pixels are far from the 64 x 64 that this model was trained on (area times 4,",
+        ),
+        (32, 32, "area times 0.25"),
+        (144, 32, "sides 4.5 to 1"),
+        (16, 256, "sides 16 to 1"),
+        (80, 80, None),
+        (96, 32, None),
+        (64, 128, None),
+    ],
+)
+def test_a_size_far_from_the_trainings_is_warned_of(width: int, height: int, words: str | None) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        settled(Settings(width=width, height=height), ABLE)
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == (words is not None) and all(words in line for line in found if words)

@@ -17,7 +17,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.generation import run_generation
 from pixart_ft.pictures import grid, read_recipe
-from pixart_ft.samplers import SAMPLERS
+from pixart_ft.samplers import EVERY_SAMPLER
 from pixart_ft.text_to_image import TextToImage
 from tests.test_text_to_image import make_adapter
 
@@ -82,16 +82,23 @@ def test_same_command_twice_is_bit_identical(tiny: Path, adapter: Path, tmp_path
         {"sampler": "edm", "s_churn": 1.5, "rho": 5.0, "schedule": "cosine", "time_conditioning": "index"},
         {"sampler": "score_sde", "corrector_first": True, "corrector_steps": 2, "aspect_ratio": "2:1"},
         {"sampler": "ddim", "image": "003.png", "strength": 0.4, "inversion": True},
+        {"sampler": "dpm++_sde", "spacing": "karras", "schedule": "cosine", "steps": 4},
     ],
     ids=lambda choices: choices.get("sampler", "ddpm"),
 )
 def test_recipe_is_enough_to_draw_the_picture_again(
-    tiny: Path, adapter: Path, pictures: Path, tmp_path: Path, choices: dict[str, Any]
+    tiny: Path,
+    adapter: Path,
+    pictures: Path,
+    tmp_path: Path,
+    choices: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if "image" in choices:
         choices = choices | {"image": pictures / choices["image"]}
     asked = config(tiny, tmp_path / "out", lora=adapter, lora_scale=0.7, prompts=("a circle",), **choices)
     path = run_generation(asked)[1]
+    assert ("aspect_ratio 2:1: 96 x 48 pixels\n" in capsys.readouterr().out) == ("aspect_ratio" in choices)
     recipe: dict[str, Any] = read_recipe(path)
     model = TextToImage.load(
         recipe["model"],
@@ -113,7 +120,7 @@ def test_recipe_is_enough_to_draw_the_picture_again(
     assert all(recipe[key] == getattr(asked, key) for key in shared)
     assert recipe["guidance_interval"] == (asked.guidance_interval and list(asked.guidance_interval))
     values = {field.name: recipe[field.name] for field in fields(Settings)}
-    assert tuple(values["options"]) == SAMPLERS[values["sampler"]].settings  # as used, and none of another's
+    assert tuple(values["options"]) == EVERY_SAMPLER[values["sampler"]].settings  # as used, and none of another's
     assert values["options"].items() >= asked.sampler_options().items()
     values["image"] = None if values["image"] is None else Path(values["image"])
     settings = Settings(**values)
