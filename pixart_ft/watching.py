@@ -109,9 +109,9 @@ class Watch:
                 save_png(sample.picture, folder / name, {"prompt": sample.prompt, "seed": sample.seed, **about})
 
         pictures = self.folder.samples_at(place.step)
-        write_folder(pictures, write)
         sheet = sample_sheet(samples, f"{self.folder.path.name}, step {place.step}")
         save_png(sheet, pictures.with_suffix(".png"), about)
+        write_folder(pictures, write)  # last: it tells that all is there
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 image = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from pixart_ft.checkpoint import load_nested
+from pixart_ft.pictures import Sample
 from tests.toy_run import Toy, toy_trainer
 
 STEPS = 12
@@ -80,10 +81,10 @@ def test_samples_are_drawn_by_the_average(tmp_path: Path) -> None:
     drawn: list[tuple[bool, dict[str, torch.Tensor]]] = []
     averages: list[dict[str, torch.Tensor]] = []
 
-    def draw(network: Toy) -> list[Image.Image]:
+    def draw(network: Toy) -> list[Sample]:
         drawn.append((network.training, {name: value.clone() for name, value in network.state_dict().items()}))
         averages.append({name: value.clone() for name, value in trainer.ema.shadows.items()})
-        return [Image.new("RGB", (8, 8))]
+        return [Sample("a toy", 0, Image.new("RGB", (8, 8)))]
 
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=5, samples_every=4)
     trainer.run()

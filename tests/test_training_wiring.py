@@ -172,7 +172,8 @@ def test_training_and_sampling_see_the_same_null_caption(options, tiny, tmp_path
     (null,) = text_of(tiny, [""])
     saved = load_file(run / "final" / "adapter" / "null_caption.safetensors")["null_caption"]
     assert saved.dtype == null.dtype and torch.equal(saved, null)
-    assert len(seen["training"]) == STEPS * 2 and len(seen["sampling"]) == 2 * 2
+    checks = 2  # of the last step's weights and of their average, before the checkpoint
+    assert len(seen["training"]) == STEPS * 2 + checks and len(seen["sampling"]) == 2 * 2
     unconditional = [(embeds[:1], mask[:1]) for embeds, mask in seen["sampling"]]
     for embeds, mask in seen["training"] + unconditional:
         expected_embeds, expected_mask = pad_text([null] * len(embeds), embeds.shape[1])
@@ -202,4 +203,5 @@ def test_every_number_of_the_configuration_arrives(options, tmp_path, monkeypatc
     expected = {"lr": 3e-3, "betas": BETAS, "eps": EPSILON, "weight_decay": WEIGHT_DECAY}
     assert {name: group[name] for name in expected} == expected
     assert (trainer.objective.kind, trainer.objective.vlb_scale, trainer.ema.decay) == ("hybrid", 2.5, EMA_DECAY)
-    assert (len(trainer.held_out.x0), trainer.held_out.timestep_count, trainer.held_out.seed) == (2, 6, 17)
+    held_out = trainer.watch.held_out
+    assert (len(held_out.x0), held_out.timestep_count, held_out.seed) == (2, 6, 17)
