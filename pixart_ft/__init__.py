@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from pixart_ft.errors import UserError
     from pixart_ft.generate_config import GenerateConfig
     from pixart_ft.generation import run_generation
-    from pixart_ft.pictures import read_recipe
     from pixart_ft.pipeline import PixArtPipeline
+    from pixart_ft.recipes import read_recipe
     from pixart_ft.text_to_image import TextToImage
     from pixart_ft.training_run import run_training
 
@@ -36,7 +36,7 @@ _HOMES = {  # imported when first asked for, since most bring torch along
     "TrainConfig": "config",
     "UserError": "errors",
     "load_config": "config",
-    "read_recipe": "pictures",
+    "read_recipe": "recipes",
     "run_generation": "generation",
     "run_training": "training_run",
 }

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pixart_ft.config import TrainConfig
@@ -56,7 +57,7 @@ def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
 def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
     from pixart_ft.generation import run_generation
 
-    run_generation(config)
+    run_generation(config, Path(options["from"]) if "from" in options else None)
 
 
 COMMANDS = {
@@ -81,6 +82,7 @@ COMMANDS = {
         "prompts",
         {
             "config": "YAML file with the keys below",
+            "from": "draw this PNG again by the recipe in it; other options replace what it says",
             "prompt": "one prompt; give it again for more",
         },
         _generate,
@@ -202,7 +204,7 @@ def _config(command: Command, given: Mapping[str, list[str]], problems: list[str
     overrides: dict[str, str | list[str]] = {k: v[-1] for k, v in given.items() if k in keys(command.config)}
     if "prompt" in given:
         overrides[command.prompts] = given["prompt"]
-    for one, other in (("prompt", command.prompts), ("resume", "init_from")):
+    for one, other in (("prompt", command.prompts), ("resume", "init_from"), ("config", "from")):
         if one in given and other in given:
             problems.append(f"--{one} and --{other.replace('_', '-')} exclude each other; give one")
     if "accept_changes" in given and "resume" not in given:
@@ -210,6 +212,12 @@ def _config(command: Command, given: Mapping[str, list[str]], problems: list[str
     for option in command.options:
         if option not in MAY_BE_EMPTY and is_empty(given.get(option)):
             problems.append(f"--{option.replace('_', '-')} is empty; give its value, or leave it out")
+    if "from" in given and not is_empty(given["from"]):
+        from pixart_ft.recipes import config_of
+
+        picture = Path(given["from"][-1])
+        values = config_of(picture, overrides)
+        return load(command.config, values, overrides, problems=problems, origin=str(picture), yields=True)
     source: Any = given["config"][-1] if "config" in given else {}
     return load(command.config, source, overrides, problems=problems)
 

@@ -1,6 +1,7 @@
 """The generate command: prompts times seeds to PNG files that hold their recipe, and a grid of them."""
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,18 +14,20 @@ from pixart_ft.config import HUB_BASE, MOST_PICTURES
 from pixart_ft.drawing import Abilities, Settings, settled, size_of
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.pictures import grid, picture_name, read_recipe, save_png
+from pixart_ft.pictures import grid, picture_name, save_png
+from pixart_ft.recipes import changes, read_recipe
 from pixart_ft.text import read_text
 from pixart_ft.text_to_image import TextToImage, read_abilities
 
 GRID_PIXELS = 8192  # longest side of grid.png, labels not counted
 
 
-def run_generation(config: GenerateConfig) -> list[Path]:
+def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Path]:
     """Draw every prompt of `config` with every seed into its folder, and a grid; returns the pictures' paths.
 
     A picture that is there with the same recipe is kept. Raises UserError, before drawing, when a file that
     would be written is there with another recipe, or none. With `compare`, see `comparison.run_comparison`.
+    again: the picture whose recipe `config` was read from; warns of what has changed since then.
     """
     started = time.perf_counter()
     prompts = _prompts(config)
@@ -44,6 +47,8 @@ def run_generation(config: GenerateConfig) -> list[Path]:
         for seed in seeds
     }
     shared = model.circumstances(settings)
+    if again is not None and (changed := changes(read_recipe(again), shared)):
+        warnings.warn(f"{again} may come out otherwise: {', '.join(changed)} changed since it was drawn", stacklevel=2)
     recipes = {path: {"prompt": prompt, "seed": seed} | shared for path, (prompt, seed) in jobs.items()}
     todo = _missing(recipes)
     with model.progress_bar(len(todo), settings) as bar:

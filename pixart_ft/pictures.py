@@ -1,6 +1,5 @@
 """Pictures for people: labelled grids, loss curves, and PNG files that carry the recipe they were made by."""
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -8,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 
-from pixart_ft.errors import UserError
 from pixart_ft.files import write_file
 from pixart_ft.lettering import dejavu_sans, fitting, font_of
+from pixart_ft.recipes import chunks
 
-RECIPE_KEY = "pixart_ft"  # the PNG text chunk that holds the recipe, as JSON
 _HELD_OUT = "held out (± standard error)"
 
 
@@ -238,26 +236,8 @@ def _draw_term(
 
 
 def save_png(image: Image.Image, path: str | Path, recipe: Mapping[str, object]) -> None:
-    """Write a PNG with `recipe` as JSON in its text chunk `pixart_ft`; it appears whole or not at all."""
-    chunk = PngImagePlugin.PngInfo()
-    chunk.add_text(RECIPE_KEY, json.dumps(recipe, allow_nan=False))
-    write_file(Path(path), lambda file: image.save(file, format="PNG", pnginfo=chunk))
-
-
-def read_recipe(path: str | Path) -> dict[str, object]:
-    """The recipe that `save_png` stored. Raises UserError when there is no such file, or no recipe in it."""
-    try:
-        with Image.open(path) as image:
-            recipe = json.loads(getattr(image, "text", {})[RECIPE_KEY])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture") from None
-    except Exception:  # a broken file makes Pillow raise almost anything
-        recipe = None
-    if not isinstance(recipe, dict):
-        raise UserError(
-            f"{path} holds no recipe: it is not a PNG by pixart_ft, or a program that drops metadata saved it"
-        )
-    return recipe
+    """Write a PNG with its recipe in text chunks, see `recipes.chunks`; it appears whole or not at all."""
+    write_file(Path(path), lambda file: image.save(file, format="PNG", pnginfo=chunks(recipe)))
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:

@@ -94,16 +94,21 @@ def load(
     overrides: Mapping[str, Any] | None = None,
     *,
     problems: Sequence[str] = (),
+    origin: str | None = None,
+    yields: bool = False,
 ) -> AnyConfig:
     """Reads a configuration, applies the overrides and checks everything.
 
     source     YAML file, name of a shipped configuration, or a mapping
     overrides  dotted key -> text as typed (YAML, or plain text where the key is text), or a value
     problems   mistakes the caller found already, reported together with those found here
+    origin     what a report calls the source; None: its path
+    yields     a value of the source that the overrides leave without use is set aside, not refused
 
     Raises UserError with every unknown key, wrong type, missing key and contradiction in one report.
     """
-    origin, values = _read(source, kind.shipped)
+    path, values = _read(source, kind.shipped)
+    origin = origin or path
     fields = keys(kind)
     problems = list(problems)
     for name in kind.model_fields:  # an absent or empty section has its defaults
@@ -131,7 +136,12 @@ def load(
                 add_unknown(problems, key, fields)
             else:
                 problems.append(problem)
-    problems += _contradictions(kind, dict(_flat(values)), wrong)
+    given = dict(_flat(values))
+    if yields and not wrong:
+        idle = [key for key, _ in _idle(kind, given, wrong) if key not in (overrides or {})]
+        given = {key: value for key, value in given.items() if key not in idle}
+        config = kind.model_validate_json(json.dumps({k: v for k, v in values.items() if k not in idle}))
+    problems += [*(report for _, report in _idle(kind, given, wrong)), *_contradictions(kind, given, wrong)]
     if problems or config is None:
         raise UserError(_report(origin, problems))
     return config
@@ -246,21 +256,28 @@ def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterato
             yield key, f"{key}{''.join(items)} is {_show(value)}; expected {expected(fields[key])}{hint}"
 
 
-def _contradictions(kind: type[Config], given: Mapping[str, Any], wrong: set[str]) -> Iterator[str]:
-    """What the keys may not say together; where a key, or its section, is wrong by itself, that is enough."""
+def _idle(kind: type[Config], given: Mapping[str, Any], wrong: set[str]) -> Iterator[tuple[str, str]]:
+    """The keys that another one leaves without use, and the report of each."""
     fields = keys(kind)
-    value = {key: given.get(key, default(field)) for key, field in fields.items()}
-
-    def judged(*names: str) -> bool:
-        return not any(name == bad or name.startswith(bad + ".") for name in names for bad in wrong)
-
     for key, other, used in kind.unused:
-        if judged(key, other) and value[key] != default(fields[key]) and not used(value[other]):
-            yield f"{key} is {_show(value[key])}, unused while {other} is {_show(value[other])}; change one"
+        if _judged((key, other), wrong):
+            value, there = (given.get(name, default(fields[name])) for name in (key, other))
+            if value != default(fields[key]) and not used(there):
+                yield key, f"{key} is {_show(value)}, unused while {other} is {_show(there)}; change one"
+
+
+def _contradictions(kind: type[Config], given: Mapping[str, Any], wrong: set[str]) -> Iterator[str]:
+    """What the keys may not say together."""
+    fields = keys(kind)
     for names, broken, message in kind.rules:
-        values = [value[name] for name in names]
-        if judged(*names) and broken(*values):
+        values = [given.get(name, default(fields[name])) for name in names]
+        if _judged(names, wrong) and broken(*values):
             yield message.format(*map(_show, values))
+
+
+def _judged(names: Iterable[str], wrong: set[str]) -> bool:
+    """Whether the keys are right by themselves: where one, or its section, is wrong, that is enough."""
+    return not any(name == bad or name.startswith(bad + ".") for name in names for bad in wrong)
 
 
 def _initials(name: str) -> str:

@@ -15,7 +15,8 @@ from pixart_ft.drawing import Settings
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.generation import run_generation
-from pixart_ft.pictures import grid, read_recipe
+from pixart_ft.pictures import grid
+from pixart_ft.recipes import read_recipe
 from pixart_ft.samplers import SAMPLERS
 from pixart_ft.text_to_image import TextToImage
 from tests.tiny import build_tiny_pipeline

@@ -9,7 +9,8 @@ from PIL import Image, ImageChops
 
 from pixart_ft import lettering, pictures
 from pixart_ft.errors import UserError
-from pixart_ft.pictures import Sample, grid, loss_curve, read_recipe, sample_sheet, save_png, term_curves
+from pixart_ft.pictures import Sample, grid, loss_curve, sample_sheet, save_png, term_curves
+from pixart_ft.recipes import read_recipe
 
 
 def plain(colour: str, size: tuple[int, int] = (64, 64)) -> Image.Image:

@@ -24,6 +24,7 @@ LEVELS = {
     "shell": 0,
     "key_types": 1,
     "samplers": 0,
+    "recipes": 1,
     "pictures": 2,
     "stopping": 0,
     "run_log": 2,

@@ -23,7 +23,7 @@ from pixart_ft.checkpoint import load_nested
 from pixart_ft.cli import main
 from pixart_ft.config import load_config
 from pixart_ft.errors import UserError
-from pixart_ft.pictures import read_recipe
+from pixart_ft.recipes import read_recipe
 from pixart_ft.run_lock import RunLock
 from pixart_ft.run_log import RunLog
 from pixart_ft.text_to_image import TextToImage
