@@ -1,17 +1,14 @@
 """LoRA adapters by peft: attach to a transformer, save, load back strictly, merge.
 
-A saved adapter is a folder: adapter_model.safetensors and adapter_config.json, which plain peft reads,
-pixart_ft.json (what it was trained on and how) and null_caption.safetensors (the embedding that stands for no
-caption).
+`adapter_files.py` says what a saved adapter consists of.
 """
 
-import difflib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -21,71 +18,27 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pixart_ft.adapter_files import (
+    METADATA,
+    NULL_CAPTION,
+    WEIGHTS,
+    AdapterMetadata,
+    LoraSettings,
+    find_adapter,
+    read_metadata,
+    read_settings,
+    some,
+)
 from pixart_ft.data.captions import TEXT_PREPARATION
-from pixart_ft.diffusion.process import PredictionType
-from pixart_ft.diffusion.schedules import TimeConditioning
 from pixart_ft.ema import all_finite
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_folder
-from pixart_ft.models import VarianceState, fingerprint
+from pixart_ft.models import fingerprint
 from pixart_ft.randomness import generator
 from pixart_ft.targets import check_targets
 
-DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
-# Where a finished run keeps its adapters: the one to use, and the last weights if that one is an average.
-FINAL_ADAPTERS = {"ema": "final/adapter", "raw": "final/adapter_raw"}
-
-_METADATA, _WEIGHTS, _CONFIG = "pixart_ft.json", "adapter_model.safetensors", "adapter_config.json"
-_NULL_CAPTION = "null_caption.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER = "default"
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """W becomes W + (alpha / rank) B A in every Linear or Conv2d whose name is, or ends in, one of `targets`.
-
-    A is (rank, inputs), B is (outputs, rank); `dropout` is the share of the inputs of A zeroed in training.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...] = DEFAULT_TARGETS
-    dropout: float = 0.0
-
-
-@dataclass(frozen=True)
-class AdapterMetadata:
-    """What an adapter was trained on and how; the content of pixart_ft.json.
-
-    base               as given in model.base
-    base_fingerprint   `models.fingerprint` of that base
-    prediction_type    what the network predicts
-    schedule           the noise schedule it was trained with, in the words of a diffusers scheduler config
-    variance           the state of the learned variance after this training
-    rank, alpha        of the LoRA
-    max_tokens         longest caption, in tokens
-    text_preparation   how captions were prepared before the tokenizer
-    weights            whether these are the averaged or the last weights
-    samples_seen       pictures drawn in training, repeats included
-    revision           of a Hub base, if one was asked for
-    time_conditioning  what the network is told of another schedule's noise: its index, or where the base met that SNR
-    """
-
-    base: str
-    base_fingerprint: str
-    prediction_type: PredictionType
-    schedule: Mapping[str, object]
-    variance: VarianceState
-    rank: int
-    alpha: float
-    max_tokens: int
-    text_preparation: str
-    weights: Literal["ema", "raw"]
-    samples_seen: int
-    revision: str | None = None
-    time_conditioning: TimeConditioning = "index"
 
 
 def attach(transformer: PixArtTransformer2DModel, settings: LoraSettings, *, seed: int) -> None:
@@ -150,42 +103,12 @@ def save_adapter(
 
     def write(aside: Path) -> None:
         weights = {_file_key(name): value.detach().cpu().contiguous() for name, value in state.items()}
-        save_file(weights, str(aside / _WEIGHTS), metadata={"format": "pt"})
+        save_file(weights, str(aside / WEIGHTS), metadata={"format": "pt"})
         config.save_pretrained(str(aside))
-        (aside / _METADATA).write_text(json.dumps(asdict(metadata), indent=2) + "\n", encoding="utf-8")
-        save_file({"null_caption": null_caption.detach().cpu().contiguous()}, str(aside / _NULL_CAPTION))
+        (aside / METADATA).write_text(json.dumps(asdict(metadata), indent=2) + "\n", encoding="utf-8")
+        save_file({"null_caption": null_caption.detach().cpu().contiguous()}, str(aside / NULL_CAPTION))
 
     write_folder(folder, write)
-
-
-def find_adapter(path: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> Path:
-    """The adapter folder behind `path`: itself, or the final one of a run folder; UserError if there is none.
-
-    `weights` chooses between a run's averaged and last weights; a run without an average has only the last
-    ones.
-    """
-    if not str(path).strip():
-        raise UserError("adapter: its folder is an empty text; give an adapter folder or a run folder")
-    path = Path(path).expanduser()
-    if (path / _METADATA).is_file():
-        return path
-    main, raw = (path / place for place in FINAL_ADAPTERS.values())
-    if (main / _METADATA).is_file():
-        if weights == "raw" and (raw / _METADATA).is_file():
-            return raw
-        if weights == "raw" and read_metadata(main).weights == "ema":
-            raise UserError(f"adapter: the run {path} kept only its averaged weights; use --weights ema")
-        return main
-    if not path.exists():
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, beside, n=1)
-        hint = f"did you mean {path.with_name(near[0])}?" if near else "give an adapter folder or a run folder"
-        raise UserError(f"adapter: there is no {path}; {hint}")
-    if (path / "checkpoints").is_dir():
-        raise UserError(f"adapter: the run {path} has no final adapter yet; finish it with --resume auto")
-    if (path / _CONFIG).is_file():
-        raise UserError(f"adapter: {path} has no {_METADATA}, so it was not made here and its base is unknown")
-    raise UserError(f"adapter: {path} is neither an adapter folder nor a run folder (with {FINAL_ADAPTERS['ema']})")
 
 
 def load_adapter(
@@ -208,7 +131,7 @@ def load_adapter(
     for parameter in _parameters(transformer).values():
         parameter.requires_grad_(False)
     scale_adapter(transformer, scale)
-    return metadata, _read_tensors(folder / _NULL_CAPTION)["null_caption"]
+    return metadata, _read_tensors(folder / NULL_CAPTION)["null_caption"]
 
 
 def scale_adapter(transformer: PixArtTransformer2DModel, scale: float) -> None:
@@ -239,36 +162,6 @@ def merge(transformer: PixArtTransformer2DModel) -> None:
     del transformer.peft_config
 
 
-def read_metadata(folder: Path) -> AdapterMetadata:
-    """The content of an adapter folder's pixart_ft.json; UserError if it is damaged or of another version."""
-    path = folder / _METADATA
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
-    known = {field.name for field in fields(AdapterMetadata)}
-    required = {field.name for field in fields(AdapterMetadata) if field.default is MISSING}
-    strange = (content.keys() - known) | (required - content.keys())
-    if strange:
-        raise UserError(f"adapter: {path} is of another version of pixart_ft (fields {_some(strange)}); train again")
-    return AdapterMetadata(**content)
-
-
-def read_settings(folder: Path) -> LoraSettings:
-    """Rank, alpha, targets and dropout from an adapter folder's adapter_config.json."""
-    path = folder / _CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return LoraSettings(
-            rank=content["r"],
-            alpha=content["lora_alpha"],
-            targets=tuple(content["target_modules"]),
-            dropout=content["lora_dropout"],
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
-
-
 def _metadata_for(transformer: PixArtTransformer2DModel, folder: Path) -> AdapterMetadata:
     """The adapter's metadata, or UserError if it was trained on another base than `transformer`."""
     metadata, present = read_metadata(folder), fingerprint(transformer)
@@ -288,7 +181,7 @@ def _metadata_for(transformer: PixArtTransformer2DModel, folder: Path) -> Adapte
 
 def _fill(transformer: PixArtTransformer2DModel, folder: Path) -> None:
     """Copy the saved weights into the attached adapter: all of them and no other, or UserError with lists."""
-    saved = _read_tensors(folder / _WEIGHTS)
+    saved = _read_tensors(folder / WEIGHTS)
     places = {_file_key(name): parameter for name, parameter in _parameters(transformer).items()}
     shared = saved.keys() & places.keys()
     faults = {
@@ -297,7 +190,7 @@ def _fill(transformer: PixArtTransformer2DModel, folder: Path) -> None:
         "of another shape (another lora.rank?)": {k for k in shared if saved[k].shape != places[k].shape},
     }
     if any(faults.values()):
-        lines = [f"  - {len(keys)} {what}: {_some(keys)}" for what, keys in faults.items() if keys]
+        lines = [f"  - {len(keys)} {what}: {some(keys)}" for what, keys in faults.items() if keys]
         raise UserError(f"adapter: the weights in {folder} do not fit:\n" + "\n".join(lines))
     if not all_finite(saved.values()):
         raise UserError(f"adapter: the weights in {folder} are not finite, its training diverged; train it again")
@@ -325,8 +218,3 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
-
-
-def _some(names: Any) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

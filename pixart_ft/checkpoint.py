@@ -5,6 +5,7 @@ runs/NAME/
     log.jsonl               one line per logged step
     checkpoints/step-000030 everything needed to continue; written aside, checked by a manifest
     samples/step-000030     pictures of the fixed prompts
+    adapters/step-000030    the averaged weights then, as an adapter
     final/                  the result
 """
 
@@ -15,11 +16,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
-
-import safetensors
-import safetensors.torch
-from torch import Tensor
+from typing import Self
 
 from pixart_ft.errors import UserError
 from pixart_ft.files import remove_folder, write_folder
@@ -48,6 +45,24 @@ class RunFolder:
     def samples_at(self, step: int) -> Path:
         """The folder of the pictures drawn after `step` optimizer steps."""
         return self.samples / _step_name(step)
+
+    def adapter_at(self, step: int) -> Path:
+        """The folder of the adapter kept after `step` optimizer steps."""
+        return self.path / "adapters" / _step_name(step)
+
+    def adapter_steps(self) -> list[int]:
+        """The steps of the adapters kept on the way, first to last."""
+        return sorted(step for step, _ in _numbered(self.path / "adapters"))
+
+    def drop_adapters(self, gone: Callable[[int], bool]) -> None:
+        """Remove the adapters kept on the way at the steps for which `gone` is true."""
+        for step in filter(gone, self.adapter_steps()):
+            remove_folder(self.adapter_at(step))
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run lives here, begun or finished."""
+        return self.checkpoints.is_dir() and self.config_file.is_file()
 
     @property
     def final(self) -> Path:
@@ -154,55 +169,17 @@ class RunFolder:
 
     def _by_step(self) -> list[tuple[int, Path]]:
         """Every checkpoint folder, whole or not, newest first."""
-        paths = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
-        found = [(step, path) for path in paths if (step := step_of(path)) is not None]
-        return sorted(found, reverse=True)
-
-
-def save_nested(path: Path, tree: Any) -> None:
-    """Write dicts, lists and tuples of tensors and plain values, such as an optimizer's state.
-
-    The shape of the tree is kept as JSON in the file's header; keys may be strings or integers.
-    """
-    tensors: dict[str, Tensor] = {}
-
-    def describe(node: Any) -> Any:
-        if isinstance(node, Tensor):
-            name = f"{len(tensors):06d}"
-            tensors[name] = node.detach().to("cpu", copy=True).contiguous()
-            return {"tensor": name}
-        if isinstance(node, dict):
-            assert all(type(key) in (str, int) for key in node), "keys must be strings or integers"
-            return {"dict": [[key, describe(value)] for key, value in node.items()]}
-        if isinstance(node, list | tuple):
-            return {type(node).__name__: [describe(value) for value in node]}
-        assert node is None or type(node) in (str, int, float, bool), f"cannot save a {type(node).__name__}"
-        return node
-
-    tree_json = json.dumps(describe(tree))
-    safetensors.torch.save_file(tensors, str(path), metadata={"tree": tree_json})
-
-
-def load_nested(path: Path) -> Any:
-    """Read what `save_nested` wrote; tensors come on the CPU, bit for bit."""
-    with safetensors.safe_open(str(path), framework="pt") as file:
-
-        def build(node: Any) -> Any:
-            if not isinstance(node, dict):
-                return node
-            (kind, content), *_ = node.items()
-            if kind == "tensor":
-                return file.get_tensor(content)
-            if kind == "dict":
-                return {key: build(value) for key, value in content}
-            items = [build(value) for value in content]
-            return tuple(items) if kind == "tuple" else items
-
-        return build(json.loads(file.metadata()["tree"]))
+        return sorted(_numbered(self.checkpoints), reverse=True)
 
 
 def _step_name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """What is named by a step in a folder, with the step."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return [(step, path) for path in paths if (step := step_of(path)) is not None]
 
 
 def step_of(path: Path) -> int | None:

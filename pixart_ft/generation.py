@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pixart_ft.adapters import find_adapter, read_metadata
+from pixart_ft.adapter_files import find_adapter, read_metadata
 from pixart_ft.comparison import run_comparison, settled_cells
 from pixart_ft.config import HUB_BASE, MOST_PICTURES
 from pixart_ft.drawing import Abilities, Settings, settled, size_of

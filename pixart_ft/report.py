@@ -1,17 +1,14 @@
 """What a finished run leaves: adapters, the before/after sheet, the loss curve, and a summary on the terminal."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 
 from PIL import Image
-from torch import Tensor
 
-from pixart_ft.adapters import FINAL_ADAPTERS, AdapterMetadata, save_adapter
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import Estimate
 from pixart_ft.files import write_file
+from pixart_ft.keeping import Keeper, lowest_step
 from pixart_ft.pictures import grid, loss_curve, term_curves
 from pixart_ft.shell import pasteable
 from pixart_ft.trainer import Trainer
@@ -21,17 +18,14 @@ from pixart_ft.watching import Comparison, Place
 def finish(
     folder: RunFolder,
     trainer: Trainer,
-    metadata: AdapterMetadata,
-    null_caption: Tensor,
+    keeper: Keeper,
     prompts: Sequence[str],
 ) -> None:
-    """Write `final/` and print the summary: the adapters first, since no report may lose them.
-
-    final/adapter holds the averaged weights where the run has them, else the last; then final/adapter_raw the last.
-    """
-    written = save_adapters(folder, trainer, metadata, null_caption)
+    """Write `final/` and print the summary: the adapters first, since no report may lose them."""
+    written = {"adapter": keeper.at_the_end(trainer.place)}
     with attempted("the held-out loss"):
         trainer.watch.measure(trainer.place)
+        keeper.drop_surpassed()
     with attempted("the sample grid"):
         trainer.watch.draw(trainer.place)
     records = folder.log.comparable()
@@ -51,22 +45,27 @@ def finish(
         print(summary(trainer.place, trainer.watch.comparison(), trainer.objective.titles))
     for what, path in written.items():
         print(f"  {what:<18}{path}")
-    example = prompts[0] if prompts else "..."
-    print(f"  draw with it      {pasteable('generate', '--lora', folder.path, '--prompt', example)}")
+    for what, line in commands(folder, trainer.step, prompts).items():
+        print(f"  {what:<18}{line}")
 
 
-def save_adapters(
-    folder: RunFolder, trainer: Trainer, metadata: AdapterMetadata, null_caption: Tensor
-) -> dict[str, Path]:
-    """Write the adapters of `final/`; returns the one to use by its name in the summary."""
-    main, beside = (folder.path / place for place in FINAL_ADAPTERS.values())
-    if trainer.ema.is_on:
-        averaged = replace(metadata, weights="ema")
-        save_adapter(main, trainer.transformer, averaged, null_caption, state=trainer.ema.shadows)
-        save_adapter(beside, trainer.transformer, metadata, null_caption)
-    else:
-        save_adapter(main, trainer.transformer, metadata, null_caption)
-    return {"adapter": main}
+def commands(folder: RunFolder, last_step: int, prompts: Sequence[str]) -> dict[str, str]:
+    """What can be pasted to draw with the result, and with the lowest held-out loss where that is another step's."""
+    example = prompts[0] if prompts else "my prompt"
+    found = {"draw with it": pasteable("generate", "--lora", folder.path, "--prompt", example)}
+    records = folder.log.comparable()
+    lowest = lowest_step(records)
+    if lowest not in (None, last_step):
+        loss = next(r["held_out"]["loss"]["mean"] for r in records if r["step"] == lowest and "held_out" in r)
+        found["lowest held-out"] = f"loss {loss:.4f} after step {lowest} of {last_step}"
+        if lowest in folder.adapter_steps():
+            found["draw with that"] = pasteable("generate", "--lora", f"{folder.path}@{lowest}", "--prompt", example)
+    if steps := folder.adapter_steps():
+        size = sum(file.stat().st_size for step in steps for file in folder.adapter_at(step).iterdir())
+        found["adapters kept"] = (
+            f"of steps {', '.join(map(str, steps))} ({size / 1e6:.0f} MB), as {folder.path}@{steps[0]}"
+        )
+    return found
 
 
 def before_after(folder: RunFolder, first_step: int, last_step: int, prompts: Sequence[str]) -> Image.Image:

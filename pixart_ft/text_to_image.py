@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata, find_adapter, load_adapter, read_metadata, scale_adapter
+from pixart_ft.adapter_files import AdapterMetadata, find_adapter, read_metadata
+from pixart_ft.adapters import load_adapter, scale_adapter
 from pixart_ft.data.captions import pad_text
 from pixart_ft.data.datasets import load_picture, picture_pixels
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned

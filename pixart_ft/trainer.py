@@ -15,13 +15,14 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from pixart_ft.checkpoint import RunFolder, load_nested, save_nested
+from pixart_ft.checkpoint import RunFolder
 from pixart_ft.diffusion.weighting import LossHistory
 from pixart_ft.draws import Plan, TrainingSet, draw_batch
 from pixart_ft.ema import Ema, all_finite
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import HeldOutSet, evaluating
 from pixart_ft.loss_window import LossWindow
+from pixart_ft.nested import load_nested, save_nested
 from pixart_ft.objective import Objective
 from pixart_ft.pictures import Sample
 from pixart_ft.randomness import generator
@@ -57,14 +58,16 @@ class Trainer:
         held_out: HeldOutSet | None = None,
         draw_samples: Callable[[], list[Sample]] | None = None,
         describe: Callable[[Path], None] = lambda checkpoint: None,
+        keep_adapter: Callable[[Place], None] = lambda place: None,
     ):
         """`transformer` has its adapter attached; only parameters with requires_grad are trained and saved.
 
-        `held_out` is measured, and `draw_samples` makes the pictures of the fixed prompts, with the network as it is.
-        `describe` writes into each checkpoint what else belongs there.
+        `held_out` is measured, and `draw_samples` makes the pictures of the fixed prompts, with the network as it is;
+        then `keep_adapter` may keep it. `describe` writes into each checkpoint what else belongs there.
         """
         self.accelerator, self.objective, self.data, self.plan = accelerator, objective, data, plan
-        self.folder, self.ema, self.transformer, self.describe = folder, ema, transformer, describe
+        self.folder, self.ema, self.transformer = folder, ema, transformer
+        self.describe, self.keep_adapter = describe, keep_adapter
         self.watch = Watch(
             accelerator=accelerator,
             transformer=transformer,
@@ -266,6 +269,9 @@ class Trainer:
             if begin or (self._due(self.plan.samples_every) and not self.watch.has_drawn(self.step)):
                 with nullcontext() if begin else attempted("the sample grid"):
                     self.watch.draw(self.place)
+            if self.accelerator.is_main_process:
+                with attempted("the adapter of this step"):
+                    self.keep_adapter(self.place)
         except _Stopped:
             pass
         finally:

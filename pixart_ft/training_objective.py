@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata
+from pixart_ft.adapter_files import AdapterMetadata
 from pixart_ft.config import Diffusion, TrainConfig, Validation
 from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule, TimeConditioning, conditioned, named_config

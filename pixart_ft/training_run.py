@@ -18,13 +18,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from pixart_ft import models
-from pixart_ft.adapters import (
-    AdapterMetadata,
-    LoraSettings,
-    attach,
-    fill_adapter,
-    find_adapter,
-)
+from pixart_ft.adapter_files import AdapterMetadata, LoraSettings, find_adapter
+from pixart_ft.adapters import attach, fill_adapter
 from pixart_ft.attention import use_plain_attention
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
@@ -35,6 +30,7 @@ from pixart_ft.ema import Ema
 from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_text
+from pixart_ft.keeping import Keeper
 from pixart_ft.objective import Objective
 from pixart_ft.pictures import Sample
 from pixart_ft.report import finish
@@ -114,6 +110,22 @@ def _run(
     optimizer = _optimizer(config, list(trained.values()))
     ema = Ema(trained, config.train.ema_decay) if config.train.ema_decay else Ema.off()
 
+    metadata = AdapterMetadata(
+        base=_base_to_find(config.model.base),
+        base_fingerprint=fingerprint,
+        prediction_type=objective.prediction_type,
+        schedule=schedule_config,
+        time_conditioning=config.diffusion.time_conditioning,
+        variance=_variance_after(objective, transformer),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        max_tokens=config.data.max_tokens,
+        text_preparation=TEXT_PREPARATION,
+        weights="raw",
+        samples_seen=0,
+        revision=config.model.revision,
+    )
+    keeper = Keeper(folder, transformer, ema, metadata, encoded.null_caption, config.validation.samples_every)
     trainer = Trainer(
         accelerator=accelerator,
         transformer=transformer,
@@ -126,6 +138,7 @@ def _run(
         held_out=encoded.held_out,
         draw_samples=_sampler(config, encoded, base, resolution, transformer, objective, accelerator),
         describe=about.write,
+        keep_adapter=keeper.on_the_way,
     )
     if checkpoint is not None:
         trainer.load(checkpoint)
@@ -133,7 +146,9 @@ def _run(
     if accelerator.is_main_process:
         RunFolder.create(folder.path, resume=resume is not None)
         lock.take()
-        folder.log.cut(trainer.step if checkpoint is not None else -1)
+        done = trainer.step if checkpoint is not None else -1
+        folder.log.cut(done)
+        folder.drop_adapters(lambda step: step > done)
         write_text(folder.config_file, to_yaml(config))
         write_text(folder.path / "environment.json", environment)
         if resume is not None:
@@ -147,22 +162,7 @@ def _run(
         accelerator.init_trackers("tensorboard")
     trainer.run()
     if accelerator.is_main_process:
-        metadata = AdapterMetadata(
-            base=_base_to_find(config.model.base),
-            base_fingerprint=fingerprint,
-            prediction_type=objective.prediction_type,
-            schedule=schedule_config,
-            time_conditioning=config.diffusion.time_conditioning,
-            variance=_variance_after(objective, transformer),
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            max_tokens=config.data.max_tokens,
-            text_preparation=TEXT_PREPARATION,
-            weights="raw",
-            samples_seen=trainer.place.samples,
-            revision=config.model.revision,
-        )
-        finish(folder, trainer, metadata, encoded.null_caption, config.validation.prompts)
+        finish(folder, trainer, keeper, config.validation.prompts)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder.path

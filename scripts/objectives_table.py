@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from pixart_ft import models
-from pixart_ft.adapters import find_adapter, load_adapter
+from pixart_ft.adapter_files import find_adapter
+from pixart_ft.adapters import load_adapter
 from pixart_ft.config import TrainConfig, load_config
 from pixart_ft.diffusion.likelihood import Bound
 from pixart_ft.diffusion.schedules import NoiseSchedule

@@ -13,18 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pixart_ft.adapters import (
-    FINAL_ADAPTERS,
-    AdapterMetadata,
-    LoraSettings,
-    attach,
-    fill_adapter,
-    find_adapter,
-    load_adapter,
-    merge,
-    read_metadata,
-    save_adapter,
-)
+from pixart_ft.adapter_files import FINAL_ADAPTERS, AdapterMetadata, LoraSettings, find_adapter, read_metadata
+from pixart_ft.adapters import attach, fill_adapter, load_adapter, merge, save_adapter
 from pixart_ft.data.captions import TEXT_PREPARATION
 from pixart_ft.errors import UserError
 from pixart_ft.models import fingerprint, load_transformer

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pixart_ft.checkpoint import RunFolder, load_nested, save_nested
+from pixart_ft.checkpoint import RunFolder
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_file, write_text
+from pixart_ft.nested import load_nested, save_nested
 from pixart_ft.run_lock import RunLock
 
 

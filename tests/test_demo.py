@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtT
 from transformers import T5EncoderModel
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, merge, save_adapter
+from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
+from pixart_ft.adapters import attach, merge, save_adapter
 from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.sampling import Guidance, sample_latents

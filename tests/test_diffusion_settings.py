@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pixart_ft import trainer as trainer_module
-from pixart_ft.checkpoint import load_nested
 from pixart_ft.draws import Batch
 from pixart_ft.errors import UserError
+from pixart_ft.nested import load_nested
 from pixart_ft.objective import Objective
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer

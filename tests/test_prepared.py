@@ -16,7 +16,8 @@ from diffusers.models import embeddings
 from torch import Tensor, nn
 
 from pixart_ft import prepared as module
-from pixart_ft.adapters import DEFAULT_TARGETS, LoraSettings, attach, merge
+from pixart_ft.adapter_files import DEFAULT_TARGETS, LoraSettings
+from pixart_ft.adapters import attach, merge
 from pixart_ft.attention import use_plain_attention
 from pixart_ft.data.captions import pad_text
 from pixart_ft.denoiser import denoise

@@ -17,7 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft import models
-from pixart_ft.adapters import AdapterMetadata, LoraSettings, attach, load_adapter, merge, save_adapter
+from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
+from pixart_ft.adapters import attach, load_adapter, merge, save_adapter
 from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
 from pixart_ft.drawing import Settings
 from pixart_ft.errors import UserError

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_ft.checkpoint import load_nested
+from pixart_ft.nested import load_nested
 from pixart_ft.pictures import Sample
 from tests.toy_run import Toy, toy_trainer
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from pixart_ft.adapters import AdapterMetadata
+from pixart_ft.adapter_files import AdapterMetadata
 from pixart_ft.config import TrainConfig, load_config
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError

@@ -3,6 +3,7 @@ cutting the same global batch, and what must not change."""
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,10 +20,13 @@ from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
 from pixart_ft import models, report, watching
-from pixart_ft.checkpoint import load_nested
+from pixart_ft.adapter_files import find_adapter, read_metadata
+from pixart_ft.checkpoint import RunFolder
 from pixart_ft.cli import main
 from pixart_ft.config import load_config
 from pixart_ft.errors import UserError
+from pixart_ft.keeping import lowest_step
+from pixart_ft.nested import load_nested
 from pixart_ft.recipes import read_recipe
 from pixart_ft.run_lock import RunLock
 from pixart_ft.run_log import RunLog
@@ -479,3 +483,93 @@ def test_a_warm_up_never_blocks_a_short_try(steps: int, used: int) -> None:
     shown = [f"optim.warmup_steps 20 would not end within train.steps {steps}: {used} are used, a tenth of them"]
     assert [str(warning.message) for warning in told] == ([] if used == 20 else shown)
     assert plan.learning_rate_at(0) == 3e-3 / max(1, used)
+
+
+def kept(run: Path) -> dict[str, bytes]:
+    """The weights of the adapters kept on the way, by the names of their folders."""
+    return {f.name: (f / "adapter_model.safetensors").read_bytes() for f in sorted((run / "adapters").iterdir())}
+
+
+def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(options, tmp_path, monkeypatch, capsys) -> None:
+    """Oracles: the average in the checkpoint of the same step, and the lowest loss in the log."""
+    often = {"validation__every": 1, "validation__samples_every": 4, "train__checkpoint_every": 4}
+    run = train(options, **often)
+    means = {r["step"]: r["held_out"]["loss"]["mean"] for r in RunFolder(run).log.records() if "held_out" in r}
+    lowest = min(range(1, STEPS + 1), key=means.__getitem__)
+    assert sorted(means) == list(range(STEPS + 1))
+    assert list(kept(run)) == [f"step-{step:06d}" for step in sorted({4, lowest} - {STEPS})]
+
+    found = find_adapter(f"{run}@4")
+    metadata = read_metadata(found)
+    assert (found, metadata.step, metadata.samples_seen, metadata.weights) == (
+        run / "adapters" / "step-000004",
+        4,
+        16,
+        "ema",
+    )
+    average = load_nested(run / "checkpoints" / "step-000004" / "ema.safetensors")["shadows"]
+    saved = load_file(found / "adapter_model.safetensors")
+    plain = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
+    assert len(plain) == len(average)
+    assert all(torch.equal(plain[name.replace(".default.", ".")], value) for name, value in average.items())
+    assert find_adapter(f"{run}@{STEPS}") == run / "final" / "adapter"
+    assert read_metadata(run / "final" / "adapter").step == STEPS
+
+    printed = capsys.readouterr().out
+    assert f"of steps {', '.join(str(s) for s in sorted({4, lowest} - {STEPS}))} (" in printed
+    assert (f"loss {means[lowest]:.4f} after step {lowest} of {STEPS}" in printed) is (lowest != STEPS)
+    assert (f"generate --lora {run}@{lowest} --prompt 'a red circle'" in printed) is (lowest != STEPS)
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)  # after the adapter of step 4 or 5, which the resumed run makes again
+        with pytest.raises(RuntimeError):
+            train(options, run__folder=tmp_path / "cut", **often)
+    assert kept(train(options, run__folder=tmp_path / "cut", resume="auto", **often)) == kept(run)
+
+    begun = train(
+        options, run__folder=tmp_path / "next", init_from=f"{run}@4", train__steps=1, optim__learning_rate=1e-9
+    )
+    start = load_file(begun / "final" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.allclose(start[name], value, atol=1e-7) for name, value in saved.items())
+
+
+def test_what_is_no_adapter_of_a_run_is_told_what_is(options, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(RuntimeError):
+            train(options, validation__samples_every=2, validation__every=0)
+    run = options["run.folder"]
+    has = re.escape(f"kept on the way: {run}@2, {run}@4")
+    for path, message in {
+        run: f"has no final adapter yet: finish it with --resume auto, or take one of its steps \\(.*{has}",
+        f"{run}@3": f"the run {run} has no adapter of step 3 \\({has}\\)",
+        run / "checkpoints" / "step-000004": f"lies inside the run {run} and is no adapter .*{has}",
+        run / "checkpoints" / "step-000040": f"lies inside the run {run} and is no adapter .*{has}",
+        run / "samples": f"lies inside the run {run} and is no adapter",
+        f"{run}s@3": "there is no .*; did you mean",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            find_adapter(path)
+    with pytest.raises(UserError, match=r"of step 2 the run .* kept only the averaged weights; use --weights ema"):
+        find_adapter(f"{run}@2", weights="raw")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(RuntimeError):
+            train(
+                options,
+                validation__samples_every=2,
+                validation__every=0,
+                resume=str(run / "checkpoints" / "step-000002"),
+            )
+    assert list(kept(run)) == ["step-000002"]  # that of step 4 belonged to a course that was left
+    train(options, validation__samples_every=2, validation__every=0, resume="auto")
+    assert find_adapter(f"{run}@6", weights="raw") == run / "final" / "adapter_raw"
+
+
+def test_the_lowest_held_out_loss_is_that_of_a_trained_step() -> None:
+    def record(step: int, loss: float) -> dict[str, object]:
+        return {"step": step, "held_out": {"loss": {"mean": loss}}}
+
+    assert lowest_step([]) is None and lowest_step([{"step": 1, "train": {}}, record(0, 0.1)]) is None
+    assert lowest_step([record(0, 0.1), record(3, 0.4), record(5, 0.2), record(7, 0.3)]) == 5
+    assert lowest_step([record(2, float("nan")), record(3, 0.4), record(4, 0.4)]) == 3

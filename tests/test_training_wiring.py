@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from pixart_ft import models, objective, prepared
-from pixart_ft.adapters import LoraSettings, attach, load_adapter
+from pixart_ft.adapter_files import LoraSettings
+from pixart_ft.adapters import attach, load_adapter
 from pixart_ft.config import load_config
 from pixart_ft.data.captions import encode_captions, pad_text
 from pixart_ft.data.datasets import load_picture, read_folder
