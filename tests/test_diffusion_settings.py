@@ -159,7 +159,7 @@ def few(tiny, options, tmp_path) -> dict[str, object]:
     """Options of importance sampling over `FEW` timesteps."""
     base = Path(shutil.copytree(tiny, tmp_path / "few"))
     file = base / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"trained_betas": [0.02, 0.3, 0.9]}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": FEW, "trained_betas": [0.02, 0.3, 0.9]}))
     return options | {
         "model.base": base,
         "diffusion.timestep_law": "importance",

@@ -60,6 +60,23 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-4)
 
 
+def test_what_a_checkpoint_holds_continues_everything(tmp_path: Path) -> None:
+    """Importance law, average, moments and a half-full window of the log: the same to the bit as without a break."""
+    straight = toy_trainer(tmp_path / "straight", tmp_path / "data", log_every=5)
+    straight.run()
+    toy_trainer(tmp_path / "cut", tmp_path / "data", log_every=5, steps=8).run()
+    resumed = toy_trainer(tmp_path / "cut", tmp_path / "data", log_every=5)
+    resumed.load(tmp_path / "cut" / "checkpoints" / "step-000008")
+    resumed.run()
+    counts = state(tmp_path / "straight", "progress")["history"]["counts"]
+    assert counts.tolist() == [10, 10, 10], "the history must be full, and its law not uniform"
+    for name in ("trained", "ema", "optimizer", "progress"):
+        whole, cut = (tmp_path / run / "checkpoints" / f"step-{STEPS:06d}" for run in ("straight", "cut"))
+        assert (whole / f"{name}.safetensors").read_bytes() == (cut / f"{name}.safetensors").read_bytes(), name
+    logs = [[(r["step"], r["train"]) for r in log(tmp_path / run)] for run in ("straight", "cut")]
+    assert logs[0] == logs[1] and [step for step, _ in logs[0]] == [5, 10]
+
+
 def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(tmp_path: Path) -> None:
     """The next one begins with the weights and the average that this one began with, and no gradient."""
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=3)

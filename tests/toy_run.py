@@ -72,14 +72,16 @@ def toy_trainer(folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | N
     accelerator, network = Accelerator(cpu=True), Toy().train()
     run = RunFolder(folder)
     if accelerator.is_main_process:
-        RunFolder.create(folder, resume=False)
+        RunFolder.create(folder, resume=True)
     trained = dict(network.named_parameters())
     return Trainer(
         accelerator=accelerator,
         transformer=network,
         objective=Objective(NoiseSchedule.linear(3, beta_start=0.1, beta_end=0.5), "epsilon", "hybrid"),
         data=toy_set(data),
-        optimizer=torch.optim.SGD(trained.values(), lr=0.0),  # unlike Adam, it feels a gradient that is twice as large
+        optimizer=torch.optim.SGD(
+            trained.values(), lr=0.0, momentum=0.5
+        ),  # unlike Adam, it feels a gradient twice as large
         ema=Ema(trained, 0.9),
         plan=replace(PLAN, **plan),
         folder=run,
