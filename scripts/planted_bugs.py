@@ -145,7 +145,7 @@ class _Watch:
             self.failed, self.error = item.nodeid, call.excinfo.typename
 
 
-def _run_here(answer: Connection, place: Path, tests: list[str]) -> None:
+def _run_here(answer: Connection, place: Path, tests: list[str], compiled: bool) -> None:
     """In a process of its own: pytest in the copy, which must be the package that is imported."""
     with (place.parent / f"{place.name}.txt").open("w") as out:
         os.dup2(out.fileno(), 1)
@@ -153,8 +153,9 @@ def _run_here(answer: Connection, place: Path, tests: list[str]) -> None:
     os.chdir(place)
     os.environ["PYTHONPATH"] = str(place)
     sys.path.insert(0, str(place))
-    sys.dont_write_bytecode = True  # two versions of a file within a second would share one
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    if not compiled:
+        sys.dont_write_bytecode = True
+        os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
     import pytest
 
@@ -167,12 +168,15 @@ def _run_here(answer: Connection, place: Path, tests: list[str]) -> None:
     answer.send(Outcome(int(code), watch.failed, watch.error))
 
 
-def run_tests(place: Path, tests: list[str]) -> Outcome:
-    """pytest on these tests of the copy `place`, in a process of its own."""
+def run_tests(place: Path, tests: list[str], *, compiled: bool = False) -> Outcome:
+    """pytest on these tests of the copy `place`, in a process of its own.
+
+    compiled: leave the compiled files there for later runs; not those of a bug, which the next one may be taken for.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(HEAVY)
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run_here, args=(theirs, place, tests))
+    process = context.Process(target=_run_here, args=(theirs, place, tests, compiled))
     process.start()
     theirs.close()
     try:
@@ -235,8 +239,6 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}  # before the server imports what reads them
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         places: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for job in range(options.jobs):
-            places.put(copy_tree(Path(folder) / f"copy-{job}"))
 
         def trial(bug: Bug) -> tuple[Outcome, float]:
             place, begin = places.get(), time.monotonic()
@@ -245,12 +247,14 @@ def main(arguments: list[str] | None = None) -> int:
             finally:
                 places.put(place)
 
-        place = Path(folder) / "copy-0"
-        unbroken = run_tests(place, sorted({test for bug in bugs for test in bug.tests}))
+        whole = copy_tree(Path(folder) / "whole")
+        unbroken = run_tests(whole, sorted({test for bug in bugs for test in bug.tests}), compiled=True)
         if unbroken.code != 0:
-            print((place.parent / f"{place.name}.txt").read_text(), file=sys.stderr)
+            print(whole.with_suffix(".txt").read_text(), file=sys.stderr)
             print("without any bug, these tests must be green", file=sys.stderr)
             return 2
+        for job in range(options.jobs):
+            places.put(Path(shutil.copytree(whole, Path(folder) / f"copy-{job}")))
         red, total = report(bugs, trial, options.jobs)
     print(f"{red} of {total} planted bugs were seen")
     return 0 if red == total else 1

@@ -134,9 +134,11 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
     draw_batch, terms, backward = trainer_module.draw_batch, Objective.terms, accelerate.Accelerator.backward
 
     def drawing(*args, law, **more):
-        seen.laws.append(law)
-        seen.batches.append(draw_batch(*args, law=law, **more))
-        return seen.batches[-1]
+        batch = draw_batch(*args, law=law, **more)
+        if torch.is_grad_enabled():  # a look at the loss before a checkpoint is no step
+            seen.laws.append(law)
+            seen.batches.append(batch)
+        return batch
 
     def terms_of(self, *args, **more):
         found = terms(self, *args, **more)
@@ -159,7 +161,9 @@ def few(tiny, options, tmp_path) -> dict[str, object]:
     """Options of importance sampling over `FEW` timesteps."""
     base = Path(shutil.copytree(tiny, tmp_path / "few"))
     file = base / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": FEW, "trained_betas": [0.02, 0.3, 0.9]}))
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": FEW, "trained_betas": [0.02, 0.3, 0.9]})
+    )
     return options | {
         "model.base": base,
         "diffusion.timestep_law": "importance",
