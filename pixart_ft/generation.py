@@ -20,6 +20,7 @@ from pixart_ft.text import read_text
 from pixart_ft.text_to_image import TextToImage, read_abilities
 
 GRID_PIXELS = 8192  # longest side of grid.png, labels not counted
+LEAST_CELL = 32  # pixels; rows and columns that would need smaller ones are left out
 
 
 def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Path]:
@@ -197,13 +198,19 @@ def _difference(key: str, there: object, now: object) -> str:
 def _save_grid(folder: Path, paths: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], side: int) -> Path:
     """grid.png, drawn anew on every run: a row for each prompt, a column for each seed.
 
-    side: the longer side in pixels of the pictures, which are shown no larger than that.
+    side: the longer side in pixels of the pictures, which are shown no larger than that. No more rows and columns are
+    shown than GRID_PIXELS has room for.
     """
-    cell = max(32, min(256, side, GRID_PIXELS // max(len(prompts), len(seeds))))
-    cells = [_thumbnail(path, cell) for path in paths]
-    rows = [cells[start : start + len(seeds)] for start in range(0, len(cells), len(seeds))]
-    sheet = grid(rows, row_labels=prompts, column_labels=[f"seed {seed}" for seed in seeds], cell=cell)
-    save_png(sheet, folder / "grid.png", {"pictures": [path.name for path in paths]})
+    most = GRID_PIXELS // LEAST_CELL
+    rows = [paths[start : start + len(seeds)][:most] for start in range(0, len(paths), len(seeds))][:most]
+    cell = min(256, max(side, LEAST_CELL), GRID_PIXELS // max(len(rows), len(rows[0])))
+    sheet = grid(
+        [[_thumbnail(path, cell) for path in row] for row in rows],
+        row_labels=prompts[:most],
+        column_labels=[f"seed {seed}" for seed in seeds[:most]],
+        cell=cell,
+    )
+    save_png(sheet, folder / "grid.png", {"pictures": [path.name for row in rows for path in row]})
     return folder / "grid.png"
 
 

@@ -248,3 +248,18 @@ def test_tiles_are_decoded_to_nearly_the_same_picture(tiny: Path, tmp_path: Path
     assert tiled.size == (128, 128) and tiled.tobytes() != whole.tobytes()
     away = ImageStat.Stat(ImageChops.difference(tiled, whole)).mean
     assert max(away) < 0.5 * max(ImageStat.Stat(whole).stddev)
+
+
+def test_a_grid_has_no_more_cells_than_room(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pixart_ft.generation.GRID_PIXELS", 64)  # two cells of the least size
+    run_generation(config(tiny, tmp_path, prompts=("a", "red", "blue"), steps=1, images_per_prompt=3, sampler="ddim"))
+    shown = ["000-a-seed5.png", "000-a-seed6.png", "001-red-seed5.png", "001-red-seed6.png"]
+    assert read_recipe(tmp_path / "grid.png") == {"pictures": shown}
+    cells = [
+        [Image.open(tmp_path / name).resize((32, 32), Image.Resampling.LANCZOS) for name in row]
+        for row in (shown[:2], shown[2:])
+    ]
+    labels = {"row_labels": ["a", "red"], "column_labels": ["seed 5", "seed 6"]}
+    assert Image.open(tmp_path / "grid.png").size == grid(cells, cell=32, **labels).size

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.errors import UserError
@@ -34,7 +35,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_t
     if not captions:
         return []
     prepared = [prepare_text(caption) for caption in captions]
-    ids: list[list[int]] = tokenizer(prepared, truncation=True, max_length=max_tokens).input_ids
+    ids: list[list[int]] = []
+    for start in tqdm(range(0, len(prepared), 1024), "texts read, in thousands", delay=1, leave=False):
+        ids += tokenizer(prepared[start : start + 1024], truncation=True, max_length=max_tokens).input_ids
     return ids
 
 
