@@ -117,7 +117,8 @@ def test_settings_that_samplers_share_reach_every_cell(
 def test_cells_that_cannot_be_drawn_are_all_named_before_any_is(tmp_path: Path) -> None:
     four = build_tiny_pipeline(tmp_path / "four", out_channels=4)
     with pytest.raises(UserError) as caught:
-        run_generation(config(four, tmp_path / "out", compare_steps=(0, 3, 1001)))
+        steps = {"compare_steps": (0, 3, 1001)}  # past the bounds of the configuration
+        run_generation(config(four, tmp_path / "out").model_copy(update=steps))
     bare = "sampler iddpm steps by a learned variance, and this network has no variance channels; use ddpm"
     assert str(caught.value).splitlines() == [
         "iddpm with 0 steps: steps must be at least 1, got 0",
