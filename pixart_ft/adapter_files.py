@@ -6,13 +6,15 @@ it was trained on and how) and null_caption.safetensors (the embedding that stan
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pixart_ft.checkpoint import RunFolder
+from pixart_ft.config import LARGEST_RANK
 from pixart_ft.errors import UserError
+from pixart_ft.files import read_object
 
 if TYPE_CHECKING:
     from pixart_ft.diffusion.process import PredictionType
@@ -148,31 +150,78 @@ def _refuse_inside_of_run(path: Path) -> None:
 def read_metadata(folder: Path) -> AdapterMetadata:
     """The content of an adapter folder's pixart_ft.json; UserError if it is damaged or of another version."""
     path = folder / METADATA
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
+    content = read_object(path, "adapter", "copy the adapter again")
     known = {field.name for field in fields(AdapterMetadata)}
     required = {field.name for field in fields(AdapterMetadata) if field.default is MISSING}
     strange = (content.keys() - known) | (required - content.keys())
     if strange:
         raise UserError(f"adapter: {path} is of another version of pixart_ft (fields {some(strange)}); train again")
+    _check_types(path, content, _METADATA_TYPES)
     return AdapterMetadata(**content)
 
 
 def read_settings(folder: Path) -> LoraSettings:
     """Rank, alpha, targets and dropout from an adapter folder's adapter_config.json."""
     path = folder / CONFIG
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return LoraSettings(
-            rank=content["r"],
-            alpha=content["lora_alpha"],
-            targets=tuple(content["target_modules"]),
-            dropout=content["lora_dropout"],
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
+    content = read_object(path, "adapter", "copy the adapter again")
+    _check_types(path, content, _CONFIG_TYPES)
+    return LoraSettings(
+        rank=content["r"],
+        alpha=content["lora_alpha"],
+        targets=tuple(content["target_modules"]),
+        dropout=content["lora_dropout"],
+    )
+
+
+def _check_types(path: Path, content: Mapping[str, object], types: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Raise UserError naming each of the keys whose value cannot be; one that may be absent has been looked for."""
+    wrong = [
+        f"{key} is {json.dumps(content.get(key))[:60]}"
+        for key, is_right in types.items()
+        if not is_right(content.get(key))
+    ]
+    if wrong:
+        raise UserError(f"adapter: cannot read {path}: {', '.join(wrong)}; copy the adapter again")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**63
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    return type(value) in (int, float) and least <= value <= most  # type: ignore[operator]
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+_METADATA_TYPES: dict[str, Callable[[Any], bool]] = {
+    "base": _is_text,
+    "base_fingerprint": _is_text,
+    "prediction_type": ("epsilon", "v_prediction", "sample", "posterior_mean").__contains__,
+    "schedule": lambda value: isinstance(value, dict),
+    "variance": ("trained", "stale", "none").__contains__,
+    "rank": lambda value: _is_count(value, 1),
+    "alpha": lambda value: _is_number(value, 0, 1e6),
+    "max_tokens": lambda value: _is_count(value, 1),
+    "text_preparation": _is_text,
+    "weights": ("ema", "raw").__contains__,
+    "samples_seen": _is_count,
+    "step": lambda value: value is None or _is_count(value),
+    "revision": lambda value: value is None or _is_text(value),
+    "time_conditioning": (None, "index", "snr_matched").__contains__,
+}
+_CONFIG_TYPES: dict[str, Callable[[Any], bool]] = {
+    "r": lambda value: _is_count(value, 1) and value <= LARGEST_RANK,
+    "lora_alpha": lambda value: _is_number(value, 0, 1e6),
+    "target_modules": _is_names,
+    "lora_dropout": lambda value: _is_number(value, 0, 0.999),
+}
 
 
 def some(names: Any) -> str:

@@ -131,7 +131,7 @@ def load_adapter(
     for parameter in _parameters(transformer).values():
         parameter.requires_grad_(False)
     scale_adapter(transformer, scale)
-    return metadata, _read_tensors(folder / NULL_CAPTION)["null_caption"]
+    return metadata, _read_null_caption(folder)
 
 
 def scale_adapter(transformer: PixArtTransformer2DModel, scale: float) -> None:
@@ -211,6 +211,14 @@ def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 def _file_key(name: str) -> str:
     """transformer_blocks.0.attn1.to_q.lora_A.default.weight under the name that peft gives it in a file."""
     return _PEFT_PREFIX + name.replace(f".{_ADAPTER}.", ".")
+
+
+def _read_null_caption(folder: Path) -> Tensor:
+    path = folder / NULL_CAPTION
+    found = _read_tensors(path).get("null_caption")
+    if found is None or found.ndim != 2 or not all_finite([found]):
+        raise UserError(f"adapter: cannot read {path}: it holds no null_caption; copy the adapter again")
+    return found
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

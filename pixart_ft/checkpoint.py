@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from pixart_ft.errors import UserError
-from pixart_ft.files import remove_folder, write_folder
+from pixart_ft.files import explained, probe, remove_folder, sweep, write_folder
 from pixart_ft.run_lock import LOCK_NAME
 from pixart_ft.run_log import RunLog
 
@@ -86,17 +86,25 @@ class RunFolder:
         run.check_new(resume=resume)
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         run.samples.mkdir(exist_ok=True)
+        for place in (run.path, run.checkpoints, run.samples, *run.samples.iterdir(), run.final):
+            sweep(place)
         return run
 
     def check_new(self, *, resume: bool) -> None:
         """Raise UserError if the folder holds a run and this is not its continuation. Touches nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"run.folder: {self.path} is a file; choose another run.name")
-        if not resume and self.path.is_dir() and any(inside.name != LOCK_NAME for inside in self.path.iterdir()):
-            raise UserError(
-                f"run.folder: {self.path} exists already; choose another run.name, continue it with "
-                "--resume auto, or delete it"
-            )
+        with explained(self.path, "used", "run.folder"):
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"run.folder: {self.path} is a file; choose another run.name")
+            if not resume and self.path.is_dir() and any(inside.name != LOCK_NAME for inside in self.path.iterdir()):
+                raise UserError(
+                    f"run.folder: {self.path} exists already; choose another run.name, continue it with "
+                    "--resume auto, or delete it"
+                )
+
+    def probe(self) -> None:
+        """Raise UserError unless all that a run writes can be written; leaves everything as it was."""
+        for place in (self.path, self.checkpoints, self.samples, self.final, self.path / "tensorboard"):
+            probe(place, "run.folder")
 
     def save(self, step: int, write: Callable[[Path], None], *, keep: int = 2) -> Path:
         """Save the state after `step` optimizer steps: `write` fills a folder, which appears whole or not.
@@ -199,7 +207,8 @@ def _fault(folder: Path, *, sizes_only: bool = False) -> str | None:
     manifest = folder / _MANIFEST
     try:
         entries = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entries = {name: (size, digest) for name, (size, digest) in entries.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return f"{manifest} is missing or unreadable"
     for name, (size, digest) in entries.items():
         path = folder / name

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from pixart_ft.drawing import Abilities, Settings, settled
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
+from pixart_ft.own_pictures import not_there_yet
 from pixart_ft.pictures import grid, save_png
 from pixart_ft.samplers import EVERY_SAMPLER
 from pixart_ft.text_to_image import TextToImage
@@ -37,15 +38,24 @@ def settled_cells(config: GenerateConfig, settings: Settings, abilities: Abiliti
     return cells
 
 
+def comparison_sheets(config: GenerateConfig, prompts: Sequence[str]) -> list[Path]:
+    """Where the sheet of each prompt is written."""
+    return [config.out / f"compare-{number:03d}.png" for number in range(len(prompts))]
+
+
 def run_comparison(config: GenerateConfig, model: TextToImage, prompts: Sequence[str], cells: Cells) -> list[Path]:
     """One sheet a prompt, `compare_samplers` down and `compare_steps` across; returns their paths.
 
     Below each cell are its network calls (guidance's second branch not counted) and its seconds, decoding included.
+    Raises UserError, before drawing, where a sheet is there by another recipe, or none.
     """
     first = next(iter(cells.values()))
+    paths = comparison_sheets(config, prompts)
+    axes = {"sampler": list(config.compare_samplers), "steps": list(config.compare_steps), "options": {}}
+    recipes = [model.recipe(prompt, config.seed, first) | axes for prompt in prompts]
+    not_there_yet(dict(zip(paths, recipes, strict=True)))  # one of the same recipe is measured anew
     list(model.draw([(prompts[0], config.seed)], replace(first, steps=1)))  # warms up
     calls = {key: model.calls(cell) or 0 for key, cell in cells.items()}
-    paths = []
     with tqdm(total=len(prompts) * sum(calls.values()), desc="comparing", unit=" calls", dynamic_ncols=True) as bar:
         for number, prompt in enumerate(prompts):
             pictures: dict[tuple[str, int], Image.Image] = {}
@@ -64,9 +74,6 @@ def run_comparison(config: GenerateConfig, model: TextToImage, prompts: Sequence
                 ],
                 cell=min(256, max(first.width or 0, first.height or 0)),
             )
-            path = config.out / f"compare-{number:03d}.png"
-            axes = {"sampler": list(config.compare_samplers), "steps": list(config.compare_steps), "options": {}}
-            save_png(sheet, path, model.recipe(prompt, config.seed, first) | axes)
-            paths.append(path)
-            bar.write(f"{prompt}: {path}")
+            save_png(sheet, paths[number], recipes[number])
+            bar.write(f"{prompt}: {paths[number]}")
     return paths

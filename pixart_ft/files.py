@@ -119,8 +119,8 @@ def sweep(folder: Path) -> None:
 
 def probe(folder: Path, key: str) -> None:
     """Raise UserError, naming `key`, unless files can be written into `folder`; leaves everything as it was."""
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
     with explained(folder, "written", key):
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
         try:
             for attempt in range(3):
                 with suppress(*[FileNotFoundError] * (attempt < 2)):  # another probe removed what it had made

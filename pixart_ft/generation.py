@@ -2,18 +2,20 @@
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from pixart_ft.adapter_files import find_adapter, read_metadata
-from pixart_ft.comparison import run_comparison, settled_cells
+from pixart_ft.comparison import comparison_sheets, run_comparison, settled_cells
 from pixart_ft.config import HUB_BASE, MOST_PICTURES
 from pixart_ft.drawing import Abilities, Settings, settled, size_of
 from pixart_ft.errors import UserError
+from pixart_ft.files import probe
 from pixart_ft.generate_config import GenerateConfig
+from pixart_ft.own_pictures import check_own, not_there_yet
 from pixart_ft.pictures import grid, picture_name, save_png
 from pixart_ft.recipes import changes, read_recipe
 from pixart_ft.text import read_text
@@ -27,7 +29,8 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     """Draw every prompt of `config` with every seed into its folder, and a grid; returns the pictures' paths.
 
     A picture that is there with the same recipe is kept. Raises UserError, before drawing, when a file that
-    would be written is there with another recipe, or none. With `compare`, see `comparison.run_comparison`.
+    would be written is there with another recipe, or none; only a grid of ours is drawn anew. With `compare`, see
+    `comparison.run_comparison`.
     again: the picture whose recipe `config` was read from; warns of what has changed since then.
     """
     started = time.perf_counter()
@@ -38,6 +41,11 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     if config.aspect_ratio is not None:
         print(f"aspect_ratio {config.aspect_ratio}: {settings.width} x {settings.height} pixels")
     cells = settled_cells(config, settings, abilities, adapter) if config.compare else {}
+    probe(config.out, "out")
+    if config.compare:
+        check_own(comparison_sheets(config, prompts), "sampler")
+    else:
+        check_own([config.out / "grid.png"], "pictures")
     model = load_model(config, prompts)
     if config.compare:
         return run_comparison(config, model, prompts, cells)
@@ -51,7 +59,7 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     if again is not None and (changed := changes(read_recipe(again), shared)):
         warnings.warn(f"{again} may come out otherwise: {', '.join(changed)} changed since it was drawn", stacklevel=2)
     recipes = {path: {"prompt": prompt, "seed": seed} | shared for path, (prompt, seed) in jobs.items()}
-    todo = _missing(recipes)
+    todo = not_there_yet(recipes)
     with model.progress_bar(len(todo), settings) as bar:
         drawn = model.draw([jobs[path] for path in todo], settings, batch_size=config.batch_size, progress=bar.update)
         for path, picture in zip(todo, drawn, strict=True):
@@ -165,34 +173,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def _missing(recipes: Mapping[Path, Mapping[str, object]]) -> list[Path]:
-    """The paths at which nothing is yet. Raises UserError naming files that another recipe made."""
-    missing, faults = [], []
-    for path, recipe in recipes.items():
-        if not path.exists():
-            missing.append(path)
-            continue
-        try:
-            there = read_recipe(path)
-        except UserError as error:
-            faults.append(str(error))
-            continue
-        changed = [key for key in (*recipe, *there) if recipe.get(key) != there.get(key)]
-        if changed:
-            shown = [_difference(key, there.get(key), recipe.get(key)) for key in dict.fromkeys(changed)]
-            faults.append(f"{path} was made by another recipe: {', '.join(shown)}")
-    if faults:
-        more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
-        remedy = "nothing was drawn; choose another folder (--out) or delete these files"
-        raise UserError("\n".join([*faults[:5], *more, remedy]))
-    return missing
-
-
-def _difference(key: str, there: object, now: object) -> str:
-    long = isinstance(there, dict) or isinstance(now, dict)
-    return f"another {key}" if long else f"{key} {there!r} (now {now!r})"
 
 
 def _save_grid(folder: Path, paths: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], side: int) -> Path:

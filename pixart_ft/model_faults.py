@@ -1,7 +1,49 @@
 """What in a model's configurations tells that it is no PixArt-Sigma, or would load silently wrong."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+LARGEST_NUMBER = 2**17  # of anything that a model counts; a damaged file must not ask for all memory there is
+_COUNTS = {
+    "transformer": (
+        *("sample_size", "patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads"),
+        *("attention_head_dim", "cross_attention_dim", "caption_channels"),
+    ),
+    "vae": ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups", "sample_size"),
+    "text_encoder": ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size"),
+    "scheduler": ("num_train_timesteps",),
+}
+_NULLABLE = ("out_channels", "caption_channels", "cross_attention_dim", "interpolation_scale", "num_train_timesteps")
+_NUMBERS = {"transformer": ("interpolation_scale",), "scheduler": ("beta_start", "beta_end")}
+
+
+def type_faults(part: str, config: Mapping[str, Any]) -> list[str]:
+    """Which keys of a part's configuration are of a type, or a size, that no model has."""
+    faults = [
+        f"{key} is {_shown(value)}, expected an integer from 1 to {LARGEST_NUMBER}"
+        for key in _COUNTS[part]
+        if not _is_count(value := config.get(key, 1)) and not (value is None and key in _NULLABLE)
+    ]
+    faults += [
+        f"{key} is {_shown(value)}, expected a number"
+        for key in _NUMBERS.get(part, ())
+        if (value := config.get(key)) is not None
+        and not (type(value) in (int, float) and math.isfinite(value) and 0 < value < LARGEST_NUMBER)
+    ]
+    blocks = config.get("block_out_channels")
+    if part == "vae" and not (isinstance(blocks, list) and 0 < len(blocks) < 12 and all(map(_is_count, blocks))):
+        faults.append(f"block_out_channels is {_shown(blocks)}, expected a list of integers")
+    return faults
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_NUMBER
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def index_faults(class_name: object) -> list[str]:

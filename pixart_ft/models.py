@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import UserError
+from pixart_ft.files import read_object
 from pixart_ft.latents import LatentScale, latent_scale_faults
-from pixart_ft.model_faults import index_faults, transformer_faults
+from pixart_ft.model_faults import index_faults, transformer_faults, type_faults
 from pixart_ft.scheduler_config import process_of
 from pixart_ft.weights import check_keys, quiet, readable, variant
 
@@ -142,6 +143,9 @@ def load_text_encoder(
     that overflow (`wo`) in float32, and a T5 that was cast gives finite, wrong embeddings.
     """
     _read_config(base, "text_encoder", revision)
+    words = Path(base) / "tokenizer"
+    if Path(base).is_dir() and not any((words / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise UserError(f"model.base: {words} holds neither tokenizer.json nor spiece.model; copy the model again")
     with quiet(base), readable(base, "tokenizer"):
         tokenizer = T5Tokenizer.from_pretrained(base, subfolder="tokenizer", revision=revision or "main")
     with quiet(base), readable(base, "text_encoder"):
@@ -286,14 +290,18 @@ def _vae_factor(config: Mapping[str, Any]) -> int:
 
 def _text_width(base: str, index: Mapping[str, Any], revision: str | None) -> int | None:
     """The width of the base's text encoder, or None if the folder comes without one (its index says null)."""
-    if index.get("text_encoder", [None, None])[1] is None:
+    library_and_class = index.get("text_encoder")
+    if library_and_class is None or library_and_class == [None, None]:
         return None
     width: int | None = _read_config(base, "text_encoder", revision).get("d_model")
     return width
 
 
 def _read_config(base: str, part: str, revision: str | None) -> dict[str, Any]:
-    return _read_json(base, _PARTS[part], revision)
+    config = _read_json(base, _PARTS[part], revision)
+    if faults := type_faults(part, config):
+        raise UserError(f"model.base: {base}/{_PARTS[part]}: {'; '.join(faults)}; copy or download the model again")
+    return config
 
 
 def _read_json(base: str, name: str, revision: str | None) -> dict[str, Any]:
@@ -304,8 +312,4 @@ def _read_json(base: str, name: str, revision: str | None) -> dict[str, Any]:
     elif not path.is_file():
         held = ", ".join(sorted(entry.name for entry in Path(base).iterdir())) or "nothing"
         raise UserError(f"model.base: {path} is missing (the folder holds {held}); give a whole diffusers PixArt-Sigma")
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model.base: {path} is no JSON ({error}); copy or download the model again") from error
-    return content
+    return read_object(path, "model.base", "copy or download the model again")

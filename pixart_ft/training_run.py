@@ -82,6 +82,8 @@ def _run(
     checkpoint = folder.resolve_resume(resume) if resume is not None else None
     if init_from is not None:
         find_adapter(init_from)
+    if accelerator.is_main_process:
+        folder.probe()
     rows, held_rows = read_rows(config)
     plan = _plan(config)
     with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered

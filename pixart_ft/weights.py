@@ -44,7 +44,9 @@ def readable(base: str, part: str) -> Iterator[None]:
     """Turn the many errors of opening a damaged, absent or unreachable model into one message."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes the libraries raise almost anything
         if Path(base).is_dir():
             remedy = "copy or download the model again"
         else:

@@ -145,3 +145,20 @@ def test_the_command_line_compares_every_sampler_there_is(tiny: Path, tmp_path: 
     sheet = Image.open(tmp_path / "compare-000.png")
     assert sheet.height > len(SAMPLERS) * 64
     assert sheet.width < 5 * 64
+
+
+def test_a_sheet_that_is_there_is_never_overwritten_by_another(tiny: Path, tmp_path: Path) -> None:
+    small = {"compare_samplers": ("ddim",), "compare_steps": (1,)}
+    out = tmp_path / "out"
+    out.mkdir()
+    Image.new("RGB", (8, 8)).save(out / "compare-001.png")
+    mine = (out / "compare-001.png").read_bytes()
+    with pytest.raises(UserError, match=r"compare-001\.png is there and is no sheet by pixart_ft"):
+        run_generation(config(tiny, out, **small))
+    assert [path.name for path in out.iterdir()] == ["compare-001.png"]
+    assert (out / "compare-001.png").read_bytes() == mine
+    (out / "compare-001.png").unlink()
+    for _ in range(2):  # the same again is measured anew
+        run_generation(config(tiny, out, **small))
+    with pytest.raises(UserError, match=r"compare-000\.png was made by another recipe: seed 5 \(now 6\)"):
+        run_generation(config(tiny, out, **small, seed=6))

@@ -161,6 +161,7 @@ def test_a_destination_is_probed_and_left_as_it_was(tmp_path: Path) -> None:
         (tmp_path / "file", "a file is in the way of a folder"),
         (tmp_path / "file" / "b", "a part of this path is a file"),
         (tmp_path / "a" / ("x" * 300), "the name is too long"),
+        (tmp_path / ("x" * 300), "the name is too long"),
     ):
         with pytest.raises(UserError, match=f"^out: {re.escape(str(folder))} cannot be written: {reason}"):
             probe(folder, "out")

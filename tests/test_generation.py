@@ -5,6 +5,7 @@ Oracle: the bytes on the disk, and pictures drawn again from a recipe alone.
 
 import hashlib
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,39 @@ def test_pictures_of_another_recipe_are_never_replaced(tiny: Path, adapter: Path
     report = str(caught.value)
     assert f"{paths[0]} was made by another recipe: steps 3 (now 4), another adapter" in report
     assert str(paths[2]) in report and f"{paths[3]} holds no recipe" in report and "--out" in report
+    assert contents(tmp_path) == before
+
+
+@pytest.fixture(scope="module")
+def weightless(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that is refused as soon as any weights are loaded."""
+    base = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("weightless") / "base"))
+    for path in base.rglob("*.safetensors"):
+        path.unlink()
+    return base
+
+
+def test_destinations_are_tried_before_any_weights_are_loaded(weightless: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out, reason in (
+        (tmp_path / "file", "a file is in the way of a folder"),
+        (tmp_path / "file" / "below", "a part of this path is a file"),
+        (tmp_path / "new" / ("x" * 300), "the name is too long"),
+        (tmp_path / ("x" * 300), "the name is too long"),
+        (Path("/proc/out"), "there is no such file or folder"),
+    ):
+        with pytest.raises(UserError, match=f"^out: {re.escape(str(out))} cannot be written: {reason}"):
+            run_generation(config(weightless, out))
+    with pytest.raises(UserError, match="cannot load text_encoder"):
+        run_generation(config(weightless, tmp_path / "new"))
+    assert contents(tmp_path) == {"file": b""}
+
+
+def test_a_grid_of_the_users_own_is_never_overwritten(weightless: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"grid\.png is there and is no sheet by pixart_ft\nnothing was drawn; choose"):
+        run_generation(config(weightless, tmp_path))
     assert contents(tmp_path) == before
 
 

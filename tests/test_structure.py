@@ -26,6 +26,7 @@ LEVELS = {
     "samplers": 0,
     "recipes": 1,
     "pictures": 2,
+    "own_pictures": 3,
     "stopping": 0,
     "run_log": 2,
     "run_lock": 2,

@@ -277,6 +277,24 @@ def refused(options: dict[str, object], match: str, **more: object) -> None:
     assert not folder.exists()
 
 
+def test_places_that_cannot_be_written_are_refused_before_any_weights_are_loaded(options, tiny, tmp_path) -> None:
+    base = Path(shutil.copytree(tiny, tmp_path / "base"))
+    for path in base.rglob("*.safetensors"):
+        path.unlink()
+    (tmp_path / "file").write_text("")
+    options |= {"model.base": base, "data.cache": tmp_path / "cache"}
+    long = tmp_path / ("x" * 300)
+    for key, place, reason in (
+        ("run.folder", tmp_path / "file" / "run", "run.folder: .*run cannot be .*: a part of this path is a file"),
+        ("run.folder", long, "the name is too long"),
+        ("data.cache", tmp_path / "file" / "cache", "data.cache: .*cache cannot be .*: a part of this path is a file"),
+        ("data.cache", long, "the name is too long"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            train(options | {key: place})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "file"]
+
+
 def test_bad_input_leaves_no_run_behind(options, tmp_path) -> None:
     refused(options, r"absent does not exist.*data\.folder", data__folder=tmp_path / "absent")
     refused(options, r"data\.resolution is 88; expected .*multiple of 16", data__resolution=88)

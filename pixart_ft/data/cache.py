@@ -19,6 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 from diffusers.models import AutoencoderKL
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
@@ -26,11 +27,11 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 from pixart_ft.data.captions import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.data.datasets import TRANSFORM, Row, load_picture, verify_pictures
 from pixart_ft.errors import UserError
-from pixart_ft.files import sweep, write_file, write_text
+from pixart_ft.files import explained, probe, sweep, write_file, write_text
 
 _SHARD_ITEMS = 256
 _SHARD_BYTES = 64 * 2**20
-_SHARD_NAME = re.compile(r"[0-9a-f]{64}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class TensorStore:
@@ -44,20 +45,18 @@ class TensorStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"the cache folder {self.folder} is a file; remove it or choose another folder")
+        with explained(self.folder, "used", "data.cache"):
+            if self.folder.exists() and not self.folder.is_dir():
+                raise UserError(f"the cache folder {self.folder} is a file; remove it or choose another folder")
         self._shards: dict[str, Any] = {}
         sweep(self.folder)
         for path in sorted(self.folder.glob("*.safetensors")):
-            if not _SHARD_NAME.fullmatch(path.stem):
+            if not (_SHA256.fullmatch(path.stem) and path.is_file()):
                 continue  # somebody else's file: a cache may stand in a folder of other things
-            with path.open("rb") as file:
-                whole = hashlib.file_digest(file, "sha256").hexdigest() == path.stem
-            if whole:
-                self._open(path)
-            else:
+            if not self._opened(path):
                 warnings.warn(f"the cache file {path} is damaged: removed, to be encoded again", stacklevel=2)
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # a read-only cache keeps it, and its keys are missing all the same
+                    path.unlink()
 
     def __contains__(self, key: str) -> bool:
         return key in self._shards
@@ -70,6 +69,10 @@ class TensorStore:
         """The tensor under a key, on the CPU; KeyError if it is missing."""
         mapped: Tensor = self._shards[key].get_tensor(key)
         return mapped.clone()  # writing into the mapped tensor would change what the next reader gets
+
+    def check_writable(self) -> None:
+        """Raise UserError unless shards can be added; one that lacks nothing may be read-only."""
+        probe(self.folder, "data.cache")
 
     def add(self, items: Mapping[str, Tensor]) -> None:
         """Write one shard; when this returns it is on the disk."""
@@ -92,6 +95,17 @@ class TensorStore:
         finally:
             if pending:
                 self.add(pending)
+
+    def _opened(self, path: Path) -> bool:
+        """Open a shard, unless it is not what its name says, or nothing that this class wrote."""
+        with explained(path, "read", "data.cache"), path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
+                return False
+        try:
+            self._open(path)
+        except SafetensorError:
+            return False
+        return True
 
     def _open(self, path: Path) -> None:
         shard: Any = safetensors.safe_open(path, framework="pt")
@@ -146,6 +160,7 @@ def cache_captions(
     keys = [_key(about, text) for text in texts]
     text_of = dict(zip(keys, texts, strict=True))
     if missing := store.missing(keys):
+        store.check_writable()
         tokenizer, text_encoder = load_text_encoder()
         warn_of_losses(tokenizer, texts, max_tokens)  # of all: one may become the tokens of another that is there
         wanted = [text_of[key] for key in missing]
@@ -185,6 +200,7 @@ def cache_pictures(
     keys = [_key(about, digest) for digest in (picture_digests(rows) if digests is None else digests)]
     row_of = dict(zip(keys, rows, strict=True))
     if missing := store.missing(keys):
+        store.check_writable()
         verify_pictures([row_of[key] for key in missing], size, progress=progress)
         vae = load_vae()
         bad: list[Path] = []
@@ -273,10 +289,15 @@ def _remembered(path: Path, known: dict[str, list[object]]) -> object:
 
 def _read_memo(memo: Path | None) -> dict[str, list[object]]:
     try:
-        found: dict[str, list[object]] = json.loads(memo.read_text()) if memo else {}
-        return found
-    except (OSError, ValueError):  # absent or damaged: it is only a memory
+        found = json.loads(memo.read_text(encoding="utf-8")) if memo else {}
+    except (OSError, ValueError, RecursionError):  # absent or damaged: it is only a memory
         return {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {
+        name: entry
+        for name, entry in entries
+        if isinstance(entry, list) and len(entry) == 3 and _SHA256.fullmatch(str(entry[2]))
+    }
 
 
 def _key(about: Mapping[str, object], content: str) -> str:
