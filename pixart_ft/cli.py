@@ -27,7 +27,7 @@ from pixart_ft.text import is_text, no_text, visible
 
 WIDTH = 110
 SWITCHES = {
-    "dry_run": "print the resolved configuration as YAML and stop; no folder is touched",
+    "dry_run": "check all but the weights, print what would run and its configuration as YAML, write nothing",
     "help": "this text",
 }
 REPEATABLE = {"prompt"}
@@ -48,16 +48,37 @@ class Command:
 
 
 def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
+    from pixart_ft.places import check_training  # without torch: a wrong path is known at once
+
+    begin = options.get("resume"), options.get("init_from")
+    check_training(config, *begin)
+    if "dry_run" in options:
+        from pixart_ft.training_start import dry_run
+
+        _print_plan(dry_run(config, *begin), config)
+        return
     from pixart_ft.training_run import run_training
 
-    accept = "accept_changes" in options
-    run_training(config, options.get("resume"), options.get("init_from"), accept_changes=accept)
+    run_training(config, *begin, accept_changes="accept_changes" in options)
 
 
 def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
-    from pixart_ft.generation import run_generation
+    from pixart_ft.places import check_generation  # without torch: a wrong path is known at once
 
-    run_generation(config, Path(options["from"]) if "from" in options else None)
+    check_generation(config)
+    from pixart_ft.generation import dry_run, run_generation
+
+    if "dry_run" in options:
+        _print_plan(dry_run(config), config)
+    else:
+        run_generation(config, Path(options["from"]) if "from" in options else None)
+
+
+def _print_plan(facts: Sequence[str], config: Config) -> None:
+    """What a dry run found, as comments, and the configuration: one YAML file together. [] prints none."""
+    if facts:
+        text = to_yaml(config, ascii_only=not _prints(to_yaml(config)))
+        print("\n".join([*(f"# {line}" for line in facts), text]), end="")
 
 
 COMMANDS = {
@@ -138,11 +159,8 @@ def _run(arguments: list[str]) -> None:
         print(help_text(command))
         return
     config = _config(command, given, problems)
-    if "dry_run" in given:
-        print(to_yaml(config, ascii_only=not _prints(to_yaml(config))), end="")
-    else:
-        own = (*command.options, *command.switches)
-        command.run(config, {option: given[option][-1] for option in own if option in given})
+    own = (*command.options, *command.switches, "dry_run")
+    command.run(config, {option: given[option][-1] for option in own if option in given})
 
 
 def split_options(

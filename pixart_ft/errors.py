@@ -20,3 +20,29 @@ def attempted(what: str) -> Iterator[None]:
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         warnings.warn(f"{what} could not be made; everything else goes on. Reason: {reason}", stacklevel=3)
+
+
+class Mistakes:
+    """Several checks, one report: each failure is noted, and all are raised together."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+
+    def add(self, mistake: str) -> None:
+        """Note one."""
+        self._found.append(mistake)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note the UserError of the block, and go on after it."""
+        try:
+            yield
+        except UserError as error:
+            self._found.append(str(error))
+
+    def raise_if_any(self) -> None:
+        """Raise one UserError with all that was noted."""
+        if len(self._found) == 1:
+            raise UserError(self._found[0])
+        if self._found:
+            raise UserError("\n  - ".join([f"{len(self._found)} problems", *self._found]))

@@ -17,6 +17,7 @@ from pixart_ft.files import probe
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.own_pictures import check_own, not_there_yet
 from pixart_ft.pictures import grid, picture_name, save_png
+from pixart_ft.places import check_generation
 from pixart_ft.recipes import changes, read_recipe
 from pixart_ft.text import read_text
 from pixart_ft.text_to_image import TextToImage, read_abilities
@@ -34,10 +35,7 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     again: the picture whose recipe `config` was read from; warns of what has changed since then.
     """
     started = time.perf_counter()
-    prompts = _prompts(config)
-    abilities = read_abilities(_base(config), lora=config.lora, weights=config.weights, revision=_revision(config))
-    adapter = None if config.lora is None else str(config.lora)
-    settings = settled(_settings(config, abilities), abilities, adapter)
+    prompts, abilities, settings, adapter = _look(config)
     if config.aspect_ratio is not None:
         print(f"aspect_ratio {config.aspect_ratio}: {settings.width} x {settings.height} pixels")
     cells = settled_cells(config, settings, abilities, adapter) if config.compare else {}
@@ -74,6 +72,34 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     return list(jobs)
 
 
+def dry_run(config: GenerateConfig) -> list[str]:
+    """What `run_generation` would draw; raises UserError as it does before it loads a weight. Writes nothing."""
+    prompts, abilities, settings, adapter = _look(config)
+    probe(config.out, "out")
+    device = _device(config.device)
+    dtype = str(_dtype(config.dtype, device)).removeprefix("torch.")
+    if config.compare:
+        cells = settled_cells(config, settings, abilities, adapter)
+        drawn = f"{len(prompts)} sheets of {len(cells)} pictures"
+    else:
+        drawn = f"{len(prompts) * config.images_per_prompt:,}, of {settings.steps} {settings.sampler} steps each"
+    return [
+        f"device             {device}, weights {dtype}",
+        f"model              {_base(config)}" + ("" if adapter is None else f", with the adapter {adapter}"),
+        f"pictures           {drawn}, {settings.width} x {settings.height} pixels",
+        f"folder             {config.out}",
+    ]
+
+
+def _look(config: GenerateConfig) -> tuple[list[str], Abilities, Settings, str | None]:
+    """Prompts, what the model can, how to sample, the adapter's name: all that is known before weights are."""
+    check_generation(config)
+    prompts = _prompts(config)
+    abilities = read_abilities(_base(config), lora=config.lora, weights=config.weights, revision=_revision(config))
+    adapter = None if config.lora is None else str(config.lora)
+    return prompts, abilities, settled(_settings(config, abilities), abilities, adapter), adapter
+
+
 def load_model(config: GenerateConfig, prompts: Sequence[str]) -> TextToImage:
     """The base and adapter that a configuration asks for, all texts encoded and the text encoder freed."""
     device = _device(config.device)
@@ -97,8 +123,6 @@ def _settings(config: GenerateConfig, abilities: Abilities) -> Settings:
     width, height = config.width, config.height
     if config.aspect_ratio is not None:
         width, height = size_of(config.aspect_ratio, abilities)
-    if config.image is not None and not config.image.is_file():
-        raise UserError(f"image: there is no file {config.image}")
     interval = config.guidance_interval
     return Settings(
         sampler=config.sampler,

@@ -5,7 +5,6 @@ What is no PixArt-Sigma, or would load silently wrong, is refused by its configu
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,9 +24,6 @@ from pixart_ft.latents import LatentScale, latent_scale_faults
 from pixart_ft.model_faults import index_faults, transformer_faults, type_faults
 from pixart_ft.scheduler_config import process_of
 from pixart_ft.weights import check_keys, quiet, readable, variant
-
-DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
-DEMO_PICTURES = Path(__file__).parent / "demo" / "pictures"
 
 VarianceState = Literal["trained", "stale", "none"]
 
@@ -51,24 +47,6 @@ _FUNCTIONAL_KEYS = (
     "shift_factor",
     "norm_num_groups",
 )
-
-
-def resolve_base(name: str) -> str:
-    """The folder or Hub id behind `model.base`: "demo", an existing diffusers folder, or "owner/name".
-
-    Raises UserError for anything else. A Hub id is taken at its word; loading from it asks the Hub.
-    """
-    remedy = 'set model.base to "demo", a folder in diffusers layout, or a Hub id such as "owner/name"'
-    folder = DEMO_FOLDER if name == "demo" else Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"model.base: {folder} has no model_index.json, so it is no diffusers model; {remedy}")
-        return str(folder)
-    if name == "demo":
-        raise UserError(f"model.base: this installation lacks the demo ({folder}); reinstall pixart_ft")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UserError(f"model.base: there is no folder {name!r}; {remedy}")
-    return name
 
 
 def load_transformer(base: str, *, dtype: torch.dtype, revision: str | None = None) -> PixArtTransformer2DModel:

@@ -32,6 +32,15 @@ def check_rank(transformer: nn.Module, rank: int, targets: tuple[str, ...]) -> N
         raise UserError(f"lora.rank {rank} is more than the {smallest} that {sides[smallest]} can use; lower it")
 
 
+def trainable(transformer: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
+    """How many parameters a LoRA of this rank has: of each adapted layer, A with its inputs and B with its outputs."""
+    return sum(
+        rank * (module.weight[0].numel() + module.weight.shape[0])
+        for name, module in _layers(transformer).items()
+        if any(_is_meant(name, target) for target in targets)
+    )
+
+
 def _layers(transformer: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {name: layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
 

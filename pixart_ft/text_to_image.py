@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pixart_ft import models
+from pixart_ft import models, places
 from pixart_ft.adapter_files import AdapterMetadata, find_adapter, read_metadata
 from pixart_ft.adapters import load_adapter, scale_adapter
 from pixart_ft.data.captions import pad_text
@@ -50,7 +50,7 @@ def read_abilities(
 
     Raises UserError for a base that is no PixArt-Sigma, and for an adapter that cannot be read.
     """
-    place = models.resolve_base(str(base))
+    place = places.resolve_base(str(base))
     models.check_base(place, revision=revision)
     schedule, prediction_type = models.load_schedule(place, revision=revision)
     variance: VarianceState = "trained" if models.has_variance(place, revision=revision) else "none"
@@ -106,7 +106,7 @@ class TextToImage:
 
         Raises UserError when a part is missing, or the adapter is for another base or lacks a key.
         """
-        place = models.resolve_base(str(base))
+        place = places.resolve_base(str(base))
         abilities = read_abilities(base, lora=lora, weights=weights, revision=revision)
         folder = None if lora is None else find_adapter(lora, weights=weights)
         metadata = None if folder is None else read_metadata(folder)

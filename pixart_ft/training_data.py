@@ -16,6 +16,7 @@ from pixart_ft.data.datasets import Row, read_folder, split
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation import HeldOutSet
 from pixart_ft.latents import LatentScale
+from pixart_ft.places import picture_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,10 +28,9 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
 
 def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     """Training and held-out pictures; every problem of the two folders is reported by `read_folder`."""
-    demo = {"train": models.DEMO_PICTURES / "train", "held_out": models.DEMO_PICTURES / "held_out"}
-    rows = read_folder(demo["train"] if config.data.folder == "demo" else config.data.folder)
+    rows = read_folder(picture_folder(config.data.folder, "train"))
     if config.data.held_out is not None:
-        held = read_folder(demo["held_out"] if config.data.held_out == "demo" else config.data.held_out)
+        held = read_folder(picture_folder(config.data.held_out, "held_out"))
     else:
         rows, held = split(rows, config.data.held_out_fraction, config.run.seed)
     if not rows:

@@ -7,28 +7,23 @@ import importlib
 import importlib.util
 import json
 import platform
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from pixart_ft import models
-from pixart_ft.adapter_files import AdapterMetadata, LoraSettings, find_adapter
+from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
 from pixart_ft.adapters import attach, fill_adapter
 from pixart_ft.attention import use_plain_attention
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.cache import picture_digests
 from pixart_ft.data.captions import TEXT_PREPARATION, pad_text
-from pixart_ft.draws import Plan, TrainingSet
+from pixart_ft.draws import TrainingSet
 from pixart_ft.ema import Ema
 from pixart_ft.environment import versions
-from pixart_ft.errors import UserError
 from pixart_ft.files import write_text
 from pixart_ft.keeping import Keeper
 from pixart_ft.objective import Objective
@@ -38,11 +33,11 @@ from pixart_ft.run_lock import RunLock
 from pixart_ft.sampling import Guidance, decode_latents, sample_latents
 from pixart_ft.schedulers import build_scheduler
 from pixart_ft.settings import to_yaml
-from pixart_ft.targets import check_rank, check_targets
 from pixart_ft.trained_on import Changes, announce, check_continues, trained_on
 from pixart_ft.trainer import Trainer
-from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once, read_rows
-from pixart_ft.training_objective import build_objective, warn_of_relearning
+from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once
+from pixart_ft.training_objective import warn_of_relearning
+from pixart_ft.training_start import accelerator_for, look
 
 
 def run_training(
@@ -71,21 +66,13 @@ def _run(
     folder: RunFolder,
     lock: RunLock,
 ) -> Path:
-    base = models.resolve_base(config.model.base)
-    models.check_base(base, revision=config.model.revision)
-    resolution = _resolution(config, base)
-    objective, schedule_config = build_objective(config, base)
-    skeleton = models.skeleton(base, revision=config.model.revision)
-    check_targets(skeleton, config.lora.targets)
-    check_rank(skeleton, config.lora.rank, config.lora.targets)
-    folder.check_new(resume=resume is not None)
-    checkpoint = folder.resolve_resume(resume) if resume is not None else None
-    if init_from is not None:
-        find_adapter(init_from)
+    start = look(config, resume, init_from)
+    base, resolution, objective = start.base, start.resolution, start.objective
+    plan, checkpoint = start.plan, start.checkpoint
+    rows, held_rows, schedule_config = start.rows, start.held_rows, start.schedule_config
     if accelerator.is_main_process:
         folder.probe()
-    rows, held_rows = read_rows(config)
-    plan = _plan(config)
+        print("\n".join(start.facts(config, accelerator)))
     with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered
         digests = picture_digests([*rows, *held_rows])
         predicted = objective.prediction_type
@@ -173,49 +160,10 @@ def _run(
 # The steps of it
 
 
-def accelerator_for(config: TrainConfig) -> Accelerator:
-    """accelerate as the run wants it; UserError for what this machine or accelerate's own configuration cannot give."""
-    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
-    if config.optim.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            'optim.optimizer adamw8bit needs bitsandbytes: pip install "pixart_ft[quantized]", or use adamw'
-        )
-    AcceleratorState._reset_state()  # a program may train twice, in another precision
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        log_with="tensorboard" if config.logging.tensorboard else None,
-        project_dir=str(config.run.folder),
-        # the others wait while one process encodes a large folder; ten minutes, the default, would not do
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-    )
-    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in plain:
-        raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; only plain data-parallel training is "
-            "offered: choose no DeepSpeed and no FSDP in `accelerate config`"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UserError("set train.accumulation here and leave gradient accumulation out of accelerate's configuration")
-    return accelerator
-
-
 def _base_to_find(base: str) -> str:
     """What finds the base from any folder: a local one by its whole path, so that it is never looked up on the Hub."""
     folder = Path(base).expanduser()
     return str(folder.absolute()) if base != "demo" and folder.is_dir() else base
-
-
-def _resolution(config: TrainConfig, base: str) -> int:
-    resolution = config.data.resolution or models.native_size(base, revision=config.model.revision)
-    unit = models.size_unit(base, revision=config.model.revision)
-    if resolution % unit:
-        near = max(unit, round(resolution / unit) * unit)
-        raise UserError(
-            f"data.resolution {resolution} does not fit {config.model.base}: it must be a multiple of {unit} (patch "
-            f"size times VAE factor); try {near}"
-        )
-    return resolution
 
 
 def _variance_after(objective: Objective, transformer: torch.nn.Module) -> models.VarianceState:
@@ -242,40 +190,6 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> tor
         betas=(config.optim.beta1, config.optim.beta2),
         eps=config.optim.epsilon,
         weight_decay=config.optim.weight_decay,
-    )
-
-
-def _warmup(config: TrainConfig) -> int:
-    """The steps of the warm-up; one that would not end within the run, such as a recipe's in a short try, is cut."""
-    asked, steps = config.optim.warmup_steps, config.train.steps
-    if asked <= steps:
-        return asked
-    warnings.warn(
-        f"optim.warmup_steps {asked} would not end within train.steps {steps}: {steps // 10} are used, a tenth of them",
-        stacklevel=2,
-    )
-    return steps // 10
-
-
-def _plan(config: TrainConfig) -> Plan:
-    return Plan(
-        steps=config.train.steps,
-        batch_size=config.train.batch_size,
-        accumulation=config.train.accumulation,
-        seed=config.run.seed,
-        caption_dropout=config.diffusion.caption_dropout,
-        timestep_law=config.diffusion.timestep_law,
-        logit_mean=config.diffusion.logit_mean,
-        logit_std=config.diffusion.logit_std,
-        learning_rate=config.optim.learning_rate,
-        warmup_steps=_warmup(config),
-        decay=config.optim.decay,
-        clip_norm=config.optim.clip_norm,
-        log_every=config.logging.every,
-        validate_every=config.validation.every,
-        samples_every=config.validation.samples_every,
-        checkpoint_every=config.train.checkpoint_every,
-        keep_checkpoints=config.train.keep_checkpoints,
     )
 
 

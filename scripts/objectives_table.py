@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pixart_ft import models
+from pixart_ft import models, places
 from pixart_ft.adapter_files import find_adapter
 from pixart_ft.adapters import load_adapter
 from pixart_ft.config import TrainConfig, load_config
@@ -27,7 +27,8 @@ from pixart_ft.evaluation import HeldOutSet, held_out_bound, held_out_loss, mean
 from pixart_ft.objective import Objective
 from pixart_ft.training_data import encode_once, read_rows
 from pixart_ft.training_objective import build_objective
-from pixart_ft.training_run import accelerator_for, run_training
+from pixart_ft.training_run import run_training
+from pixart_ft.training_start import accelerator_for
 
 LEVELS = 25
 
@@ -88,7 +89,7 @@ def at_common_levels(schedule: NoiseSchedule) -> NoiseSchedule:
 
 def measured(objective: Objective, held_out: HeldOutSet, adapter: Path | None) -> dict[str, Bound]:
     """The bound with the learned and with the fixed variance, of the base or of an adapter on it."""
-    transformer = models.load_transformer(models.resolve_base("demo"), dtype=torch.float32)
+    transformer = models.load_transformer(places.resolve_base("demo"), dtype=torch.float32)
     if adapter is not None:
         load_adapter(transformer, adapter)
     schedule = at_common_levels(objective.schedule)
@@ -107,7 +108,7 @@ def result(row: Row, number: int, work: Path, steps: int) -> dict[str, object]:
         found: dict[str, object] = json.loads(file.read_text())
         return found
     config = configuration(row, number, work, steps)
-    base = models.resolve_base("demo")
+    base = places.resolve_base("demo")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the rows ask for what is warned of
         objective, _ = build_objective(config, base)
@@ -137,7 +138,7 @@ def variance_effect(work: Path) -> str:
     file = work / "variance-effect.md"
     if file.is_file():
         return file.read_text()
-    config, base = configuration(ROWS[0], 0, work, 300), models.resolve_base("demo")
+    config, base = configuration(ROWS[0], 0, work, 300), places.resolve_base("demo")
     objective, _ = build_objective(config, base)
     encoded = encode_once(config, base, *read_rows(config), 256, accelerator_for(config))
     assert encoded.held_out is not None

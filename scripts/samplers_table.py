@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 
 from demo_pictures import fetch, noto_emoji, rendered
 
-from pixart_ft import models
+from pixart_ft import models, places
 from pixart_ft.data.datasets import load_picture, read_folder
 from pixart_ft.drawing import Settings
 from pixart_ft.pictures import grid
@@ -64,7 +64,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 def real_pictures(noto: Path | None, count: int) -> tuple[list[str], list[Image.Image], list[Image.Image]]:
     """Captions and pictures of the training set, spread over it, and as many others of it."""
     if noto is None:
-        rows = read_folder(models.DEMO_PICTURES / "train")
+        rows = read_folder(places.DEMO_PICTURES / "train")
         loaded = [((load_picture(row.path, 256) + 1) * 127.5).round().byte() for row in rows[: 2 * count]]
         pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in loaded]
         return [row.caption for row in rows[:count]], pictures[:count], pictures[count : 2 * count]
@@ -98,7 +98,7 @@ def main() -> None:
     work = args.work / name
     work.mkdir(parents=True, exist_ok=True)
     model = TextToImage.load("demo", lora=args.lora, dtype=torch.bfloat16)
-    vae = models.load_vae(models.resolve_base("demo"), dtype=torch.float32)
+    vae = models.load_vae(places.resolve_base("demo"), dtype=torch.float32)
     captions, real, others = real_pictures(args.noto, args.count)
     target = features(vae, real)
     through = [p for picture in real for p in _round_trip(vae, picture)]

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from transformers import T5EncoderModel
 
-from pixart_ft import models
+from pixart_ft import models, places
 from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
 from pixart_ft.adapters import attach, merge, save_adapter
 from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
@@ -24,19 +24,19 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     """An adapter of the demo that changes its pictures: alpha is twice the rank, B drawn at random."""
-    transformer = models.load_transformer(models.resolve_base("demo"), dtype=torch.float32)
+    transformer = models.load_transformer(places.resolve_base("demo"), dtype=torch.float32)
     fingerprint = models.fingerprint(transformer)
     attach(transformer, LoraSettings(rank=4, alpha=8.0), seed=0)
     g = torch.Generator().manual_seed(0)
     for name, parameter in transformer.named_parameters():
         if ".lora_B." in name:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=g))
-    tokenizer, text_encoder = models.load_text_encoder(models.resolve_base("demo"), dtype=torch.float32)
+    tokenizer, text_encoder = models.load_text_encoder(places.resolve_base("demo"), dtype=torch.float32)
     metadata = AdapterMetadata(
         base="demo",
         base_fingerprint=fingerprint,
         prediction_type="epsilon",
-        schedule=models.schedule_config(models.resolve_base("demo")),
+        schedule=models.schedule_config(places.resolve_base("demo")),
         variance="trained",
         rank=4,
         alpha=8.0,
@@ -51,29 +51,29 @@ def adapter(tmp_path_factory) -> Path:
 
 
 def test_is_a_small_genuine_pixart_sigma_in_the_standard_layout() -> None:
-    pipeline = PixArtSigmaPipeline.from_pretrained(str(models.DEMO_FOLDER))
+    pipeline = PixArtSigmaPipeline.from_pretrained(str(places.DEMO_FOLDER))
     assert isinstance(pipeline.transformer, PixArtTransformer2DModel)
     assert isinstance(pipeline.vae, AutoencoderKL) and isinstance(pipeline.text_encoder, T5EncoderModel)
     config = pipeline.transformer.config
     assert (config.out_channels, config.sample_size, config.interpolation_scale) == (8, 32, 0.5)
     assert config.use_additional_conditions is False
-    files = [path for path in models.DEMO_FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in places.DEMO_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 30e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".model"}
 
 
 def test_a_plain_stock_call_runs() -> None:
-    pipeline = PixArtSigmaPipeline.from_pretrained(str(models.DEMO_FOLDER))
+    pipeline = PixArtSigmaPipeline.from_pretrained(str(places.DEMO_FOLDER))
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (256, 256)
 
 
 def test_fine_tuning_set_is_whole_and_apart_from_its_held_out_pictures() -> None:
-    train, held_out = (read_folder(models.DEMO_PICTURES / part) for part in ("train", "held_out"))
+    train, held_out = (read_folder(places.DEMO_PICTURES / part) for part in ("train", "held_out"))
     assert (len(train), len(held_out)) == (240, 60)
     assert not {row.caption for row in train} & {row.caption for row in held_out}
-    assert sum(path.stat().st_size for path in models.DEMO_PICTURES.rglob("*")) <= 4e6
+    assert sum(path.stat().st_size for path in places.DEMO_PICTURES.rglob("*")) <= 4e6
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
@@ -96,7 +96,7 @@ def test_stock_pipeline_with_the_merged_adapter_draws_the_same(adapter: Path, gu
         shape=(4, 32, 32),
     )
     merge(ours.transformer)
-    stock = PixArtSigmaPipeline.from_pretrained(str(models.DEMO_FOLDER), transformer=ours.transformer)
+    stock = PixArtSigmaPipeline.from_pretrained(str(places.DEMO_FOLDER), transformer=ours.transformer)
     config = {"timestep_spacing": "trailing", "clip_sample": False, "beta_schedule": "linear"}
     stock.scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, **config)
     stock.set_progress_bar_config(disable=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import PixArtSigmaPipeline
 
-from pixart_ft import models
+from pixart_ft import models, places
 from pixart_ft.errors import UserError
 from pixart_ft.latents import LatentScale
 from tests.tiny import build_tiny_pipeline
@@ -63,19 +63,19 @@ def test_loading_makes_no_noise_and_leaves_the_libraries_settings(
 
 
 def test_base_names(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert models.resolve_base(str(tiny)) == str(tiny)
-    assert models.resolve_base("PixArt-alpha/PixArt-Sigma-XL-2-512-MS") == "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
-    monkeypatch.setattr(models, "DEMO_FOLDER", tiny)
-    assert models.resolve_base("demo") == str(tiny)
-    monkeypatch.setattr(models, "DEMO_FOLDER", tmp_path / "absent")
+    assert places.resolve_base(str(tiny)) == str(tiny)
+    assert places.resolve_base("PixArt-alpha/PixArt-Sigma-XL-2-512-MS") == "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
+    monkeypatch.setattr(places, "DEMO_FOLDER", tiny)
+    assert places.resolve_base("demo") == str(tiny)
+    monkeypatch.setattr(places, "DEMO_FOLDER", tmp_path / "absent")
     with pytest.raises(UserError, match=r"lacks the demo \(.*absent\); reinstall"):
-        models.resolve_base("demo")
+        places.resolve_base("demo")
     for name in ("nowhere", "./no/where", "/no/where", "a/b/c", ""):
         with pytest.raises(UserError, match=r"model\.base: .*set model.base to \"demo\", a folder"):
-            models.resolve_base(name)
+            places.resolve_base(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no model_index\.json"):
-        models.resolve_base(str(tmp_path / "empty"))
+        places.resolve_base(str(tmp_path / "empty"))
 
 
 def test_a_hub_base_that_is_not_here_gives_one_message_offline() -> None:

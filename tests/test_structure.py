@@ -62,6 +62,7 @@ LEVELS = {
     "denoiser": 2,
     "targets": 1,
     "adapter_files": 4,
+    "places": 5,
     "adapters": 5,
     "nested": 0,
     "checkpoint": 3,
@@ -86,6 +87,7 @@ LEVELS = {
     "training_objective": 8,
     "trained_on": 8,
     "report": 9,
+    "training_start": 9,
     "training_run": 10,
     "cli": 11,
 }

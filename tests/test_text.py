@@ -119,7 +119,12 @@ def test_what_is_printed_fits_any_terminal(monkeypatch: pytest.MonkeyPatch, tmp_
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", out)
     prompts = ["日本のりんご", "café №5 🙂", "plain"]
-    assert cli.main(["generate", *(word for text in prompts for word in ("--prompt", text)), "--dry-run"]) == 0
+    assert (
+        cli.main(
+            ["generate", *(word for text in prompts for word in ("--prompt", text)), "--model", "demo", "--dry-run"]
+        )
+        == 0
+    )
     print("日本")  # as a folder's name in the last lines of a run
     out.flush()
     resolved, last = out.buffer.getvalue().decode(encoding).rsplit("\n", 2)[:2]  # type: ignore[attr-defined]

@@ -32,7 +32,7 @@ from pixart_ft.run_lock import RunLock
 from pixart_ft.run_log import RunLog
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
-from pixart_ft.training_run import _plan
+from pixart_ft.training_start import dry_run, plan_of
 from tests.runs import STEPS, assert_same_end, command, losses, short_run, stop_at, train
 
 ROOT = Path(__file__).parent.parent
@@ -496,7 +496,7 @@ def test_a_warm_up_never_blocks_a_short_try(steps: int, used: int) -> None:
     config = load_config("quickstart", {"train.steps": str(steps)})
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        plan = _plan(config)
+        plan = plan_of(config)
     assert plan.warmup_steps == used
     shown = [f"optim.warmup_steps 20 would not end within train.steps {steps}: {used} are used, a tenth of them"]
     assert [str(warning.message) for warning in told] == ([] if used == 20 else shown)
@@ -591,3 +591,34 @@ def test_the_lowest_held_out_loss_is_that_of_a_trained_step() -> None:
     assert lowest_step([]) is None and lowest_step([{"step": 1, "train": {}}, record(0, 0.1)]) is None
     assert lowest_step([record(0, 0.1), record(3, 0.4), record(5, 0.2), record(7, 0.3)]) == 5
     assert lowest_step([record(2, float("nan")), record(3, 0.4), record(4, 0.4)]) == 3
+
+
+def test_a_dry_run_tells_what_would_run_and_writes_nothing(options, pictures, monkeypatch, capsys, tmp_path) -> None:
+    """Oracles: the parameters that a real run trains, and the pictures in the folder."""
+    tree = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    config = load_config({}, tree)
+    facts = dry_run(config)
+    assert not config.run.folder.exists()
+    held_out, batch = round(0.3 * 12), 4
+    assert [line.split(maxsplit=1)[0] for line in facts] == ["device", "trained", "pictures", "steps", "length"]
+    assert facts[2].split(maxsplit=1)[1] == f"{12 - held_out}, {held_out} held out, 64 x 64 pixels"
+    assert facts[3].split()[3:] == ["2,", "of", "4", "pictures", "each"]
+    assert facts[4].split(maxsplit=1)[1] == f"{STEPS} steps: each picture {STEPS * batch / (12 - held_out):.4g} times"
+    run = train(options)
+    assert capsys.readouterr().out.startswith("\n".join(facts))
+    saved = load_file(run / "final" / "adapter" / "adapter_model.safetensors")
+    assert facts[1].split()[1] == f"{sum(value.numel() for value in saved.values()):,}"
+    assert dry_run(config, "auto")[-1].endswith(f"checkpoints/step-{STEPS:06d}")
+    for wrong, message in {
+        "lora.targets": "lora.targets: 'to_z' matches no layer",
+        "model.base": "no diffusers model",
+        "data.folder": "pictures that cannot be read",
+    }.items():
+        broken = tmp_path / "broken"
+        broken.mkdir(exist_ok=True)
+        for number in range(4):
+            (broken / f"{number}.png").write_bytes(b"no picture")
+            (broken / f"{number}.txt").write_text("a")
+        value = ["to_z"] if wrong == "lora.targets" else str(broken)
+        with pytest.raises(UserError, match=message):
+            dry_run(load_config({}, tree | {"run.folder": str(tmp_path / "new"), wrong: value}))

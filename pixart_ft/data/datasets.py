@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft.errors import UserError
 from pixart_ft.text import is_text, read_text, visible
+
+if TYPE_CHECKING:  # torch waits until there is a picture to load: a wrong folder is known at once
+    from torch import Tensor
 
 PICTURE_TYPES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 _REFUSED_TYPES = frozenset({".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga"})
@@ -60,6 +61,12 @@ def _listed(kind: str, items: Sequence[str], most: int = 10) -> str:
     return "\n".join([f"  {kind}: {len(items)}", *shown, *rest])
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UserError unless there is such a folder."""
+    if not folder.is_dir():
+        raise UserError(f"the picture folder {folder} does not exist or is not a folder (data.folder)")
+
+
 def read_folder(folder: str | Path) -> list[Row]:
     """The captioned pictures below a folder, sorted by name.
 
@@ -69,8 +76,7 @@ def read_folder(folder: str | Path) -> list[Row]:
     else that is wrong.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"the picture folder {folder} does not exist or is not a folder (data.folder)")
+    check_folder(folder)
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     files = {name: found[name] for name in sorted(found) if not name.startswith(".") and "/." not in name}
     pictures = [name for name, path in files.items() if path.suffix.lower() in PICTURE_TYPES]
@@ -141,7 +147,7 @@ def verify_pictures(rows: Sequence[Row], size: int, *, progress: bool = True) ->
         warnings.warn(_listed("pictures that lose over half to the centre crop", cropped, 3), stacklevel=2)
 
 
-def load_picture(path: str | Path, size: int | tuple[int, int]) -> Tensor:
+def load_picture(path: str | Path, size: int | tuple[int, int]) -> "Tensor":
     """The picture as (3, height, width) float32 in [-1, 1]; `size` is its side, or (width, height).
 
     Upright by EXIF, transparency on white, cropped to the centre, Lanczos. Raises UserError naming the path.
@@ -149,13 +155,16 @@ def load_picture(path: str | Path, size: int | tuple[int, int]) -> Tensor:
     return _fitted(_open_rgb(path), size)
 
 
-def picture_pixels(picture: Image.Image, size: int | tuple[int, int]) -> Tensor:
+def picture_pixels(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
     """As `load_picture`, of a picture in memory."""
     return _fitted(_rgb(picture), size)
 
 
-def _fitted(picture: Image.Image, size: int | tuple[int, int]) -> Tensor:
+def _fitted(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
     fitted = ImageOps.fit(picture, (size, size) if isinstance(size, int) else size, Image.Resampling.LANCZOS)
+    import numpy
+    import torch
+
     pixels = torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32) / 127.5 - 1
 
@@ -184,6 +193,8 @@ def _rgb(opened: Image.Image) -> Image.Image:
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """16-bit greys (modes I;16 and I) to 8 bits; Pillow's own conversion clips all above 255 to white."""
+    import numpy
+
     values = numpy.asarray(picture).astype(numpy.float64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its numbers have no known white; save it with 8 or 16 bits")

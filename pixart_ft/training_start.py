@@ -1,0 +1,154 @@
+"""What is known of a training before a weight is loaded: whether it can begin, what it costs, how long it is."""
+
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+from pixart_ft import models, places
+from pixart_ft.checkpoint import RunFolder
+from pixart_ft.config import TrainConfig
+from pixart_ft.data.datasets import Row, verify_pictures
+from pixart_ft.draws import Plan
+from pixart_ft.errors import UserError
+from pixart_ft.objective import Objective
+from pixart_ft.targets import check_rank, check_targets, trainable
+from pixart_ft.training_data import read_rows
+from pixart_ft.training_objective import build_objective
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with."""
+
+    base: str
+    resolution: int
+    objective: Objective
+    schedule_config: dict[str, object]
+    plan: Plan
+    checkpoint: Path | None  # to continue from
+    rows: list[Row]
+    held_rows: list[Row]
+    parameters: int  # that are trained
+
+    def facts(self, config: TrainConfig, accelerator: Accelerator) -> list[str]:
+        """Where it trains, how much, and how often it sees its pictures, a line each."""
+        pictures, processes = len(self.rows), accelerator.num_processes
+        batch = self.plan.batch_size * self.plan.accumulation * processes
+        epochs = self.plan.steps * batch / pictures
+        where = str(accelerator.device) if processes == 1 else f"{accelerator.device}, {processes} processes"
+        held_out = f", {len(self.held_rows)} held out" if self.held_rows else ""
+        return [
+            f"device             {where}, precision {config.train.mixed_precision}",
+            f"trained            {self.parameters:,} parameters of the LoRA, rank {config.lora.rank}",
+            f"pictures           {pictures:,}{held_out}, {self.resolution} x {self.resolution} pixels",
+            f"steps per epoch    {pictures / batch:.4g}, of {batch} pictures each",
+            f"length             {self.plan.steps:,} steps: each picture {epochs:.4g} times",
+        ]
+
+
+def dry_run(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> list[str]:
+    """What `run_training` would begin with; raises UserError as it does before it loads a weight. Writes nothing."""
+    accelerator = accelerator_for(config)
+    start = look(config, resume, init_from)
+    if accelerator.is_main_process:
+        RunFolder(config.run.folder).probe()
+    verify_pictures([*start.rows, *start.held_rows], start.resolution, progress=accelerator.is_main_process)
+    going_on = [] if start.checkpoint is None else [f"continues          {start.checkpoint}"]
+    return [*start.facts(config, accelerator), *going_on] if accelerator.is_main_process else []
+
+
+def look(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Start:
+    """Check all that can be checked without weights; arguments as of `run_training`. Raises UserError."""
+    places.check_training(config, resume, init_from)
+    base, revision = places.resolve_base(config.model.base), config.model.revision
+    models.check_base(base, revision=revision)
+    resolution = _resolution(config, base)
+    objective, schedule_config = build_objective(config, base)
+    skeleton = models.skeleton(base, revision=revision)
+    check_targets(skeleton, config.lora.targets)
+    check_rank(skeleton, config.lora.rank, config.lora.targets)
+    checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
+    rows, held_rows = read_rows(config)
+    parameters = trainable(skeleton, config.lora.rank, config.lora.targets)
+    return Start(base, resolution, objective, schedule_config, plan_of(config), checkpoint, rows, held_rows, parameters)
+
+
+def accelerator_for(config: TrainConfig) -> Accelerator:
+    """accelerate as the run wants it; UserError for what this machine or accelerate's own configuration cannot give."""
+    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
+    if config.optim.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            'optim.optimizer adamw8bit needs bitsandbytes: pip install "pixart_ft[quantized]", or use adamw'
+        )
+    AcceleratorState._reset_state()  # a program may train twice, in another precision
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with="tensorboard" if config.logging.tensorboard else None,
+        project_dir=str(config.run.folder),
+        # the others wait while one process encodes a large folder; ten minutes, the default, would not do
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in plain:
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; only plain data-parallel training is "
+            "offered: choose no DeepSpeed and no FSDP in `accelerate config`"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError("set train.accumulation here and leave gradient accumulation out of accelerate's configuration")
+    return accelerator
+
+
+def _resolution(config: TrainConfig, base: str) -> int:
+    resolution = config.data.resolution or models.native_size(base, revision=config.model.revision)
+    unit = models.size_unit(base, revision=config.model.revision)
+    if resolution % unit:
+        near = max(unit, round(resolution / unit) * unit)
+        raise UserError(
+            f"data.resolution {resolution} does not fit {config.model.base}: it must be a multiple of {unit} (patch "
+            f"size times VAE factor); try {near}"
+        )
+    return resolution
+
+
+def _warmup(config: TrainConfig) -> int:
+    """The steps of the warm-up; one that would not end within the run, such as a recipe's in a short try, is cut."""
+    asked, steps = config.optim.warmup_steps, config.train.steps
+    if asked <= steps:
+        return asked
+    warnings.warn(
+        f"optim.warmup_steps {asked} would not end within train.steps {steps}: {steps // 10} are used, a tenth of them",
+        stacklevel=2,
+    )
+    return steps // 10
+
+
+def plan_of(config: TrainConfig) -> Plan:
+    """The numbers of the run; warns of a warm-up that is cut."""
+    return Plan(
+        steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        accumulation=config.train.accumulation,
+        seed=config.run.seed,
+        caption_dropout=config.diffusion.caption_dropout,
+        timestep_law=config.diffusion.timestep_law,
+        logit_mean=config.diffusion.logit_mean,
+        logit_std=config.diffusion.logit_std,
+        learning_rate=config.optim.learning_rate,
+        warmup_steps=_warmup(config),
+        decay=config.optim.decay,
+        clip_norm=config.optim.clip_norm,
+        log_every=config.logging.every,
+        validate_every=config.validation.every,
+        samples_every=config.validation.samples_every,
+        checkpoint_every=config.train.checkpoint_every,
+        keep_checkpoints=config.train.keep_checkpoints,
+    )
