@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pixart_ft.adapter_files import find_adapter, read_metadata
-from pixart_ft.comparison import comparison_sheets, run_comparison, settled_cells
+from pixart_ft.comparison import Cells, comparison_sheets, run_comparison, settled_cells
 from pixart_ft.config import HUB_BASE, MOST_PICTURES
 from pixart_ft.drawing import Abilities, Settings, settled, size_of
 from pixart_ft.errors import UserError
@@ -35,15 +35,9 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     again: the picture whose recipe `config` was read from; warns of what has changed since then.
     """
     started = time.perf_counter()
-    prompts, abilities, settings, adapter = _look(config)
+    prompts, settings, cells = _look(config)
     if config.aspect_ratio is not None:
         print(f"aspect_ratio {config.aspect_ratio}: {settings.width} x {settings.height} pixels")
-    cells = settled_cells(config, settings, abilities, adapter) if config.compare else {}
-    probe(config.out, "out")
-    if config.compare:
-        check_own(comparison_sheets(config, prompts), "sampler")
-    else:
-        check_own([config.out / "grid.png"], "pictures")
     model = load_model(config, prompts)
     if config.compare:
         return run_comparison(config, model, prompts, cells)
@@ -74,30 +68,35 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
 
 def dry_run(config: GenerateConfig) -> list[str]:
     """What `run_generation` would draw; raises UserError as it does before it loads a weight. Writes nothing."""
-    prompts, abilities, settings, adapter = _look(config)
-    probe(config.out, "out")
+    prompts, settings, cells = _look(config)
     device = _device(config.device)
     dtype = str(_dtype(config.dtype, device)).removeprefix("torch.")
     if config.compare:
-        cells = settled_cells(config, settings, abilities, adapter)
         drawn = f"{len(prompts)} sheets of {len(cells)} pictures"
     else:
         drawn = f"{len(prompts) * config.images_per_prompt:,}, of {settings.steps} {settings.sampler} steps each"
     return [
         f"device             {device}, weights {dtype}",
-        f"model              {_base(config)}" + ("" if adapter is None else f", with the adapter {adapter}"),
+        f"model              {_base(config)}" + ("" if config.lora is None else f", with the adapter {config.lora}"),
         f"pictures           {drawn}, {settings.width} x {settings.height} pixels",
         f"folder             {config.out}",
     ]
 
 
-def _look(config: GenerateConfig) -> tuple[list[str], Abilities, Settings, str | None]:
-    """Prompts, what the model can, how to sample, the adapter's name: all that is known before weights are."""
+def _look(config: GenerateConfig) -> tuple[list[str], Settings, Cells]:
+    """Prompts, how to sample, the cells of a comparison: all that can be refused before weights are loaded."""
     check_generation(config)
     prompts = _prompts(config)
     abilities = read_abilities(_base(config), lora=config.lora, weights=config.weights, revision=_revision(config))
     adapter = None if config.lora is None else str(config.lora)
-    return prompts, abilities, settled(_settings(config, abilities), abilities, adapter), adapter
+    settings = settled(_settings(config, abilities), abilities, adapter)
+    cells = settled_cells(config, settings, abilities, adapter) if config.compare else {}
+    probe(config.out, "out")
+    if config.compare:
+        check_own(comparison_sheets(config, prompts), "sampler")
+    else:
+        check_own([config.out / "grid.png"], "pictures")
+    return prompts, settings, cells
 
 
 def load_model(config: GenerateConfig, prompts: Sequence[str]) -> TextToImage:
