@@ -59,6 +59,15 @@ class RunFolder:
         for step in filter(gone, self.adapter_steps()):
             remove_folder(self.adapter_at(step))
 
+    def cut(self, step: int) -> None:
+        """Drop what was logged, drawn and kept after `step`: a resumed run does that again, perhaps otherwise."""
+        self.log.cut(step)
+        for place in (self.samples, self.path / "adapters"):
+            for later, folder in _numbered(place):
+                if later > step:
+                    remove_folder(folder)
+                    folder.with_suffix(".png").unlink(missing_ok=True)  # the sheet of the samples
+
     @property
     def is_run(self) -> bool:
         """Whether a run lives here, begun or finished."""

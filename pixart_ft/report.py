@@ -45,8 +45,9 @@ def finish(
         print(summary(trainer.place, trainer.watch.comparison(), trainer.objective.titles))
     for what, path in written.items():
         print(f"  {what:<18}{path}")
-    for what, line in commands(folder, trainer.step, prompts).items():
-        print(f"  {what:<18}{line}")
+    with attempted("the lines to paste"):
+        for what, line in commands(folder, trainer.step, prompts).items():
+            print(f"  {what:<18}{line}")
 
 
 def commands(folder: RunFolder, last_step: int, prompts: Sequence[str]) -> dict[str, str]:

@@ -136,7 +136,7 @@ def _run(
         RunFolder.create(folder.path, resume=resume is not None)
         lock.take()
         done = trainer.step if checkpoint is not None else -1
-        folder.log.cut(done)
+        folder.cut(done)
         folder.drop_adapters(lambda step: step > done)
         write_text(folder.config_file, to_yaml(config))
         write_text(folder.path / "environment.json", environment)

@@ -70,7 +70,8 @@ def start(folder: Path, run: Path, cache: Path) -> BaseProcess:
 
 def end(run: Path) -> dict[str, object]:
     """Everything that must be the same, by name: contents of files, and the log without its times."""
-    files = [*run.glob("final/adapter*/*"), *run.glob("samples/**/*.png"), *run.glob("checkpoints/*/*.safetensors")]
+    files = [path for kind in ("final/adapter*/*", "adapters/*/*", "samples/**/*.png") for path in run.glob(kind)]
+    files += run.glob("checkpoints/*/*.safetensors")
     found: dict[str, object] = {str(path.relative_to(run)): path.read_bytes() for path in files}
     return found | {"log": [record | {"time": 0} for record in RunLog(run / "log.jsonl").records()]}
 

@@ -180,7 +180,11 @@ def test_the_advice_after_a_divergence_can_be_followed(options, capsys) -> None:
         train(options, rate=1e30, optim__clip_norm=0, train__checkpoint_every=1, resume="auto")
     assert (run / "final" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{STEPS:06d}"]
+    stale = [run / "samples" / f"step-{STEPS + 1:06d}", run / "adapters" / f"step-{STEPS + 1:06d}"]
+    for folder in stale:  # of the course that is left now
+        folder.mkdir(parents=True)
     train(options, optim__learning_rate=1e-3, optim__weight_decay=0.25, resume="auto")
+    assert not any(folder.exists() for folder in stale)
     out = capsys.readouterr().out
     assert "changed: optim.learning_rate was 0.01, is 0.001\n" in out
     assert "changed: the learning rate was 0.01 and goes on at 0.001\n" in out
