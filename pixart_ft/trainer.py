@@ -115,7 +115,9 @@ class Trainer:
 
         Raises UserError where the training diverged: the last checkpoints are then those from before.
         """
-        self._look(begin=self.step == self.watch.since)
+        begin = self.step == self.watch.since
+        if begin or self.step < self.plan.steps:  # the end is looked at by the report
+            self._look(begin=begin)
         with self._stop.caught(), self._progress() as bar:
             while self.step < self.plan.steps:
                 norm = self._optimizer_step()

@@ -27,7 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 # ruff: noqa: E402
-import pixart_ft.training_run  # noqa: F401  # once here: every run is forked from this process
+import matplotlib.figure  # noqa: F401  # what a run imports, once here: every run is forked from this process
+
+import pixart_ft.training_run  # noqa: F401
 from pixart_ft.cli import main as command_line
 from pixart_ft.files import write_text
 from pixart_ft.run_log import RunLog
@@ -48,7 +50,7 @@ def configuration(folder: Path) -> dict[str, object]:
         "optim": {"learning_rate": 1e-2, "warmup_steps": 2, "decay": "cosine"},
         "train": {"steps": STEPS, "batch_size": 4, "mixed_precision": "no", "ema_decay": 0.9, "checkpoint_every": 3},
         "validation": {"every": 2, "timesteps": 2, "prompts": ["a red circle"], "steps": 2, "samples_every": 4},
-        "logging": {"every": 1},
+        "logging": {"every": 1, "tensorboard": False},
     }
 
 
@@ -80,25 +82,22 @@ def trial(folder: Path, name: str, length: float, draw: random.Random) -> tuple[
     """Kill a run once or more and let it end; returns what was done, and its folder."""
     run, done = folder / name / "run", []
     cache = folder / ("cache" if draw.random() < 0.75 else f"cache-{name}")  # at times it has to encode first
-    for kills in range(3):
+    for kills in range(4):
         process, moment = start(folder, run, cache), draw.uniform(0, length)
-        if kills == 0 or draw.random() < 0.4:
-            time.sleep(moment)
-            number = draw.choice([signal.SIGKILL, signal.SIGTERM])
-            if process.is_alive():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid or 0, number)
-            process.join(PATIENCE)
-            records = RunLog(run / "log.jsonl").records()
-            place = f"step {records[-1]['step']}" if records else "before the first step"
-            done.append(f"{signal.Signals(number).name} after {moment:.2f} s ({place}, exit {process.exitcode})")
-        else:
+        if kills == 3 or (kills > 0 and draw.random() < 0.6):
             process.join()
+            if process.exitcode:
+                done.append(f"FAILED to go on, exit {process.exitcode}, see {run.parent}/run.txt")
             break
-    process = start(folder, run, cache)
-    process.join()
-    if process.exitcode:
-        done.append(f"FAILED to go on, exit {process.exitcode}, see {run.parent}/run.txt")
+        time.sleep(moment)
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM])
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid or 0, number)
+        process.join(PATIENCE)
+        records = RunLog(run / "log.jsonl").records()
+        place = f"step {records[-1]['step']}" if records else "before the first step"
+        done.append(f"{signal.Signals(number).name} after {moment:.2f} s ({place}, exit {process.exitcode})")
     return ", ".join(done), run
 
 
