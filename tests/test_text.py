@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from pixart_ft import cli
+from pixart_ft.data.cache import component_id
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
@@ -103,6 +105,18 @@ def test_a_folder_names_every_row_and_file_that_is_no_text(tmp_path: Path) -> No
     assert r"metadata.jsonl line 2: b.png: an \ud83d" in message
     assert "pictures whose file names are not UTF-8 (rename them): 1\n    caf\\udce9.png" in message
     assert "lines that are not a JSON object: 2\n    metadata.jsonl line 4\n    metadata.jsonl line 5" in message
+
+
+def test_a_file_of_a_model_may_have_any_name(tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    names = []
+    for name in ("a.json", f"{NOT_UTF8}.json"):
+        try:
+            (tmp_path / "vae" / name).write_text("{}")
+        except OSError:
+            pytest.skip("this file system refuses such names")
+        names.append(component_id(tmp_path, "vae", dtype=torch.float32))
+    assert names[0] != names[1]
 
 
 def test_captions_from_notepad_and_an_endless_cell(tmp_path: Path) -> None:
