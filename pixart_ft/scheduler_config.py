@@ -24,7 +24,12 @@ def process_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = config.get("_class_name")
     known = _defaults(name)
-    found = {key: config.get(key, known.get(key)) for key in (*DIFFUSERS_KEYS, "prediction_type")}
+    # what a class does not take is left over from the scheduler that it was made from: its steps are not on these betas
+    takes = {*known, "rescale_betas_zero_snr"} if known else set(config)
+    found = {
+        key: config[key] if key in takes and key in config else known.get(key)
+        for key in (*DIFFUSERS_KEYS, "prediction_type")
+    }
     by = f"a scheduler of class {name}" if name else "a scheduler configuration without _class_name"
     for key, neutral in _OTHER_PROCESS.items():
         if config.get(key, known.get(key, neutral)) != neutral:
@@ -45,7 +50,7 @@ def process_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _defaults(class_name: object) -> dict[str, Any]:
     """The defaults of diffusers' scheduler of that name, {} for another class."""
-    kind = getattr(diffusers, str(class_name), None)
+    kind = getattr(diffusers.schedulers, str(class_name), None)
     if not inspect.isclass(kind) or not issubclass(kind, diffusers.SchedulerMixin):  # or its package is not there
         return {}
     parameters = inspect.signature(kind.__init__).parameters.values()
