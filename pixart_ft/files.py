@@ -118,7 +118,7 @@ def sweep(folder: Path) -> None:
 
 
 def probe(folder: Path, key: str) -> None:
-    """Raise UserError, naming `key`, unless files can be written into `folder`; leaves everything as it was."""
+    """Raise UserError, naming `key`, unless files can be written into `folder`; leaves nothing, and sweeps it."""
     with explained(folder, "written", key):
         made = [place for place in (folder, *folder.parents) if not place.exists()]
         try:
@@ -128,6 +128,7 @@ def probe(folder: Path, key: str) -> None:
                     with _aside(folder) as aside:
                         aside.write_bytes(bytes(4096))
                         sync(aside)
+                    sweep(folder)
                     return
         finally:
             for place in made:

@@ -154,7 +154,9 @@ def test_a_folder_is_never_half_deleted_under_its_name(tmp_path: Path, monkeypat
 
 
 def test_a_destination_is_probed_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / f".pixart_ft-{files._HOST}-{DEAD}-0.part").write_text("")
     probe(tmp_path / "a" / "b", "out")
+    probe(tmp_path, "out")
     assert names(tmp_path) == []
     (tmp_path / "file").write_text("")
     for folder, reason in (
