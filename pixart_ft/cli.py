@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -118,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     before, warnings.formatwarning = warnings.formatwarning, _plain_warning
+    hook, threading.excepthook = threading.excepthook, _thread_failed
     try:
         _run(arguments)
         sys.stdout.flush()  # a full disk that the output goes to is told of here
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # what the system refuses where nobody has said it better
         if (reason := reason_of(error)) is None:
             raise
-        print(f"error: {error.filename or 'the output'}: {reason}", file=sys.stderr)
+        print(f"error: {error.filename or 'the output, or a file of it'}: {reason}", file=sys.stderr)
         if error.filename is None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # else Python fails once more at exit
         return 2
@@ -137,8 +139,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     finally:
-        warnings.formatwarning = before
+        warnings.formatwarning, threading.excepthook = before, hook
     return 0
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """What the system refuses to TensorBoard's writing thread, the main one is told of at its next write."""
+    if not (isinstance(failure.exc_value, OSError) and reason_of(failure.exc_value)):
+        threading.__excepthook__(failure)
 
 
 def _run(arguments: list[str]) -> None:

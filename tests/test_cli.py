@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -310,7 +311,7 @@ def test_what_the_system_refuses_is_one_message_in_every_command() -> None:
         done = subprocess.run([*program, "--help"], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (
         2,
-        "error: the output: no space is left on the disk; make room, or choose another place\n",
+        "error: the output, or a file of it: no space is left on the disk; make room, or choose another place\n",
     )
 
 
@@ -342,3 +343,22 @@ def test_an_empty_value_in_a_file_is_a_mistake_too(
         "lora.targets is empty; give [text, ...] (not empty), or leave it out",
     ]
     assert understood(monkeypatch, "generate", "--prompt", "", "--negative-prompt=").prompts == ("",)  # they mean it
+
+
+def test_a_thread_that_the_disk_refuses_prints_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard's writer is one; a fault of another kind is still shown."""
+
+    def failing(raised: Exception) -> None:
+        def fail() -> None:
+            raise raised
+
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+
+    for raised, shown in ((OSError(errno.ENOSPC, "", "a"), False), (RuntimeError("ours"), True)):
+        monkeypatch.setattr(cli, "_run", lambda arguments, raised=raised: failing(raised))
+        assert cli.main([]) == 0
+        assert ("Traceback" in capsys.readouterr().err) == shown
