@@ -73,7 +73,7 @@ def start(folder: Path, run: Path, cache: Path) -> BaseProcess:
 def end(run: Path) -> dict[str, object]:
     """Everything that must be the same, by name: contents of files, and the log without its times."""
     files = [path for kind in ("final/adapter*/*", "adapters/*/*", "samples/**/*.png") for path in run.glob(kind)]
-    files += run.glob("checkpoints/*/*.safetensors")
+    files += run.glob(f"checkpoints/step-{STEPS:06d}/*.safetensors")  # a signal leaves an earlier one of its own
     found: dict[str, object] = {str(path.relative_to(run)): path.read_bytes() for path in files}
     return found | {"log": [record | {"time": 0} for record in RunLog(run / "log.jsonl").records()]}
 
