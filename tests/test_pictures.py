@@ -211,7 +211,7 @@ def test_the_loss_curve_is_one_panel_with_the_lowest_held_out_loss_marked(tmp_pa
     records += [
         {"step": s, "samples": 8 * s, "train": {"loss": 30 if s == 1 else 0.3, "simple": 9.0}} for s in range(1, 41)
     ]
-    loss_curve(records, tmp_path / "loss.png", title="my $run$ 1")  # no formula
+    loss_curve(records, tmp_path / "loss.png", title=r"my $\run$ 1")  # no formula
     (axes,) = figures[0].axes
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("pictures seen", "loss", "log")
     (star,) = (line for line in axes.lines if line.get_marker() == "*")
