@@ -1,12 +1,14 @@
 # make quickstart   install into .venv, fine-tune the embedded demo, leave pictures in runs/quickstart
 # make test         the test suite (installs into .venv if needed)
 # make check        format, lint, types, tests
-# make test-processors   the tests of numbers on the kernels of other processors, with one thread and two
+# make test-processors  the tests of numbers on the kernels of other processors, with one thread and two
+# make test-lowest  the tests that meet the libraries, with the oldest versions that pyproject.toml allows, in .venv-lowest
 # make planted      every planted bug must turn a test red (half an hour; BUGS="sampling ema" for some, JOBS=2)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
 
 JOBS ?= 1
 
@@ -24,12 +26,16 @@ NUMBERS := tests/diffusion tests/test_flow.py tests/test_solvers.py tests/test_s
 	tests/test_image_to_image.py tests/test_attention.py tests/test_adapters.py tests/test_evaluation.py \
 	tests/test_objective.py tests/test_training_wiring.py tests/test_diffusion_settings.py tests/test_ema.py \
 	tests/data/test_cache.py tests/data/test_captions.py
+# Those that meet the libraries most, to be run with the oldest of them.
+LIBRARIES := tests/data tests/diffusion tests/test_adapters.py tests/test_attention.py tests/test_config.py \
+	tests/test_ema.py tests/test_evaluation.py tests/test_flow.py tests/test_generation.py tests/test_golden.py \
+	tests/test_models.py tests/test_pictures.py tests/test_pipeline.py tests/test_schedulers_in_pipelines.py
 KERNELS_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 KERNELS_own :=
 PROCESSORS := $(foreach kernels,default avx2 own,$(foreach threads,1 2,test-on-$(kernels)-$(threads)))
 
-.PHONY: test-processors $(PROCESSORS) quickstart test test-slow check planted format install clean
+.PHONY: test-processors $(PROCESSORS) test-lowest quickstart test test-slow check planted format install clean
 
 install: $(INSTALLED)
 
@@ -58,6 +64,15 @@ $(PROCESSORS): test-on-%: $(INSTALLED)
 	env $(KERNELS_$(firstword $(subst -, ,$*))) OMP_NUM_THREADS=$(lastword $(subst -, ,$*)) \
 		$(BIN)/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(NUMBERS)
 
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -q -p no:cacheprovider -m "not slow and not gpu" $(LIBRARIES)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet -c constraints-lowest.txt -e '.[dev]'
+	touch $@
+
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -72,4 +87,4 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

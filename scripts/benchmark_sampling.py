@@ -46,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     folder = places.resolve_base(args.model)
-    stock = PixArtSigmaPipeline.from_pretrained(folder, dtype=torch.float32)
+    stock = PixArtSigmaPipeline.from_pretrained(folder)
     stock.scheduler = DDIMScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="trailing", clip_sample=False
     )

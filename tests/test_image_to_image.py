@@ -112,7 +112,7 @@ def test_the_least_strength_leaves_the_picture_and_the_greatest_only_noise(
     x0 = encoded(tiny, Image.open(photo))
     settings = model.settled(Settings(sampler=sampler, steps=50, guidance=1.0, image=photo, strength=1e-3))
     (kept,) = model.latents([(PROMPT, SEED)], settings)
-    assert 0 < (kept - x0).abs().max() < 0.15 < x0.abs().max()  # sigma is 0.01
+    assert 0 < (kept - x0).abs().max() < 0.15  # sigma is 0.01; of noise alone it would be above 2
     whole = replace(settings, steps=4, strength=1.0)
     assert scheduler_for(whole, model.abilities).begin_index == 0
     with calls(model) as begun:

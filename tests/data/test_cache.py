@@ -35,7 +35,7 @@ def text_models(tiny: Path) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
 
 @pytest.fixture(scope="module")
 def vae(tiny: Path) -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(str(tiny / "vae"), dtype=torch.float32).eval()
+    return AutoencoderKL.from_pretrained(str(tiny / "vae")).eval()
 
 
 @pytest.fixture
@@ -230,7 +230,7 @@ def test_unreadable_pictures_are_reported_before_a_model_is_loaded(tmp_path: Pat
 
 def test_pictures_that_give_nan_are_named_and_the_others_kept(tmp_path: Path, tiny: Path) -> None:
     """A VAE in float16 whose first layer overflows on pure black alone, and is then ignored."""
-    fragile = AutoencoderKL.from_pretrained(str(tiny / "vae"), dtype=torch.float16).eval()
+    fragile = AutoencoderKL.from_pretrained(str(tiny / "vae")).half().eval()
     with torch.no_grad():
         fragile.encoder.conv_in.weight[0] = -3333  # 27 taps of -1 make 89991, 9 make 29997; the limit is 65504
         fragile.encoder.down_blocks[0].downsamplers[0].conv.weight[:, 0] = 0
