@@ -92,7 +92,7 @@ COMMANDS = {
             "config": "YAML file or shipped name; without it the defaults below",
             "prompt": "one prompt of the sample grid; give it again for more",
             "resume": "continue this run: auto = from its newest whole checkpoint, or a checkpoint folder",
-            "init_from": "start a new run from the weights of an adapter or run folder",
+            "init_from": "start a new run from the weights of an adapter folder, a run folder, or RUN@STEP",
         },
         _train,
         {"accept_changes": "with resume: go on though what the run is trained on has changed"},

@@ -47,7 +47,7 @@ class GenerateConfig(Config):
         description=f'"demo", a diffusers folder, or a Hub id; null = what the adapter was trained on, else {HUB_BASE}',
     )
     revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
-    lora: Folder | None = Field(None, description="adapter folder or run folder; null = the base alone")
+    lora: Folder | None = Field(None, description="adapter folder, run folder, or RUN@STEP; null = the base alone")
     lora_scale: float = Field(1.0, ge=-100, le=100, description="strength of the adapter; 1 = as trained")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights of the run")
     prompts: tuple[str, ...] = Field((), description="what to draw")

@@ -1,7 +1,12 @@
 """What the guides say is what the code says. Oracle: the table of sampler facts."""
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from pixart_ft import cli
 from pixart_ft.samplers import EVERY_SAMPLER, SAMPLERS, STOCK_SAMPLERS
 
 ROOT = Path(__file__).parent.parent
@@ -39,3 +44,27 @@ def test_the_guide_has_the_tables_of_facts() -> None:
 def test_the_readme_names_every_sampler() -> None:
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in EVERY_SAMPLER)
+
+
+def shell_lines(path: Path) -> list[list[str]]:
+    """The words of each command line of this program in a guide's blocks, or in a recipe's card."""
+    text = path.read_text().replace("\\\n", " ")
+    lines = [line.strip("#").strip().removeprefix("run ").strip() for line in text.splitlines() if line[:4] != "    $"]
+    found = [shlex.split(line) for line in lines if line.startswith(("pixart-ft ", "accelerate launch scripts/"))]
+    return [words[2:] if words[0] == "accelerate" else words for words in found]
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs/your_pictures.md", "docs/samplers.md", "configs/lora_512.yaml"])
+def test_every_command_in_the_guides_is_understood(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line reads each; nothing is run, since the pictures and the model are the reader's."""
+    monkeypatch.chdir(ROOT)
+    lines = shell_lines(ROOT / path)
+    assert lines
+    for program, *words in lines:
+        name = words.pop(0) if program == "pixart-ft" else Path(program).stem
+        received: list[object] = []
+        stand_in = replace(cli.COMMANDS[name], run=lambda *given: received.extend(given))  # noqa: B023
+        monkeypatch.setitem(cli.COMMANDS, name, stand_in)
+        assert cli.main([name, *words]) == 0, words
+        assert received, words
+        assert program == "pixart-ft" or (ROOT / program).is_file()
