@@ -104,6 +104,22 @@ def test_dropout_is_off_while_the_loss_is_measured(tiny, held_out) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_loss_of_two_noises_is_given_two(transformer, held_out, monkeypatch) -> None:
+    """Su's raw form needs a second one, independent of the first, or it measures something else."""
+    given, terms = [], Objective.terms
+
+    def recorded(self, network, x0, eps, t, embeds, mask, rest=None):
+        given.append((eps, rest))
+        return terms(self, network, x0, eps, t, embeds, mask, rest)
+
+    monkeypatch.setattr(Objective, "terms", recorded)
+    su = Objective(NoiseSchedule.linear(), "epsilon", "su_raw")
+    held_out_loss(transformer, su, held_out, batch_size=12)
+    ((eps, rest),) = given
+    correlation = torch.corrcoef(torch.stack([eps.flatten(), rest.flatten()]))[0, 1]
+    assert abs(correlation) < 4 / eps.numel() ** 0.5 and abs(rest.std() - 1) < 0.1
+
+
 def test_modes_and_random_state_survive(transformer, held_out) -> None:
     transformer.train()
     frozen = transformer.transformer_blocks[0].eval()

@@ -77,6 +77,21 @@ def test_what_a_checkpoint_holds_continues_everything(tmp_path: Path) -> None:
     assert logs[0] == logs[1] and [step for step, _ in logs[0]] == [5, 10]
 
 
+def test_every_micro_batch_has_a_random_state_of_its_own(tmp_path: Path) -> None:
+    """From which torch draws the adapter's dropout; it follows from the draws, not from what was drawn before."""
+    seeds: list[list[int]] = []
+    for steps in ([0, 1, 2], [2]):
+        trainer = toy_trainer(tmp_path / str(steps), tmp_path / "data", steps=3, batch_size=2, accumulation=2)
+        trainer.step, found = steps[0], []
+        trainer.transformer.layer.register_forward_hook(
+            lambda layer, *_, found=found: found.append(torch.initial_seed()) if torch.is_grad_enabled() else None
+        )
+        torch.manual_seed(len(steps))
+        trainer.run()
+        seeds.append(found)
+    assert len(set(seeds[0])) == len(seeds[0]) == 6 and seeds[1] == seeds[0][4:]
+
+
 def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(tmp_path: Path) -> None:
     """The next one begins with the weights and the average that this one began with, and no gradient."""
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=3)

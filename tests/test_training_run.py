@@ -124,6 +124,7 @@ def test_the_grid_is_drawn_as_generate_draws(options, tiny, sampler) -> None:
         data__held_out_fraction=0.0,
         validation__sampler=sampler,
         validation__steps=4,
+        validation__guidance=2.0,
         validation__prompts=["a red circle", "a black square on pink"],
         validation__seeds=[3, 4],
     )
@@ -138,7 +139,9 @@ def test_the_grid_is_drawn_as_generate_draws(options, tiny, sampler) -> None:
     with Image.open(sheet) as labelled:
         assert labelled.height > 4 + 2 * 68 and read_recipe(sheet) == {"run": run.name, "step": 1}  # labels above
     model = TextToImage.load(tiny)
-    expected = model.generate(["a red circle", "a black square on pink"], sampler=sampler, steps=4, seeds=[3, 4])
+    expected = model.generate(
+        ["a red circle", "a black square on pink"], sampler=sampler, steps=4, guidance=2.0, seeds=[3, 4]
+    )
     assert len(drawn) == len(expected) == 4
     for ours, theirs in zip(drawn, expected, strict=True):
         (away,) = ImageStat.Stat(ImageChops.difference(ours, theirs).convert("L")).mean
@@ -245,8 +248,17 @@ def test_adapter_dropout_acts_in_training_and_not_before_there_is_something_to_d
     assert often[2] != pytest.approx(never[2], rel=1e-4)
 
 
-def test_bf16_trains_a_float32_adapter_on_a_bfloat16_base(options) -> None:
+def test_bf16_trains_a_float32_adapter_on_a_bfloat16_base(options, monkeypatch) -> None:
+    """In training, for the held-out loss and for the samples alike, under autocast."""
+    whole, seen = BasicTransformerBlock.forward, set()
+
+    def recorded(block, *args, **kwargs):
+        seen.add((block.norm1.training, block.ff.net[2].weight.dtype, torch.is_autocast_enabled("cpu")))
+        return whole(block, *args, **kwargs)
+
+    monkeypatch.setattr(BasicTransformerBlock, "forward", recorded)
     run = train(options, train__mixed_precision="bf16")
+    assert seen == {(training, torch.bfloat16, True) for training in (True, False)}
     state = load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / "trained.safetensors")
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in losses(run))

@@ -206,3 +206,25 @@ def test_every_number_of_the_configuration_arrives(options, tmp_path, monkeypatc
     assert (trainer.objective.kind, trainer.objective.vlb_scale, trainer.ema.decay) == ("hybrid", 2.5, EMA_DECAY)
     held_out = trainer.watch.held_out
     assert (len(held_out.x0), held_out.timestep_count, held_out.seed) == (2, 6, 17)
+
+
+@pytest.mark.filterwarnings("ignore:different texts become the same tokens")
+def test_what_is_encoded_and_loaded_is_what_the_configuration_says(options, tmp_path, monkeypatch) -> None:
+    """Size, length and precision, each unlike the base's own and the default."""
+    caught: list[Trainer] = []
+
+    def instead(self: Trainer) -> None:
+        caught.append(self)
+        raise StopIteration
+
+    monkeypatch.setattr(Trainer, "run", instead)
+    place, data = {"folder": str(tmp_path / "run")}, {"resolution": 32, "max_tokens": 3}
+    model = {"dtype": "bfloat16", "text_encoder_dtype": "float16"}
+    with pytest.raises(StopIteration), pytest.warns(UserWarning, match="max_tokens 3"):
+        train(options, run=place, data=data, model=model)
+    (trainer,) = caught
+    texts = [*trainer.watch.held_out.texts, *trainer.data.pictures.texts([0, 1])]
+    assert {len(text) for text in texts} == {3} and {text.dtype for text in texts} == {torch.float16}
+    assert trainer.watch.held_out.x0.shape[2:] == trainer.data.pictures.latents([0])[0].shape[2:] == (4, 4)
+    frozen = {p.dtype for p in trainer.transformer.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}

@@ -79,9 +79,8 @@ def toy_trainer(folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | N
         transformer=network,
         objective=Objective(NoiseSchedule.linear(3, beta_start=0.1, beta_end=0.5), "epsilon", "hybrid"),
         data=toy_set(data),
-        optimizer=torch.optim.SGD(
-            trained.values(), lr=0.0, momentum=0.5
-        ),  # unlike Adam, it feels a gradient twice as large
+        # unlike Adam, it feels a gradient that is twice as large
+        optimizer=torch.optim.SGD(trained.values(), lr=0.0, momentum=0.5),
         ema=Ema(trained, 0.9),
         plan=replace(PLAN, **plan),
         folder=run,
