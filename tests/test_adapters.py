@@ -278,7 +278,8 @@ def test_find_adapter_knows_folders_and_runs_and_helps(tiny: Path, saved: Path, 
     assert find_adapter(saved) == find_adapter(str(saved), weights="raw") == saved
     run = tmp_path / "runs" / "style"
     (run / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"the run .*style has no final adapter yet; finish it with --resume auto"):
+    (run / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"the run .*style has no final adapter yet: finish it with --resume auto"):
         find_adapter(run)
     with pytest.raises(UserError, match=r"there is no .*stile; did you mean .*style\?"):
         find_adapter(run.with_name("stile"))
