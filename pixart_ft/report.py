@@ -23,6 +23,8 @@ def finish(
 ) -> None:
     """Write `final/` and print the summary: the adapters first, since no report may lose them."""
     written = {"adapter": keeper.at_the_end(trainer.place)}
+    for sheet_before in folder.final.glob("*.png"):  # of an earlier end: what cannot be made anew must not stand for it
+        sheet_before.unlink()
     with attempted("the held-out loss"):
         trainer.watch.measure(trainer.place)
         keeper.drop_surpassed()
