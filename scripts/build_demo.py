@@ -1,24 +1,45 @@
-"""Makes the embedded demo, `pixart_ft/demo/`: a small PixArt-Sigma that draws Noto emoji, and a picture set.
+"""Makes the embedded demo, `pixart_ft/demo/`: a small PixArt-Sigma that draws emoji in five styles, and a picture set.
 
     python scripts/build_demo.py --work ~/demo-build
 
 fetches the artwork (npm), renders it, trains the VAE, then the transformer with its text encoder, and writes the
-model (a standard diffusers folder), the fine-tuning set and a grid of real, reconstructed and generated pictures.
-Hours on two cores; every stage resumes where it stopped. Needs `pip install -e .[demo]` and `npm`.
+model (a standard diffusers folder), the fine-tuning set and sheets of pictures. Many hours on two cores; every stage
+resumes where it stopped, and each can be asked for alone:
+
+    python scripts/build_demo.py --work ~/demo-build --stage vae       train the VAE
+    python scripts/build_demo.py --work ~/demo-build --stage measure   its figures for each set, and a sheet
+    python scripts/build_demo.py --work ~/demo-build --stage base --device cuda --batch 512 --minutes 9
+    python scripts/build_demo.py --work ~/demo-build --stage write     the demo folder and its sheet
+
+Needs `pip install -e .[demo]` and `npm`.
 """
 
 import argparse
 import json
-import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
-from demo_base import BaseTraining, build_text_encoder, build_tokenizer, build_transformer, encode_pictures
-from demo_pictures import Emoji, fetch, fine_tuning_split, fluent_emoji, noto_emoji, render, rendered
-from demo_vae import normalise_latents, train_vae
+from demo_base import BATCH, BaseTraining, build_text_encoder, build_tokenizer, build_transformer, encode_pictures
+from demo_captions import EYE_NAMES, PLAIN_STYLE, Example, captions_of, examples, held_out
+from demo_pictures import (
+    STYLES,
+    SYMBOLS,
+    THINGS,
+    Emoji,
+    fetch,
+    fine_tuning_split,
+    fluent_emoji,
+    held_out_things,
+    render,
+    rendered,
+    styled_emoji,
+    synonyms,
+)
+from demo_vae import VaeTraining, measure, normalise_latents, turn_hue
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
@@ -29,28 +50,9 @@ from pixart_ft.sampling import decode_latents
 from pixart_ft.text_to_image import TextToImage
 
 SIZE = 256
-# Fixed before any training: what a stranger is asked to name.
-EYE_CAPTIONS = (
-    "red apple",
-    "smiling face with sunglasses",
-    "cat face",
-    "rocket",
-    "hamburger",
-    "snowman",
-    "umbrella",
-    "mushroom",
-    "sailboat",
-    "soccer ball",
-    "tulip",
-    "light bulb",
-    "honeybee",
-    "guitar",
-    "birthday cake",
-    "crown",
-)
-
-# 264 pictures of one person each, which differ by dress, sex and hair, would otherwise be a fifth of the training.
-RELATIVES, RELATIVES_FREQUENCY = re.compile(r"(man|woman|men|women|person|people|family|kiss|couple)\b"), 0.25
+STAGES = ("vae", "measure", "base", "write")
+VAE_HELD_OUT_SHARE = 0.06  # of the things, in no style seen by the VAE: its figures are of them
+TURNS = (70.0, 160.0, 250.0)  # degrees of hue by which the figures' turned pictures are turned
 
 
 def write_pictures(folder: Path, emojis: list[Emoji]) -> None:
@@ -61,7 +63,7 @@ def write_pictures(folder: Path, emojis: list[Emoji]) -> None:
     for emoji in sorted(emojis, key=lambda e: e.code):
         name = f"{emoji.code}.webp"
         render(emoji, SIZE).save(folder / name, quality=90, method=6)
-        lines.append(json.dumps({"file_name": name, "text": emoji.caption}))
+        lines.append(json.dumps({"file_name": name, "text": emoji.name}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
@@ -90,64 +92,164 @@ def write_model(
 
 
 @torch.no_grad()
-def write_sheet(path: Path, model: Path, captions: Sequence[str], pictures: np.ndarray) -> None:
-    """Real, through the VAE, and generated (seed 0, DDIM 50 steps, guidance 4), for each caption."""
-    text_to_image = TextToImage.load(model)
-    vae = AutoencoderKL.from_pretrained(str(model / "vae"))
+def reconstructed(vae: AutoencoderKL, pictures: np.ndarray) -> list[Image.Image]:
+    """The pictures through the VAE, by the posterior's mean."""
     pixels = torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
-    decoded = decode_latents(vae, LatentScale.of(vae.config).scaled(vae.encode(pixels).latent_dist.mean))
-    generated = text_to_image.generate(captions, steps=50, guidance=4.0)
-    real = [Image.fromarray(picture) for picture in pictures]
-    half = len(captions) // 2
+    return decode_latents(vae, LatentScale.of(vae.config).scaled(vae.encode(pixels).latent_dist.mean))
+
+
+def print_figures(vae: AutoencoderKL, sets: Mapping[str, np.ndarray]) -> None:
+    """dB and hue error of each set's pictures, as they are and with their hues turned."""
+    for name, pictures in sets.items():
+        plain, turned = measure(vae, pictures), np.mean([measure(vae, pictures, angle) for angle in TURNS], axis=0)
+        print(
+            f"{name:8} {len(pictures)} pictures  {plain[0]:.2f} dB  {plain[1]:.1f} degrees   "
+            f"turned: {turned[0]:.2f} dB  {turned[1]:.1f} degrees",
+            flush=True,
+        )
+
+
+def write_vae_sheet(path: Path, vae: AutoencoderKL, sets: Mapping[str, np.ndarray], columns: int = 12) -> None:
+    """Real above reconstructed, for every set; then the first set with eight hues in turn."""
     rows, labels = [], []
-    for part in (slice(0, half), slice(half, None)):
-        rows += [real[part], decoded[part], generated[part]]
-        labels += ["real", "VAE", "generated"]
+    shown = {name: pictures[:columns] for name, pictures in sets.items()}
+    first = next(iter(sets.values()))[columns : 2 * columns]
+    shown["turned"] = np.stack([turn_hue(picture, 360 / len(first) * i) for i, picture in enumerate(first)])
+    for name, pictures in shown.items():
+        rows += [[Image.fromarray(picture) for picture in pictures], reconstructed(vae, pictures)]
+        labels += [name, "VAE"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid(rows, row_labels=labels, cell=128).save(path, optimize=True)
+    grid(rows, row_labels=labels, cell=96).save(path, optimize=True)
+
+
+def write_base_sheet(path: Path, model: Path, names: Sequence[str]) -> None:
+    """Generated pictures (seed 0, DDIM 50 steps, guidance 4) of each name: bare, then in each style."""
+    text_to_image = TextToImage.load(model)
+    rows = [text_to_image.generate(list(names), steps=50, guidance=4.0)]
+    for style in STYLES.values():
+        captions = [f"{name}, {style.word}" for name in names]
+        rows.append(text_to_image.generate(captions, steps=50, guidance=4.0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid(rows, row_labels=["no word", *(style.word for style in STYLES.values())], cell=96).save(path, optimize=True)
+
+
+class Build:
+    """The stages, and what they share: the artwork and where everything lies."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.work: Path = args.work
+        self.places = fetch(self.work / "npm")
+        self.sets = {style: styled_emoji(self.places, style, (*THINGS, SYMBOLS)) for style in STYLES}
+        self.fluent = fluent_emoji(self.places)
+
+    def _artwork(self) -> dict[str, np.ndarray]:
+        return {style: rendered(emojis, SIZE, self.work / f"{style}.npy") for style, emojis in self.sets.items()}
+
+    def _seen_and_unseen(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The VAE's pictures; and, set by set, those it never sees."""
+        held = held_out_things([emoji.code for emoji in self.sets[PLAIN_STYLE]], VAE_HELD_OUT_SHARE, seed=1)
+        seen, unseen = [], {}
+        for style, pictures in self._artwork().items():
+            unknown = np.array([emoji.code in held for emoji in self.sets[style]])
+            seen.append(pictures[~unknown])
+            unseen[style] = pictures[unknown]
+        glossy = rendered(self.fluent, SIZE, self.work / "fluent.npy")
+        unseen["fluent"] = glossy[[emoji.code in held for emoji in self.fluent]]
+        return np.concatenate(seen), unseen
+
+    def vae(self) -> None:
+        training = VaeTraining(self.work / "vae")
+        if training.step < self.args.vae_steps:
+            training.run(self._seen_and_unseen()[0], self.args.vae_steps)
+
+    def measure(self) -> None:
+        vae = VaeTraining(self.work / "vae").averaged()
+        unseen = {name: pictures[: self.args.pictures] for name, pictures in self._seen_and_unseen()[1].items()}
+        print_figures(vae, unseen)
+        write_vae_sheet(self.work / "vae.png", vae, unseen)
+
+    def _trained_vae(self) -> AutoencoderKL:
+        """The averaged VAE with normalised latents; kept, so that every later stage has the same."""
+        folder = self.work / "vae" / "normalised"
+        if not folder.is_dir():
+            vae = VaeTraining(self.work / "vae").averaged()
+            pictures = np.concatenate([artwork[::12] for artwork in self._artwork().values()])
+            normalise_latents(vae, pictures)
+            vae.save_pretrained(str(folder))
+        vae = AutoencoderKL.from_pretrained(str(folder))
+        assert isinstance(vae, AutoencoderKL)
+        return vae.eval()
+
+    def _base(self) -> BaseTraining:
+        """The base as far as it is trained."""
+        things = {style: [emoji.group in THINGS for emoji in emojis] for style, emojis in self.sets.items()}
+        sets = {style: list(compress(emojis, things[style])) for style, emojis in self.sets.items()}
+        listed = examples(sets, synonyms(self.places, [emoji.code for emoji in sets[PLAIN_STYLE]]))
+        artwork = np.concatenate([pictures[things[style]] for style, pictures in self._artwork().items()])
+        mean, std = encode_pictures(self._trained_vae(), artwork, self.work / "latents.pt")
+        left_out = held_out(listed, self.work / "held_out.jsonl")
+        rows = [row for row in range(len(listed)) if row not in left_out]
+        torch.manual_seed(0)
+        transformer, tokenizer = build_transformer(), self._tokenizer(listed)
+        return BaseTraining(
+            transformer,
+            build_text_encoder(len(tokenizer)),
+            tokenizer,
+            (mean[rows], std[rows]),
+            [listed[row] for row in rows],
+            self.work / "base",
+            batch=self.args.batch,
+            device=self.args.device,
+        )
+
+    def _tokenizer(self, pictures: Sequence[Example]) -> T5Tokenizer:
+        """Made once: learnt again it numbers a few pieces otherwise."""
+        folder = self.work / "tokenizer"
+        if not folder.is_dir():
+            texts = [text for picture in pictures for text, _ in picture.captions]
+            texts += [text for emoji in self.fluent for text, _ in captions_of(emoji.name, PLAIN_STYLE, ())]
+            build_tokenizer(texts).save_pretrained(str(folder))
+        return T5Tokenizer.from_pretrained(str(folder))
+
+    def base(self) -> None:
+        self._base().run(self.args.base_steps, compiled=not self.args.no_compile, minutes=self.args.minutes)
+
+    def write(self) -> None:
+        out: Path = self.args.out
+        train, unseen = fine_tuning_split(self.fluent)
+        write_pictures(out / "pictures" / "train", train)
+        write_pictures(out / "pictures" / "held_out", unseen)
+        training = self._base()
+        training.use_average()
+        write_model(
+            out / "model",
+            self._trained_vae(),
+            training.transformer.cpu(),
+            training.text_encoder.cpu(),
+            T5Tokenizer.from_pretrained(str(self.work / "tokenizer")),
+        )
+        write_base_sheet(self.args.sheet, out / "model", EYE_NAMES)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for downloads, renders and checkpoints")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be given again")
     parser.add_argument("--out", type=Path, default=Path("pixart_ft/demo"), help="where the demo goes")
-    parser.add_argument("--sheet", type=Path, default=Path("docs/pictures/demo.png"), help="the picture of it all")
-    parser.add_argument("--vae-steps", type=int, default=3250)
-    parser.add_argument("--base-steps", type=int, default=6000)
+    parser.add_argument("--sheet", type=Path, default=Path("docs/pictures/demo.png"), help="the base's pictures")
+    parser.add_argument("--vae-steps", type=int, default=16000)
+    parser.add_argument("--pictures", type=int, default=1000, help="at most so many of each set are measured")
+    parser.add_argument("--base-steps", type=int, default=10000)
+    parser.add_argument("--batch", type=int, default=BATCH, help="pictures a step of the base")
+    parser.add_argument("--device", default="cpu", help="where the base trains: cpu or cuda")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the base after so many; it resumes")
     parser.add_argument("--no-compile", action="store_true", help="train without torch.compile (no C compiler)")
     args = parser.parse_args()
-
-    places = fetch(args.work / "npm")
-    noto, fluent = noto_emoji(places), fluent_emoji(places)
-    train, held_out = fine_tuning_split(fluent)
-    missing = set(EYE_CAPTIONS) - {emoji.caption for emoji in noto}
-    assert not missing, f"no such Noto picture: {missing}"
-    write_pictures(args.out / "pictures" / "train", train)
-    write_pictures(args.out / "pictures" / "held_out", held_out)
-
-    pictures = rendered(noto, SIZE, args.work / "noto.npy")
-    glossy = rendered(fluent, SIZE, args.work / "fluent.npy")
-    unseen = {emoji.code for emoji in held_out}
-    seen = [i for i, emoji in enumerate(fluent) if emoji.code not in unseen]
-    vae = train_vae(np.concatenate([pictures, glossy[seen]]), args.work / "vae", args.vae_steps)
-    normalise_latents(vae, pictures[::5])
-
-    captions = [emoji.caption for emoji in noto]
-    latents = encode_pictures(vae, pictures, args.work / f"latents-{args.vae_steps}.pt")
-    if not (args.work / "tokenizer").is_dir():  # made once: learnt again it numbers a few pieces otherwise
-        build_tokenizer(captions + [emoji.caption for emoji in fluent]).save_pretrained(str(args.work / "tokenizer"))
-    tokenizer = T5Tokenizer.from_pretrained(str(args.work / "tokenizer"))
-    torch.manual_seed(0)
-    text_encoder = build_text_encoder(len(tokenizer))
-    frequencies = [RELATIVES_FREQUENCY if RELATIVES.match(caption) else 1.0 for caption in captions]
-    training = BaseTraining(
-        build_transformer(), text_encoder, tokenizer, latents, captions, frequencies, args.work / "base"
-    )
-    training.run(args.base_steps, compiled=not args.no_compile)
-    training.use_average()
-    write_model(args.out / "model", vae, training.transformer, text_encoder, tokenizer)
-    chosen = [captions.index(caption) for caption in EYE_CAPTIONS]
-    write_sheet(args.sheet, args.out / "model", EYE_CAPTIONS, pictures[chosen])
+    torch.set_flush_denormal(True)
+    build = Build(args)
+    for stage in args.stage or STAGES:
+        getattr(build, stage)()
 
 
 if __name__ == "__main__":

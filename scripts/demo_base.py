@@ -1,8 +1,9 @@
-"""Trains the demo's PixArt-Sigma transformer, and its small T5 with it, on the latents of the Noto pictures.
+"""Trains the demo's PixArt-Sigma transformer, and its small T5 with it, on the latents of pictures in several styles.
 
 The loss is the hybrid one of Nichol & Dhariwal (2021): noise error (weighted by t, on the simple term alone) plus
 the learned-range bound, with captions dropped to the null caption. Muon moves the matrices of the blocks,
-AdamW the rest. Resumable: every step draws from a generator seeded by its index.
+AdamW the rest. Float32 weights; the matrix products in bfloat16 where that is faster. Resumable: every step draws
+from a generator seeded by its index, on the processor, whatever device trains.
 """
 
 import json
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from demo_captions import Example
+from demo_muon import BatchedMuon
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -28,7 +31,7 @@ CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0  # min-SNR tames the low noise, which is all texture
 MAX_DEBIASED = 30.0  # 1/sqrt(snr) lifts the high noise, where the caption decides the shape (debiased weight, capped)
 EMA_DECAY = 0.9995
-CHECKPOINT_STEPS = 250
+CHECKPOINT_STEPS = 100
 MUON_RATE, ADAMW_RATE = 2e-3, 1e-3  # peaks
 DECAY_SHARE = 0.25  # the last quarter of the steps takes the learning rate linearly to zero
 EXTRA_IDS = 100
@@ -112,37 +115,24 @@ def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, path: Path) -> tup
     return scale.scaled(mean), std * scale.scale
 
 
+def fastest_dtype(device: str) -> torch.dtype:
+    """The type of matrix products: bfloat16 on a GPU and where the processor multiplies it faster than float32."""
+    if device != "cpu":
+        return torch.bfloat16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        began = time.perf_counter()
+        for _ in range(4):
+            x @ x
+        seconds[dtype] = time.perf_counter() - began
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
 def learning_rate_factor(step: int, steps: int) -> float:
     """Warm-up over 200 steps, constant, then linear to zero over the last quarter."""
     decay = (steps - step) / max(1, round(DECAY_SHARE * steps))
     return min(1.0, (step + 1) / 200, decay)
-
-
-class BatchedMuon(torch.optim.Muon):
-    """torch.optim.Muon with match_rms_adamw, all matrices of one shape at once, which two threads share better."""
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        (group,) = self.param_groups
-        by_shape: dict[torch.Size, list[torch.Tensor]] = {}
-        for p in group["params"]:
-            by_shape.setdefault(p.shape, []).append(p)
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        for shape, matrices in by_shape.items():
-            grads: list[torch.Tensor] = [p.grad for p in matrices if p.grad is not None]
-            buffers = [self.state[p]["momentum_buffer"] for p in matrices]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            x = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"])).bfloat16()
-            x = x.mT.contiguous() if shape[0] > shape[1] else x
-            x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=group["eps"])
-            a, b, c = group["ns_coefficients"]
-            for _ in range(group["ns_steps"]):  # Newton-Schulz: towards the nearest orthogonal matrix
-                gram = x @ x.mT
-                x = ((gram @ gram).mul_(c).add_(gram, alpha=b) @ x).add_(x, alpha=a)
-            x = (x.mT if shape[0] > shape[1] else x).float()
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(matrices, list(x.unbind()), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 
 class BaseTraining:
@@ -154,16 +144,29 @@ class BaseTraining:
         text_encoder: T5EncoderModel,
         tokenizer: T5Tokenizer,
         latents: tuple[torch.Tensor, torch.Tensor],
-        captions: Sequence[str],
-        frequencies: Sequence[float],
+        pictures: Sequence[Example],
         folder: Path,
+        *,
+        batch: int = BATCH,
+        device: str = "cpu",
     ):
-        """`frequencies` says how often each picture is drawn, relative to the others."""
+        """`latents` are the (mean, std) of `pictures`, row by row."""
+        assert len(latents[0]) == len(pictures)
         folder.mkdir(parents=True, exist_ok=True)
-        self.transformer, self.text_encoder = transformer, text_encoder
-        self.mean, self.std = latents
-        self.frequencies = torch.tensor(frequencies)
-        tokens = tokenizer([*captions, ""], padding="longest", return_tensors="pt")  # the null caption is last
+        self.transformer, self.text_encoder = transformer.to(device), text_encoder.to(device)
+        self.batch, self.device, self.dtype = batch, device, fastest_dtype(device)
+        self.mean, self.std = (latent.to(device) for latent in latents)
+        self.frequencies = torch.tensor([picture.frequency for picture in pictures])
+        texts = sorted({text for picture in pictures for text, _ in picture.captions})
+        number = {text: i for i, text in enumerate(texts)}
+        width = max(len(picture.captions) for picture in pictures)
+        self.captions = torch.zeros(len(pictures), width, dtype=torch.int64)
+        self.shares = torch.zeros(len(pictures), width)
+        for row, picture in enumerate(pictures):
+            for k, (text, share) in enumerate(picture.captions):
+                self.captions[row, k], self.shares[row, k] = number[text], share
+        self.null = len(texts)  # the null caption is last
+        tokens = tokenizer([*texts, ""], padding="longest", return_tensors="pt")
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
         self.schedule = NoiseSchedule.linear()
         self.modules = torch.nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
@@ -172,7 +175,7 @@ class BaseTraining:
         taken = {id(p) for p in matrices}
         others = [p for p in self.modules.parameters() if id(p) not in taken]
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (BatchedMuon(matrices, weight_decay=0.05), MUON_RATE),
+            (BatchedMuon(matrices, weight_decay=0.05, dtype=self.dtype), MUON_RATE),
             (torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), ADAMW_RATE),
         ]
         self.step, self.checkpoint = 0, folder / "state.pt"
@@ -199,22 +202,24 @@ class BaseTraining:
     def loss(self, step: int) -> dict[str, torch.Tensor]:
         """The step's terms, each averaged over the batch: the weighted "loss", "simple" and "vlb"."""
         g = torch.Generator().manual_seed(step)
-        rows = torch.multinomial(self.frequencies, BATCH, generator=g)
-        x0 = self.mean[rows] + self.std[rows] * torch.randn(self.mean[rows].shape, generator=g)
-        eps = torch.randn(x0.shape, generator=g)
-        # one t from each of BATCH equal strata, in an order unrelated to the pictures'
-        u = (torch.randperm(BATCH, generator=g) + torch.rand(BATCH, generator=g)) / BATCH
-        t = (u * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1)
-        null = len(self.mean)
-        texts = torch.where(torch.rand(BATCH, generator=g) < CAPTION_DROPOUT, null, rows)
+        rows = torch.multinomial(self.frequencies, self.batch, generator=g)
+        shape = (self.batch, *self.mean.shape[1:])
+        chosen = torch.multinomial(self.shares[rows], 1, generator=g)[:, 0]
+        dropped = torch.rand(self.batch, generator=g) < CAPTION_DROPOUT
+        texts = torch.where(dropped, self.null, self.captions[rows, chosen])
+        # one t from each of `batch` equal strata, in an order unrelated to the pictures'
+        u = (torch.randperm(self.batch, generator=g) + torch.rand(self.batch, generator=g)) / self.batch
+        t = (u * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1).to(self.device)
+        wobble, eps = (torch.randn(shape, generator=g).to(self.device) for _ in range(2))
+        x0 = self.mean[rows.to(self.device)] + self.std[rows.to(self.device)] * wobble
         x_t = q_sample(self.schedule, x0, t, eps)
         length = int(self.mask[texts].sum(1).max())
-        mask = self.mask[texts, :length]
-        with torch.autocast("cpu", torch.bfloat16):
-            embeds = self.text_encoder(self.ids[texts, :length], attention_mask=mask).last_hidden_state
+        ids, mask = self.ids[texts, :length].to(self.device), self.mask[texts, :length].to(self.device)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            embeds = self.text_encoder(ids, attention_mask=mask).last_hidden_state
             output = denoise(self.transformer, x_t, t, embeds, mask)
         terms = hybrid_loss(self.schedule, output, x0, x_t, eps, t, "epsilon", vlb_scale=1.0)
-        snr = self.schedule.snr[t].float()
+        snr = self.schedule.snr.to(self.device)[t].float()
         weight = (MIN_SNR_GAMMA / snr).clamp(max=1.0) * snr.rsqrt().clamp(min=1.0, max=MAX_DEBIASED)
         return {
             "loss": (weight * terms["simple"] + terms["vlb"]).mean(),
@@ -234,16 +239,18 @@ class BaseTraining:
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.modules.parameters()], 1 - decay)
 
-    def run(self, steps: int, *, compiled: bool = True) -> None:
-        """Train up to `steps`, with a line of averaged losses every 25 steps and a checkpoint now and then."""
-        use_plain_attention(self.transformer)
+    def run(self, steps: int, *, compiled: bool = True, minutes: float = float("inf")) -> None:
+        """Train up to `steps` or for `minutes`, with a line of averaged losses every 25 steps and a checkpoint now and
+        then. The rates follow `steps`, so a training in pieces names the same number every time."""
+        if self.device == "cpu":
+            use_plain_attention(self.transformer)
         if compiled:
             for block in self.transformer.transformer_blocks:
                 block.compile()
         self.modules.train()
         began, start = time.monotonic(), self.step
         running: dict[str, float] = {}
-        while self.step < steps:
+        while self.step < steps and time.monotonic() - began < 60 * minutes:
             terms = self.loss(self.step)
             self._update(terms["loss"], learning_rate_factor(self.step, steps))
             self.step += 1
@@ -253,8 +260,9 @@ class BaseTraining:
                 rate = (self.step - start) / (time.monotonic() - began)
                 parts = "  ".join(f"{name} {value:.4f}" for name, value in running.items())
                 print(f"base {self.step}/{steps}  {parts}  {rate:.2f} steps/s", flush=True)
-            if self.step % CHECKPOINT_STEPS == 0 or self.step == steps:
+            if self.step % CHECKPOINT_STEPS == 0:
                 self._save()
+        self._save()
 
     def use_average(self) -> None:
         """Put the average in place of the last weights: this is what is shipped."""

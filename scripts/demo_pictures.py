@@ -1,24 +1,46 @@
-"""Pictures and captions of the demo: Noto Emoji for the base, Fluent Emoji 3D for the fine-tuning set.
+"""Pictures and captions of the demo: the same things drawn in several styles, and Fluent Emoji 3D for fine-tuning.
 
-Both come as npm packages with the Unicode names as captions; `npm pack` fetches them once into a folder.
+All come as npm packages under free licences; `npm pack` fetches them once into a folder. The packages are joined by
+the icons' names, which agree but for Firefox OS's (there the words run together).
 """
 
 import io
 import json
+import re
 import subprocess
 import tarfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-PACKAGES = {
-    "noto": "@iconify-json/noto@1.2.9",  # Noto Emoji artwork as SVG, Apache-2.0
+
+@dataclass(frozen=True)
+class ArtSet:
+    """An icon package of one style: where it comes from, its licence, and the word that captions name it by."""
+
+    package: str
+    licence: str  # SPDX; `fetch` compares it with the package's own info.json
+    word: str
+
+
+# What the base learns. Fluent 3D, Twemoji, OpenMoji, EmojiOne and Fluent colour are left for fine-tuning: nothing here,
+# the VAE included, ever sees them.
+STYLES = {
+    "noto": ArtSet("@iconify-json/noto@1.2.9", "Apache-2.0", "noto"),
+    "blob": ArtSet("@iconify-json/noto-v1@1.2.5", "Apache-2.0", "blob"),
+    "firefox": ArtSet("@iconify-json/fxemoji@1.2.2", "Apache-2.0", "firefox"),
+    "flat": ArtSet("@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "flat"),
+    "ink": ArtSet("@iconify-json/fluent-emoji-high-contrast@1.2.6", "MIT", "ink"),
+}
+OTHERS = {
     "fluent": "@lobehub/fluent-emoji-3d@1.1.0",  # Fluent Emoji 3D artwork as WebP, MIT
     "names": "unicode-emoji-json@0.9.0",  # names and groups, MIT
+    "words": "emojilib@4.0.3",  # synonyms, MIT
 }
-BASE_GROUPS = (
+THINGS = (
     "Smileys & Emotion",
     "People & Body",
     "Animals & Nature",
@@ -27,14 +49,162 @@ BASE_GROUPS = (
     "Activities",
     "Objects",
 )
+SYMBOLS = "Symbols"  # arrows and buttons: colours for the VAE, nothing that a caption could name
+
+
+# Firefox OS's names that are not Unicode's with the spaces taken out.
+FIREFOX_NAMES = {
+    "2hearts": "two hearts",
+    "americasglobe": "globe showing americas",
+    "aok": "ok hand",
+    "asiaaustraliaglobe": "globe showing asia-australia",
+    "aubergine": "eggplant",
+    "bactriancamel": "two-hump camel",
+    "banknotedollar": "dollar banknote",
+    "banknoteeuro": "euro banknote",
+    "banknotepound": "pound banknote",
+    "banknoteyen": "yen banknote",
+    "basketballandhoop": "basketball",
+    "beachumbrella": "beach with umbrella",
+    "bellcancellation": "bell with slash",
+    "bicyclist": "person biking",
+    "billiards": "pool 8 ball",
+    "blackscissors": "scissors",
+    "bolt": "high voltage",
+    "bookmarktab": "bookmark tabs",
+    "bunny": "rabbit face",
+    "bunnyside": "rabbit",
+    "cat": "cat face",
+    "catside": "cat",
+    "cellphone": "mobile phone",
+    "chartdownwardstrend": "chart decreasing",
+    "chartupwardstrend": "chart increasing",
+    "chilipepper": "hot pepper",
+    "clap": "clapping hands",
+    "confetti": "confetti ball",
+    "controlknob": "control knobs",
+    "curryandrice": "curry rice",
+    "daggerknife": "dagger",
+    "darksunglasses": "sunglasses",
+    "devilhorns": "smiling face with horns",
+    "dog": "dog face",
+    "dogside": "dog",
+    "doveofpeace": "dove",
+    "dragonhead": "dragon face",
+    "dragonside": "dragon",
+    "dromedarycamel": "camel",
+    "earofmaize": "ear of corn",
+    "earofrice": "sheaf of rice",
+    "electrictorch": "flashlight",
+    "europeafricaglobe": "globe showing europe-africa",
+    "europeancastle": "castle",
+    "europeanpostoffice": "post office",
+    "fallingleaf": "fallen leaf",
+    "fatherchristmas": "santa claus",
+    "fireworksparkler": "sparkler",
+    "fishcakeswirl": "fish cake with swirl",
+    "fishingpoleandfish": "fishing pole",
+    "fistedhand": "oncoming fist",
+    "flexbicep": "flexed biceps",
+    "framewithpicture": "framed picture",
+    "frontfacingchick": "front-facing baby chick",
+    "fullmoonwithface": "full moon face",
+    "gem": "gem stone",
+    "golfer": "person golfing",
+    "grimacing": "grimacing face",
+    "guardsman": "guard",
+    "halo": "smiling face with halo",
+    "hampster": "hamster",
+    "handup": "raised hand",
+    "heartarrow": "heart with arrow",
+    "hearteyes": "smiling face with heart-eyes",
+    "heartgreen": "green heart",
+    "heartpurple": "purple heart",
+    "heartribbon": "heart with ribbon",
+    "heartyellow": "yellow heart",
+    "heels": "high-heeled shoe",
+    "highspeedtrainbulletnose": "bullet train",
+    "hocho": "kitchen knife",
+    "hourglass": "hourglass done",
+    "hourglassflowingsand": "hourglass not done",
+    "housebuilding": "house",
+    "housebuildings": "houses",
+    "hundredpointssymbol": "hundred points",
+    "imp": "angry face with horns",
+    "izakayalantern": "red paper lantern",
+    "leaffluttering": "leaf fluttering in wind",
+    "leopardside": "leopard",
+    "lock": "locked",
+    "lockandkey": "locked with key",
+    "lockwithinkpen": "locked with pen",
+    "lowerleftcrayon": "crayon",
+    "lowerleftfountainpen": "fountain pen",
+    "lowerleftpaintbrush": "paintbrush",
+    "lowerleftpen": "pen",
+    "manltepiececlock": "mantelpiece clock",
+    "mansshirt": "t-shirt",
+    "medicalmask": "face with medical mask",
+    "mensrunner": "running shoe",
+    "mensshoe": "man’s shoe",
+    "minidisc": "computer disk",
+    "monkeyhear": "hear-no-evil monkey",
+    "monkeysee": "see-no-evil monkey",
+    "monkeyspeak": "speak-no-evil monkey",
+    "mouse": "mouse face",
+    "mouseside": "mouse",
+    "multiplemusicalnotes": "musical notes",
+    "newmoonwithface": "new moon face",
+    "openlock": "unlocked",
+    "opticaldisc": "optical disk",
+    "outbox": "outbox tray",
+    "pandaface": "panda",
+    "pig": "pig face",
+    "pigside": "pig",
+    "pigsnout": "pig nose",
+    "pinkwallet": "purse",
+    "policecarsrevolvinglight": "police car light",
+    "poo": "pile of poo",
+    "pray": "folded hands",
+    "present": "wrapped gift",
+    "racecar": "racing car",
+    "raincloud": "cloud with rain",
+    "rowboat": "person rowing boat",
+    "running": "person running",
+    "sakebottleandcup": "sake",
+    "sandals": "woman’s sandal",
+    "schoolsatchel": "backpack",
+    "screamfear": "face screaming in fear",
+    "sheep": "ewe",
+    "skiandskiboot": "skis",
+    "sliceofpizza": "pizza",
+    "snowcloud": "cloud with snow",
+    "snowmountains": "snow-capped mountain",
+    "spiralcalendarpad": "spiral calendar",
+    "spurtingwhale": "spouting whale",
+    "steamlocomotive": "locomotive",
+    "studiomic": "studio microphone",
+    "sunglasses": "smiling face with sunglasses",
+    "surfer": "person surfing",
+    "swimming": "person swimming",
+    "tennisball": "tennis",
+    "threebuttonmouse": "computer mouse",
+    "tie": "necktie",
+    "tiger": "tiger face",
+    "tigerside": "tiger",
+    "toykotower": "tokyo tower",
+    "videocasette": "videocassette",
+    "walking": "person walking",
+    "wolfface": "wolf",
+    "womansshirt": "woman’s clothes",
+}
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One captioned picture: its code points ("1f600"), the caption, the Unicode group, the artwork's source."""
+    """One captioned picture: its code points ("1f600"), the name, the Unicode group, the artwork's source."""
 
     code: str
-    caption: str
+    name: str
     group: str
     source: str | Path  # SVG text, or the path of a bitmap
 
@@ -42,8 +212,9 @@ class Emoji:
 def fetch(folder: Path) -> dict[str, Path]:
     """Unpack the npm packages under `folder`, once; returns where each lies."""
     folder.mkdir(parents=True, exist_ok=True)
-    places = {key: folder / key for key in PACKAGES}
-    for key, package in PACKAGES.items():
+    packages = {key: style.package for key, style in STYLES.items()} | OTHERS
+    places = {key: folder / key for key in packages}
+    for key, package in packages.items():
         if places[key].is_dir():
             continue
         packed = subprocess.run(
@@ -53,11 +224,14 @@ def fetch(folder: Path) -> dict[str, Path]:
             archive.extractall(folder / f"{key}.part", filter="data")
         (folder / f"{key}.part" / "package").rename(places[key])
         (folder / f"{key}.part").rmdir()
+    for key, style in STYLES.items():
+        licence = json.loads((places[key] / "info.json").read_text())["license"]["spdx"]
+        assert licence == style.licence, f"{style.package} is under {licence} now"
     return places
 
 
 def _code(text: str) -> str:
-    """Code points in hex without the variation selector, the key that all three packages share."""
+    """Code points in hex without the variation selector, the key that the packages share."""
     return "-".join(f"{ord(c):x}" for c in text if ord(c) != 0xFE0F)
 
 
@@ -66,27 +240,47 @@ def _names(places: dict[str, Path]) -> dict[str, tuple[str, str]]:
     return {_code(text): (facts["name"].lower(), facts["group"]) for text, facts in table.items()}
 
 
-def noto_emoji(places: dict[str, Path], groups: tuple[str, ...] = BASE_GROUPS) -> list[Emoji]:
-    """Every named Noto picture of these groups, without skin-tone variants."""
-    icons = json.loads((places["noto"] / "icons.json").read_text())
-    by_code = json.loads((places["noto"] / "chars.json").read_text())
-    by_code = {"-".join(p for p in code.split("-") if p != "fe0f"): name for code, name in by_code.items()}
+def _joined(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name)
+
+
+def _svg(icons: dict, name: str) -> str | None:
+    """The icon `name` of an iconify set as a file of its own, through one alias (which may mirror it)."""
+    alias = icons.get("aliases", {}).get(name, {"parent": name})
+    icon = icons["icons"].get(alias["parent"])
+    if icon is None or set(alias) - {"parent", "hFlip"}:
+        return None
+    width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
+    body = icon["body"].replace("currentColor", "#000")
+    if alias.get("hFlip"):
+        body = f'<g transform="translate({width} 0) scale(-1 1)">{body}</g>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}">{body}</svg>'
+    )
+
+
+def styled_emoji(places: dict[str, Path], style: str, groups: Sequence[str] = THINGS) -> list[Emoji]:
+    """Every named picture of a style in these groups, without skin-tone variants, in the order of the code table."""
+    icons = json.loads((places[style] / "icons.json").read_text())
+    table = json.loads((places["noto"] / "chars.json").read_text())
+    icon_names = {"-".join(p for p in code.split("-") if p != "fe0f"): name for code, name in table.items()}
+    if style == "firefox":
+        icons["icons"] = {_joined(FIREFOX_NAMES.get(name, name)): icon for name, icon in icons["icons"].items()}
     found = []
-    for code, (caption, group) in _names(places).items():
-        name = by_code.get(code)
-        if name is None or group not in groups:
+    for code, (name, group) in _names(places).items():
+        if code not in icon_names or group not in groups:
             continue
-        icon = icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]]
-        width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
-        svg = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-        )
-        found.append(Emoji(code, caption, group, svg))
+        spellings = [icon_names[code]]
+        if style == "firefox":
+            spellings = [_joined(icon_names[code]), _joined(name)]
+        svgs = [svg for svg in (_svg(icons, spelling) for spelling in spellings) if svg]
+        if svgs:
+            found.append(Emoji(code, name, group, svgs[0]))
     return found
 
 
-def fluent_emoji(places: dict[str, Path], groups: tuple[str, ...] = BASE_GROUPS) -> list[Emoji]:
+def fluent_emoji(places: dict[str, Path], groups: Sequence[str] = THINGS) -> list[Emoji]:
     """Every named Fluent 3D picture of these groups, without skin-tone variants."""
     names = _names(places)
     found = []
@@ -95,6 +289,28 @@ def fluent_emoji(places: dict[str, Path], groups: tuple[str, ...] = BASE_GROUPS)
         if code in names and names[code][1] in groups:
             found.append(Emoji(code, *names[code], path))
     return found
+
+
+def synonyms(places: dict[str, Path], codes: Iterable[str]) -> dict[str, list[str]]:
+    """For each code the words of emojilib that mean this thing alone among `codes`, other than its name."""
+    table = json.loads((places["words"] / "dist" / "emoji-en-US.json").read_text())
+    chosen = set(codes)
+    names = {code: name for code, (name, _) in _names(places).items() if code in chosen}
+    words = {code: {w.replace("_", " ") for w in ws} for text, ws in table.items() if (code := _code(text)) in chosen}
+    meanings: dict[str, int] = {}
+    for word in [word for each in words.values() for word in each] + list(names.values()):
+        meanings[word] = meanings.get(word, 0) + 1
+    plain = re.compile(r"[a-z][a-z -]{2,24}")
+    return {
+        code: sorted(w for w in each if meanings[w] == 1 and w != names[code] and plain.fullmatch(w))
+        for code, each in words.items()
+    }
+
+
+def held_out_things(codes: Iterable[str], share: float, seed: int) -> set[str]:
+    """A fixed choice of `share` of the things, whatever their order."""
+    ordered = sorted(set(codes))
+    return {ordered[i] for i in np.random.default_rng(seed).permutation(len(ordered))[: round(share * len(ordered))]}
 
 
 def fine_tuning_split(emojis: list[Emoji], train: int = 240, held_out: int = 60) -> tuple[list[Emoji], list[Emoji]]:

@@ -1,6 +1,8 @@
-"""Trains the demo's AutoencoderKL: factor 8, four latent channels, on random crops, then on whole pictures.
+"""Trains the demo's AutoencoderKL: factor 8, four latent channels, on random crops and whole pictures.
 
-Resumable: a checkpoint every `CHECKPOINT_STEPS` steps; every step draws from a generator seeded by its index.
+What it must not lose is hue. So half of the crops have their hues turned or their channels exchanged, some are cards
+of plain colours, and the loss has a term for the colour, relative to how strong the colour is. Resumable: a checkpoint
+every `CHECKPOINT_STEPS` steps; every step draws from a generator seeded by its index.
 """
 
 import math
@@ -10,102 +12,236 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from demo_muon import BatchedMuon
 from diffusers import AutoencoderKL
 
 CHECKPOINT_STEPS = 200
-KL_WEIGHT = 1e-3  # times the KL to N(0, 1) in nats per latent number
+KL_WEIGHT = 3e-4  # times the KL to N(0, 1) in nats per latent number
+CARDS, TURNED, EXCHANGED = 0.1, 0.4, 0.3  # shares of the crops
+# (pixels a side, pictures a step, share of the steps): many steps on small crops cost least and teach most, and whole
+# pictures must be met too, since the group norms see all of a picture
+SHAPES = ((64, 8, 0.5), (128, 2, 0.3), (256, 1, 0.2))
+EMA_DECAY = 0.999
+SATURATED = 64 / 255  # a pixel whose largest and smallest channel differ by this much has a hue
+ADAMW_RATE, MUON_RATE = 2e-3, 3e-3  # peaks
+DECAY_SHARE = 0.3  # the last steps take the rates linearly to zero
 
 
 def build_vae() -> AutoencoderKL:
-    """1.6 M parameters; no attention in the middle, so that crops and whole pictures meet the same network."""
+    """1.3 M parameters; no attention in the middle, so that crops and whole pictures meet the same network.
+
+    Few channels at full resolution: there a convolution costs 64 times what it costs on the latents.
+    """
     blocks = 4
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=4,
-        block_out_channels=(16, 32, 64, 96),
+        block_out_channels=(8, 16, 48, 96),
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=4,
         sample_size=256,
         mid_block_add_attention=False,
     )
 
 
+def turn_hue(pixels: np.ndarray, degrees: float) -> np.ndarray:
+    """(..., 3) uint8 pixels with the HSV hue turned; value and saturation stay."""
+    rgb = pixels.astype(np.float32)
+    value, low = rgb.max(-1, keepdims=True), rgb.min(-1, keepdims=True)
+    hue = hue_degrees(torch.from_numpy(rgb)).numpy()[..., None] + degrees
+    k = (np.array([5.0, 3.0, 1.0], np.float32) + hue / 60) % 6
+    turned = value - (value - low) * np.clip(np.minimum(k, 4 - k), 0, 1)
+    return np.where(value > low, turned, rgb).round().astype(np.uint8)
+
+
+def hue_degrees(rgb: torch.Tensor) -> torch.Tensor:
+    """The HSV hue of (..., 3) colours in degrees, 0 for greys."""
+    red, green, blue = rgb.unbind(-1)
+    high, chroma = rgb.amax(-1), rgb.amax(-1) - rgb.amin(-1)
+    safe = chroma.clamp(min=1e-6)
+    sextant = torch.where(
+        high == red,
+        ((green - blue) / safe) % 6,
+        torch.where(high == green, (blue - red) / safe + 2, (red - green) / safe + 4),
+    )
+    return torch.where(chroma > 0, 60 * sextant, 0.0)
+
+
+def colour_card(generator: np.random.Generator, size: int) -> np.ndarray:
+    """(size, size, 3) uint8: a plain colour or a gradient with up to four discs and boxes of other colours."""
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
+
+    def paint() -> np.ndarray:
+        first = generator.integers(256, size=3)
+        if generator.random() < 0.5:
+            return np.broadcast_to(first, (size, size, 3))
+        a = generator.random() * 2 * np.pi
+        along = np.clip(0.5 + (x - 0.5) * np.cos(a) + (y - 0.5) * np.sin(a), 0, 1)[..., None]
+        return first * (1 - along) + generator.integers(256, size=3) * along
+
+    card = np.full((size, size, 3), 255.0) if generator.random() < 0.3 else np.array(paint(), np.float64)
+    for _ in range(generator.integers(5)):
+        (cx, cy), (w, h) = generator.random(2), generator.uniform(0.05, 0.5, 2)
+        dx, dy = np.abs(x - cx) / w, np.abs(y - cy) / h
+        inside = np.maximum(dx, dy) < 1 if generator.random() < 0.5 else dx**2 + dy**2 < 1
+        card[inside] = np.asarray(paint())[inside]
+    return card.round().astype(np.uint8)
+
+
 def crops(pictures: np.ndarray, generator: np.random.Generator, count: int, size: int) -> torch.Tensor:
-    """`count` random crops, flipped at random, as (N, 3, size, size) in [-1, 1]."""
+    """`count` random crops, flipped, recoloured or replaced by a card at random, as (N, 3, size, size) in [-1, 1].
+
+    Of two places the one with more in it is taken: half of all pixels are white margins.
+    """
     out = np.empty((count, size, size, 3), np.uint8)
     for i, n in enumerate(generator.integers(len(pictures), size=count)):
-        y, x = generator.integers(pictures.shape[1] - size + 1, size=2)
-        crop = pictures[n, y : y + size, x : x + size]
-        out[i] = crop[:, ::-1] if generator.random() < 0.5 else crop
+        if generator.random() < CARDS:
+            out[i] = colour_card(generator, size)
+            continue
+        places = generator.integers(pictures.shape[1] - size + 1, size=(2, 2))
+        two = [pictures[n, y : y + size, x : x + size] for y, x in places]
+        crop = max(two, key=lambda c: float(c[::4, ::4].std()))
+        crop = crop[:, ::-1] if generator.random() < 0.5 else crop
+        if generator.random() < TURNED:
+            crop = turn_hue(crop, generator.uniform(0, 360))
+        if generator.random() < EXCHANGED:
+            crop = crop[..., generator.permutation(3)]
+        out[i] = crop
     return torch.from_numpy(out).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def reconstruction_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 on pixels, on their differences (edges) and on 8 x 8 averages, the squared error, and one of the hue.
+def chroma(x: torch.Tensor) -> torch.Tensor:
+    """(N, 3, H, W) -> (N, 2, H, W): colour without brightness; its angle is the hue, its length the strength."""
+    red, green, blue = x.unbind(1)
+    return torch.stack([red - (green + blue) / 2, 3**0.5 / 2 * (green - blue)], 1)
 
-    Without the last term rare hues (green, purple) come out grey: their error is a small part of all others.
+
+def reconstruction_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L1 and squared error of the pixels, L1 of their differences (edges), and the colour.
+
+    The squared error of 8 x 8 averages, and of their colours again, is what makes a network that draws grey shapes
+    after 200 steps look for the colour. The second kind of colour term is relative to the colour's strength: in all
+    others a wrong hue of a dark green is next to nothing.
     """
 
     def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
-    def hue(x: torch.Tensor) -> torch.Tensor:  # red against green, blue against yellow, averaged over 4 x 4 pixels
-        red, green, blue = F.avg_pool2d(x, 4).unbind(1)
-        return torch.stack([red - green, blue - (red + green) / 2], 1)
+    def colour(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a, b = chroma(a), chroma(b)
+        error = (a - b).square().sum(1).add(1e-4).sqrt()
+        return (error / (b.square().sum(1).sqrt() + 0.3)).mean()
 
     edges = sum(F.l1_loss(a, b) for a, b in zip(differences(pred), differences(target), strict=True))
-    averages = F.l1_loss(F.avg_pool2d(pred, 8), F.avg_pool2d(target, 8))
-    hues = F.mse_loss(hue(pred), hue(target)) + 0.25 * F.l1_loss(hue(pred), hue(target))
-    return F.l1_loss(pred, target) + F.mse_loss(pred, target) + 0.5 * edges + averages + 4.0 * hues
+    by_four = F.avg_pool2d(pred, 4), F.avg_pool2d(target, 4)
+    by_eight = F.avg_pool2d(by_four[0], 2), F.avg_pool2d(by_four[1], 2)
+    pixels = F.l1_loss(pred, target) + 3 * F.mse_loss(pred, target) + 0.5 * edges
+    averages = F.l1_loss(*by_eight) + 2 * F.mse_loss(*by_eight) + 2 * F.mse_loss(*map(chroma, by_eight))
+    return pixels + averages + 0.3 * colour(pred, target) + 0.3 * colour(*by_four)
 
 
-def train_vae(pictures: np.ndarray, folder: Path, steps: int, peak_rate: float = 1.5e-3) -> AutoencoderKL:
-    """Train to `steps`, resuming from `folder`; returns the trained model in eval mode."""
-    torch.manual_seed(0)
-    vae = build_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    checkpoint, start = folder / "state.pt", 0
-    folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    vae.train()
-    began, running = time.monotonic(), 0.0
-    for step in range(start, steps):
-        warm_up, decay = min(1.0, (step + 1) / 100), 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = peak_rate * warm_up * max(decay, 0.01)
-        whole = step >= 0.8 * steps
-        x = crops(pictures, np.random.default_rng(step), *((2, 256) if whole else (8, 128)))
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
-            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        kl = posterior.kl() / posterior.mean[0].numel()
-        loss = reconstruction_loss(decoded.float(), x) + KL_WEIGHT * kl.float().mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        mse = F.mse_loss(decoded.float().clamp(-1, 1), x).item()
-        running = mse if running == 0 else 0.99 * running + 0.01 * mse
-        if (step + 1) % 50 == 0:
-            rate = (step + 1 - start) / (time.monotonic() - began)
-            print(
-                f"vae {step + 1}/{steps}  loss {loss.item():.4f}  kl {kl.mean().item():.2f}  "
-                f"{10 * np.log10(4 / running):.2f} dB  {rate:.2f} steps/s",
-                flush=True,
-            )
-        if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == steps:
-            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
-            torch.save(state, checkpoint.with_suffix(".part"))
-            checkpoint.with_suffix(".part").rename(checkpoint)
-    return vae.eval()
+@torch.no_grad()
+def measure(vae: AutoencoderKL, pictures: np.ndarray, degrees: float = 0.0) -> tuple[float, float]:
+    """(dB, mean hue error in degrees of the saturated pixels) of pictures with their hues turned by `degrees`.
+
+    The latent is the posterior's mean. dB is the mean over the pictures; the hue's error over all pixels whose
+    channels differ by `SATURATED` or more.
+    """
+    decibels, wrong, count = [], 0.0, 0
+    for picture in pictures:
+        target = torch.from_numpy(turn_hue(picture, degrees) if degrees else picture.copy()).float() / 255
+        x = target.permute(2, 0, 1)[None] * 2 - 1
+        decoded = vae.decode(vae.encode(x).latent_dist.mean).sample[0].permute(1, 2, 0).clamp(-1, 1) / 2 + 0.5
+        decibels.append(-10 * math.log10((decoded - target).square().mean().item()))
+        saturated = (target.amax(-1) - target.amin(-1)) >= SATURATED
+        turn = (hue_degrees(decoded) - hue_degrees(target)).abs()[saturated]
+        wrong, count = wrong + torch.minimum(turn, 360 - turn).sum().item(), count + len(turn)
+    return float(np.mean(decibels)), wrong / max(count, 1)
+
+
+class VaeTraining:
+    """The VAE, its average and optimizers; `run` trains them, resuming from a checkpoint in `folder`."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        self.vae = build_vae()
+        self.average = {name: p.detach().clone() for name, p in self.vae.named_parameters()}
+        matrices = [p for p in self.vae.parameters() if p.ndim == 4 and min(p.flatten(1).shape) >= 16]
+        taken = {id(p) for p in matrices}
+        others = [p for p in self.vae.parameters() if id(p) not in taken]
+        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+            (BatchedMuon(matrices), MUON_RATE),
+            (torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), ADAMW_RATE),
+        ]
+        self.step, self.checkpoint = 0, folder / "state.pt"
+        if self.checkpoint.is_file():
+            state = torch.load(self.checkpoint, weights_only=True)
+            self.vae.load_state_dict(state["vae"])
+            self.average, self.step = state["average"], state["step"]
+            for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+
+    def _save(self) -> None:
+        state = {
+            "vae": self.vae.state_dict(),
+            "average": self.average,
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "step": self.step,
+        }
+        torch.save(state, self.checkpoint.with_suffix(".part"))
+        self.checkpoint.with_suffix(".part").rename(self.checkpoint)
+
+    def loss(self, pictures: np.ndarray, step: int) -> tuple[torch.Tensor, float, float]:
+        """(loss, KL in nats per number, mean squared error) of the step's batch."""
+        generator = np.random.default_rng(step)
+        size, count, _ = SHAPES[generator.choice(len(SHAPES), p=[share for _, _, share in SHAPES])]
+        x = crops(pictures, generator, count, size)
+        posterior = self.vae.encode(x).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        squared = F.mse_loss(decoded.detach().clamp(-1, 1), x).item()
+        return reconstruction_loss(decoded, x) + KL_WEIGHT * kl, kl.item(), squared
+
+    def run(self, pictures: np.ndarray, steps: int) -> None:
+        """Train up to `steps`: warm-up, constant rates, then linearly to zero."""
+        self.vae.train()
+        began, start, running = time.monotonic(), self.step, 0.0
+        while self.step < steps:
+            factor = min(1.0, (self.step + 1) / 100, (1 - self.step / steps) / DECAY_SHARE)
+            loss, kl, squared = self.loss(pictures, self.step)
+            for optimizer, peak in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * factor
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+            for optimizer, _ in self.optimizers:
+                optimizer.step()
+            decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+            now = [p.detach() for p in self.vae.parameters()]
+            torch._foreach_lerp_(list(self.average.values()), now, 1 - decay)
+            self.step += 1
+            running = squared if running == 0 else 0.98 * running + 0.02 * squared
+            if self.step % 25 == 0:
+                rate = (self.step - start) / (time.monotonic() - began)
+                print(
+                    f"vae {self.step}/{steps}  loss {loss.item():.4f}  kl {kl:.2f}  "
+                    f"{10 * math.log10(4 / running):.2f} dB  {rate:.2f} steps/s",
+                    flush=True,
+                )
+            if self.step % CHECKPOINT_STEPS == 0 or self.step == steps:
+                self._save()
+
+    def averaged(self) -> AutoencoderKL:
+        """The VAE with the averaged weights, in eval mode: this is what is shipped."""
+        vae = build_vae()
+        vae.load_state_dict(self.average)
+        return vae.eval()
 
 
 @torch.no_grad()

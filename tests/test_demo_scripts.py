@@ -1,0 +1,145 @@
+"""What the demo is built with: hues, the optimizer, captions. Oracles: colorsys, torch.optim.Muon, closed forms."""
+
+import colorsys
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import demo_vae
+from demo_captions import Example, captions_of, held_out
+from demo_muon import BatchedMuon
+from demo_vae import build_vae, hue_degrees, measure, normalise_latents, reconstruction_loss, turn_hue
+from PIL import Image
+
+
+def colours(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(count, 3)).astype(np.uint8)
+
+
+def test_hues_and_their_turns_are_colorsys() -> None:
+    pixels = colours(60)
+    turned, hues = turn_hue(pixels, 100.0), hue_degrees(torch.from_numpy(pixels).float())
+    for pixel, after, hue in zip(pixels, turned, hues, strict=True):
+        h, s, v = colorsys.rgb_to_hsv(*(pixel / 255))
+        assert hue.item() == pytest.approx(360 * h, abs=1e-3)
+        assert np.abs(after - 255 * np.array(colorsys.hsv_to_rgb((h + 100 / 360) % 1, s, v))).max() <= 0.51
+    greys = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    assert (turn_hue(greys, 100.0) == greys).all()
+
+
+class Turned(torch.nn.Module):
+    """Stands where the VAE is: a code that turns the hue by a known angle and adds a known error."""
+
+    def __init__(self, degrees: float):
+        super().__init__()
+        self.degrees = degrees
+
+    def encode(self, x: Tensor) -> "Turned":
+        self.latent_dist, self.mean = self, x
+        return self
+
+    def decode(self, x: Tensor) -> "Turned":
+        pixels = ((x[0].permute(1, 2, 0) + 1) * 127.5).round().numpy().astype(np.uint8)
+        self.sample = torch.from_numpy(turn_hue(pixels, self.degrees)).permute(2, 0, 1)[None] / 127.5 - 1
+        return self
+
+
+@pytest.mark.parametrize("degrees", [20.0, 340.0, 180.0])
+def test_the_hue_error_is_the_angle_between_saturated_colours(degrees: float) -> None:
+    """Two colours and a grey, the way round the circle that is shorter; greys count for dB alone."""
+    picture = np.zeros((4, 4, 3), np.uint8)
+    picture[:2], picture[2:, :2], picture[2:, 2:] = (200, 40, 10), (10, 90, 220), (77, 77, 77)
+    _, error = measure(Turned(degrees), picture[None], 50.0)  # type: ignore[arg-type]
+    assert error == pytest.approx(min(degrees, 360 - degrees), abs=0.5)  # colours are rounded to 1/255
+    decibels, error = measure(Turned(0.0), picture[None])  # type: ignore[arg-type]
+    assert error < 1e-3 and decibels > 100
+
+
+def test_a_lost_colour_costs_more_than_a_lost_brightness() -> None:
+    """What the loss is for: among errors of the same size it dislikes the one of a dark green's hue most."""
+    green = torch.tensor([0.1, 0.35, 0.1]).view(1, 3, 1, 1).expand(1, 3, 16, 16) * 2 - 1
+    brightness, hue = (torch.tensor(e).view(1, 3, 1, 1) for e in ([0.1, 0.1, 0.1], [0.1, -0.1, 0.1]))
+    assert reconstruction_loss(green + hue, green) > 1.5 * reconstruction_loss(green + brightness, green)
+    assert reconstruction_loss(green, green) < 0.02
+
+
+def test_crops_are_reproducible_and_cards_are_pictures() -> None:
+    pictures = np.random.default_rng(1).integers(256, size=(3, 64, 64, 3)).astype(np.uint8)
+    first, second = (demo_vae.crops(pictures, np.random.default_rng(5), 12, 32) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (12, 3, 32, 32) and first.abs().max() <= 1
+    card = demo_vae.colour_card(np.random.default_rng(2), 32)
+    assert card.shape == (32, 32, 3) and card.dtype == np.uint8
+    assert Image.fromarray(card).getcolors(maxcolors=32 * 32) is not None
+
+
+def test_normalised_latents_have_the_factor_s_deviation_and_decode_as_before() -> None:
+    torch.manual_seed(0)
+    vae = build_vae().eval()
+    pictures = np.random.default_rng(0).integers(256, size=(3, 32, 32, 3)).astype(np.uint8)
+    x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        before = vae.encode(x).latent_dist
+        picture, sharpness = vae.decode(before.mean).sample, before.std / before.mean.std(dim=(0, 2, 3), keepdim=True)
+        normalise_latents(vae, pictures, scaling_factor=0.2)
+        after = vae.encode(x).latent_dist
+        z = after.mean.transpose(0, 1).flatten(1)
+        torch.testing.assert_close(z.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
+        torch.testing.assert_close(z.std(1), torch.full((4,), 5.0), atol=1e-3, rtol=0)
+        torch.testing.assert_close(vae.decode(after.mean).sample, picture, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(after.std / 5.0, sharpness, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_batched_muon_is_torch_s_muon(shape: tuple[int, int]) -> None:
+    """Three steps of two matrices of one shape; torch's works in bfloat16, hence the tolerance."""
+    g = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=g) for _ in range(2)]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    mine = BatchedMuon(ours, lr=0.02, weight_decay=0.1)
+    torch_s = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(shape, generator=g)
+            q.grad = p.grad.clone()
+        mine.step()
+        torch_s.step()
+    for p, q, x in zip(ours, theirs, start, strict=True):
+        assert (p - q).norm() < 0.03 * (q - x).norm()
+
+
+def test_muon_takes_a_convolution_as_a_matrix() -> None:
+    g = torch.Generator().manual_seed(0)
+    kernel = torch.nn.Parameter(torch.zeros(6, 4, 3, 3))
+    matrix = torch.nn.Parameter(torch.zeros(6, 36))
+    kernel.grad = torch.randn(6, 4, 3, 3, generator=g)
+    matrix.grad = kernel.grad.flatten(1).clone()
+    for parameter in (kernel, matrix):
+        BatchedMuon([parameter], lr=0.1).step()
+    torch.testing.assert_close(kernel.flatten(1), matrix)
+
+
+@pytest.mark.parametrize("synonyms", [(), ("bot", "machine")])
+def test_captions_say_the_style_except_that_none_is_noto(synonyms: tuple[str, ...]) -> None:
+    noto, flat = (dict(captions_of("robot", style, synonyms)) for style in ("noto", "flat"))
+    assert sum(noto.values()) == pytest.approx(1) and sum(flat.values()) == pytest.approx(1)
+    assert all(text.endswith(", flat") for text in flat)
+    assert sum(share for text, share in noto.items() if "," not in text) == pytest.approx(0.5)
+    assert {text.removesuffix(", noto") for text in noto} == {"robot", *synonyms}
+
+
+def test_held_out_pictures_are_of_things_known_from_elsewhere(tmp_path: Path) -> None:
+    pictures = [
+        Example(str(thing), f"thing {thing}", style, ((f"thing {thing}", 1.0),), 1.0)
+        for style in ("noto", "blob", "flat", "ink")
+        for thing in range(40 if style != "ink" else 20)
+    ]
+    chosen = held_out(pictures, tmp_path / "held_out.jsonl")
+    assert chosen == held_out(pictures, tmp_path / "again.jsonl") and len(chosen) == 4
+    assert len({pictures[row].code for row in chosen}) == 4
+    assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 4
