@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from demo_base import BATCH, BaseTraining, build_text_encoder, build_tokenizer, build_transformer, encode_pictures
 from demo_captions import EYE_NAMES, PLAIN_STYLE, Example, captions_of, examples, held_out
+from demo_licences import write_licences
 from demo_pictures import (
     STYLES,
     SYMBOLS,
@@ -229,6 +230,7 @@ class Build:
             training.text_encoder.cpu(),
             T5Tokenizer.from_pretrained(str(self.work / "tokenizer")),
         )
+        write_licences(out / "LICENCES.md", self.places)
         write_base_sheet(self.args.sheet, out / "model", EYE_NAMES)
 
 

@@ -16,24 +16,26 @@ from demo_muon import BatchedMuon
 from diffusers import AutoencoderKL
 
 CHECKPOINT_STEPS = 200
-KL_WEIGHT = 3e-4  # times the KL to N(0, 1) in nats per latent number
+KL_WEIGHT, KL_STEPS = 5e-4, 2000  # times the KL to N(0, 1) in nats per latent number; steps until it has its weight
 CARDS, TURNED, EXCHANGED = 0.1, 0.4, 0.3  # shares of the crops
-# (pixels a side, pictures a step, share of the steps): many steps on small crops cost least and teach most, and whole
-# pictures must be met too, since the group norms see all of a picture
-SHAPES = ((64, 8, 0.5), (128, 2, 0.3), (256, 1, 0.2))
+# (until this share of the steps, pixels a side, pictures a step): many steps on small crops of many pictures cost least
+# and teach most; whole pictures come last, since the group norms see all of a picture
+PHASES = ((0.6, 64, 8), (0.9, 128, 3), (1.0, 256, 2))
+FIRST_LOG_VARIANCE = -6.0  # of the posterior: at 0 the noise drowns all but the brightness, and grey pictures come out
 EMA_DECAY = 0.999
 SATURATED = 64 / 255  # a pixel whose largest and smallest channel differ by this much has a hue
-ADAMW_RATE, MUON_RATE = 2e-3, 3e-3  # peaks
+ADAMW_RATE, MUON_RATE = 2e-3, 2e-3  # peaks
 DECAY_SHARE = 0.3  # the last steps take the rates linearly to zero
 
 
 def build_vae() -> AutoencoderKL:
-    """1.3 M parameters; no attention in the middle, so that crops and whole pictures meet the same network.
+    """1.4 M parameters; no attention in the middle, so that crops and whole pictures meet the same network.
 
-    Few channels at full resolution: there a convolution costs 64 times what it costs on the latents.
+    Few channels at full resolution: there a convolution costs 64 times what it costs on the latents. One group for
+    every norm: groups of two channels take each pair's mean over the picture away, and the hue with it.
     """
     blocks = 4
-    return AutoencoderKL(
+    vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=4,
@@ -41,10 +43,12 @@ def build_vae() -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * blocks,
         up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
-        norm_num_groups=4,
+        norm_num_groups=1,
         sample_size=256,
         mid_block_add_attention=False,
     )
+    torch.nn.init.constant_(vae.quant_conv.bias[vae.config.latent_channels :], FIRST_LOG_VARIANCE)
+    return vae
 
 
 def turn_hue(pixels: np.ndarray, degrees: float) -> np.ndarray:
@@ -139,7 +143,9 @@ def reconstruction_loss(pred: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     by_four = F.avg_pool2d(pred, 4), F.avg_pool2d(target, 4)
     by_eight = F.avg_pool2d(by_four[0], 2), F.avg_pool2d(by_four[1], 2)
     pixels = F.l1_loss(pred, target) + 3 * F.mse_loss(pred, target) + 0.5 * edges
-    averages = F.l1_loss(*by_eight) + 2 * F.mse_loss(*by_eight) + 2 * F.mse_loss(*map(chroma, by_eight))
+    averages = (
+        F.l1_loss(*by_eight) + 2 * F.mse_loss(*by_eight) + 2 * F.mse_loss(chroma(by_eight[0]), chroma(by_eight[1]))
+    )
     return pixels + averages + 0.3 * colour(pred, target) + 0.3 * colour(*by_four)
 
 
@@ -195,17 +201,17 @@ class VaeTraining:
         torch.save(state, self.checkpoint.with_suffix(".part"))
         self.checkpoint.with_suffix(".part").rename(self.checkpoint)
 
-    def loss(self, pictures: np.ndarray, step: int) -> tuple[torch.Tensor, float, float]:
-        """(loss, KL in nats per number, mean squared error) of the step's batch."""
-        generator = np.random.default_rng(step)
-        size, count, _ = SHAPES[generator.choice(len(SHAPES), p=[share for _, _, share in SHAPES])]
-        x = crops(pictures, generator, count, size)
+    def loss(self, pictures: np.ndarray, share: float) -> tuple[torch.Tensor, float, float]:
+        """(loss, KL in nats per number, mean squared error) of this step's batch, `share` of the training done."""
+        size, count = next((size, count) for until, size, count in PHASES if share < until)
+        x = crops(pictures, np.random.default_rng(self.step), count, size)
         posterior = self.vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(step))
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(self.step))
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         squared = F.mse_loss(decoded.detach().clamp(-1, 1), x).item()
-        return reconstruction_loss(decoded, x) + KL_WEIGHT * kl, kl.item(), squared
+        weight = KL_WEIGHT * min(1.0, self.step / KL_STEPS)
+        return reconstruction_loss(decoded, x) + weight * kl, kl.item(), squared
 
     def run(self, pictures: np.ndarray, steps: int) -> None:
         """Train up to `steps`: warm-up, constant rates, then linearly to zero."""
@@ -213,7 +219,7 @@ class VaeTraining:
         began, start, running = time.monotonic(), self.step, 0.0
         while self.step < steps:
             factor = min(1.0, (self.step + 1) / 100, (1 - self.step / steps) / DECAY_SHARE)
-            loss, kl, squared = self.loss(pictures, self.step)
+            loss, kl, squared = self.loss(pictures, self.step / steps)
             for optimizer, peak in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
                 for group in optimizer.param_groups:

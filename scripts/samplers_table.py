@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
-from demo_pictures import fetch, noto_emoji, rendered
+from demo_pictures import fetch, rendered, styled_emoji
 
 from pixart_ft import models, places
 from pixart_ft.data.datasets import load_picture, read_folder
@@ -68,11 +68,11 @@ def real_pictures(noto: Path | None, count: int) -> tuple[list[str], list[Image.
         loaded = [((load_picture(row.path, 256) + 1) * 127.5).round().byte() for row in rows[: 2 * count]]
         pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in loaded]
         return [row.caption for row in rows[:count]], pictures[:count], pictures[count : 2 * count]
-    emojis = noto_emoji(fetch(noto / "npm"))
-    everything = rendered(emojis, 256, noto / "noto.npy")
+    emojis = styled_emoji(fetch(noto / "npm"), "noto")
+    everything = rendered(emojis, 256, noto / "noto-things.npy")
     order = np.random.default_rng(0).permutation(len(emojis))[: 2 * count]
     pictures = [Image.fromarray(everything[i]) for i in order]
-    return [emojis[i].caption for i in order[:count]], pictures[:count], pictures[count:]
+    return [emojis[i].name for i in order[:count]], pictures[:count], pictures[count:]
 
 
 def drawn(model: TextToImage, settings: Settings, captions: list[str], label: str) -> tuple[list[Image.Image], float]:

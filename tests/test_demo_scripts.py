@@ -141,5 +141,5 @@ def test_held_out_pictures_are_of_things_known_from_elsewhere(tmp_path: Path) ->
     ]
     chosen = held_out(pictures, tmp_path / "held_out.jsonl")
     assert chosen == held_out(pictures, tmp_path / "again.jsonl") and len(chosen) == 4
-    assert len({pictures[row].code for row in chosen}) == 4
+    assert len({pictures[row].code for row in chosen}) == 4 and len({pictures[row].style for row in chosen}) > 1
     assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 4
