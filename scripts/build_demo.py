@@ -23,7 +23,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_base import BATCH, BaseTraining, build_text_encoder, build_tokenizer, build_transformer, encode_pictures
+from demo_base import (
+    BATCH,
+    BaseTraining,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    encode_pictures,
+    warm_start,
+)
 from demo_captions import EYE_NAMES, PLAIN_STYLE, Example, captions_of, examples, held_out
 from demo_licences import write_licences
 from demo_pictures import (
@@ -193,9 +201,12 @@ class Build:
         rows = [row for row in range(len(listed)) if row not in left_out]
         torch.manual_seed(0)
         transformer, tokenizer = build_transformer(), self._tokenizer(listed)
+        text_encoder = build_text_encoder(len(tokenizer))
+        if self.args.warm_start:
+            warm_start(transformer, text_encoder, tokenizer, self.args.warm_start)
         return BaseTraining(
             transformer,
-            build_text_encoder(len(tokenizer)),
+            text_encoder,
             tokenizer,
             (mean[rows], std[rows]),
             [listed[row] for row in rows],
@@ -243,6 +254,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=16000)
     parser.add_argument("--pictures", type=int, default=1000, help="at most so many of each set are measured")
     parser.add_argument("--base-steps", type=int, default=10000)
+    parser.add_argument("--warm-start", type=Path, help="a demo model whose inner layers the base begins with")
     parser.add_argument("--batch", type=int, default=BATCH, help="pictures a step of the base")
     parser.add_argument("--device", default="cpu", help="where the base trains: cpu or cuda")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the base after so many; it resumes")

@@ -100,6 +100,35 @@ def build_transformer(width: int = 256, layers: int = 8, caption_channels: int =
 
 
 @torch.no_grad()
+def warm_start(
+    transformer: PixArtTransformer2DModel, text_encoder: T5EncoderModel, tokenizer: T5Tokenizer, folder: Path
+) -> None:
+    """Take over from another demo what does not depend on its VAE and its vocabulary.
+
+    That is the transformer without its first and last layer, which read and write latents, the text encoder's layers,
+    and the embeddings of the pieces that both vocabularies have. Sizes must agree.
+    """
+    old = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).state_dict()
+    latent_layers = ("pos_embed.proj.", "proj_out.")
+    kept = {name: value for name, value in old.items() if not name.startswith(latent_layers)}
+    transformer.load_state_dict({**transformer.state_dict(), **kept})
+    old_text = T5EncoderModel.from_pretrained(folder / "text_encoder").state_dict()
+    old_ids = T5Tokenizer.from_pretrained(folder / "tokenizer").get_vocab()
+    new = text_encoder.state_dict()
+    for name, value in old_text.items():
+        if value.shape == new[name].shape:
+            new[name] = value
+    both = [(i, old_ids[piece]) for piece, i in tokenizer.get_vocab().items() if piece in old_ids]
+    embeddings = text_encoder.shared.weight.detach().clone()
+    rows = torch.tensor(both)
+    embeddings[rows[:, 0]] = old_text["shared.weight"][rows[:, 1]]
+    for name in new:
+        if new[name].shape == embeddings.shape:
+            new[name] = embeddings
+    text_encoder.load_state_dict(new)
+
+
+@torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, std) of every picture's posterior, times the scaling factor; kept in `path`."""
     if not path.is_file():
