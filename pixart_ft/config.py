@@ -176,7 +176,9 @@ class Train(Section):
     steps: Steps = Field(1000, description="length of the run, optimizer steps")
     batch_size: Batch = Field(4, description="pictures per process and forward pass")
     accumulation: int = Field(1, ge=1, le=10_000, description="forward passes per optimizer step")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("bf16", description="no = float32")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="no = float32; auto = bf16 where the processor computes in it, else no"
+    )
     ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights per step; 0 = off")
     checkpoint_every: Every = Field(250, description="steps between checkpoints; 0 = only the last")
     keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints kept")

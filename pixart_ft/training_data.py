@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype that train.mixed_precision computes in."""
+    """The dtype that train.mixed_precision, which is settled by now, computes in."""
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
 
 

@@ -37,7 +37,7 @@ from pixart_ft.trained_on import Changes, announce, check_continues, trained_on
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once
 from pixart_ft.training_objective import warn_of_relearning
-from pixart_ft.training_start import accelerator_for, look
+from pixart_ft.training_start import accelerator_for, look, with_precision
 
 
 def run_training(
@@ -49,6 +49,7 @@ def run_training(
     adapter or run folder whose weights start a new run. accept_changes: continue though what the run is trained on has
     changed (see `trained_on`). Raises UserError for whatever the user can mend.
     """
+    config = with_precision(config)
     accelerator = accelerator_for(config)
     folder = RunFolder(config.run.folder)
     with RunLock(folder.path) as lock:

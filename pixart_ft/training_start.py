@@ -55,6 +55,7 @@ class Start:
 
 def dry_run(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> list[str]:
     """What `run_training` would begin with; raises UserError as it does before it loads a weight. Writes nothing."""
+    config = with_precision(config)
     accelerator = accelerator_for(config)
     start = look(config, resume, init_from)
     if accelerator.is_main_process:
@@ -78,6 +79,22 @@ def look(config: TrainConfig, resume: str | None = None, init_from: str | None =
     rows, held_rows = read_rows(config)
     parameters = trainable(skeleton, config.lora.rank, config.lora.targets)
     return Start(base, resolution, objective, schedule_config, plan_of(config), checkpoint, rows, held_rows, parameters)
+
+
+def with_precision(config: TrainConfig) -> TrainConfig:
+    """The configuration with train.mixed_precision auto settled for this machine; what a run records."""
+    if config.train.mixed_precision != "auto":
+        return config
+    settled = config.train.model_copy(update={"mixed_precision": "bf16" if _computes_in_bfloat16() else "no"})
+    return config.model_copy(update={"train": settled})
+
+
+def _computes_in_bfloat16() -> bool:
+    """Whether the device has instructions for bfloat16: without them a processor takes several times float32's time."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(ask is not None and ask() for ask in asked)
 
 
 def accelerator_for(config: TrainConfig) -> Accelerator:

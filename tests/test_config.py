@@ -81,7 +81,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"train.steps": "0"}, "train.steps is 0; expected integer >= 1"),
         ({"train.accumulation": "0"}, "train.accumulation is 0; expected integer >= 1"),
         ({"lora.targets": "[]"}, r"lora.targets is \[\]; expected \[text, ...\] \(not empty\)"),
-        ({"train.mixed_precision": "fp8"}, r'train.mixed_precision is "fp8"; expected no \| bf16 \| fp16'),
+        ({"train.mixed_precision": "fp8"}, r'train.mixed_precision is "fp8"; expected auto \| no \| bf16 \| fp16'),
         (
             {"data.held_out": "a", "data.held_out_fraction": "0.1"},
             "held_out_fraction is 0.1, unused while data.held_out",
