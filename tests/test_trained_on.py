@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pixart_ft.draws import Plan
 from pixart_ft.errors import UserError
+from pixart_ft.nested import load_nested
 from pixart_ft.run_log import RunLog
 from pixart_ft.trained_on import Part, TrainedOn, changes
 from tests.runs import STEPS, short_run, stop_at, train
@@ -185,6 +186,8 @@ def test_the_advice_after_a_divergence_can_be_followed(options, capsys) -> None:
         folder.mkdir(parents=True)
     train(options, optim__learning_rate=1e-3, optim__weight_decay=0.25, resume="auto")
     assert not any(folder.exists() for folder in stale)
+    (group,) = load_nested(run / "checkpoints" / f"step-{STEPS + 2:06d}" / "optimizer.safetensors")["param_groups"]
+    assert group["weight_decay"] == 0.25  # the moments are the checkpoint's, the settings are not
     out = capsys.readouterr().out
     assert "changed: optim.learning_rate was 0.01, is 0.001\n" in out
     assert "changed: the learning rate was 0.01 and goes on at 0.001\n" in out
