@@ -262,13 +262,17 @@ class Trainer:
             if self._stop.asked:
                 raise _Stopped
 
+        measuring = begin or self._due(self.plan.validate_every)
+        drawing = begin or self._due(self.plan.samples_every)
+        if not (measuring or drawing):  # at most steps: no log is read, and no process waits for the others
+            return
         # before a network call, so never in the middle of a change of weights
         hook = self.transformer.register_forward_pre_hook(stop_if_asked)
         try:
-            if begin or (self._due(self.plan.validate_every) and not self.watch.has_measured(self.step)):
+            if begin or (measuring and not self.watch.has_measured(self.step)):
                 with nullcontext() if begin else attempted("the held-out loss"):
                     self.watch.measure(self.place)
-            if begin or (self._due(self.plan.samples_every) and not self.watch.has_drawn(self.step)):
+            if begin or (drawing and not self.watch.has_drawn(self.step)):
                 with nullcontext() if begin else attempted("the sample grid"):
                     self.watch.draw(self.place)
             if self.accelerator.is_main_process:

@@ -123,3 +123,12 @@ def test_samples_are_drawn_by_the_average(tmp_path: Path) -> None:
     assert [training for training, _ in drawn] == [False, False] and trainer.transformer.training
     torch.testing.assert_close([weights for _, weights in drawn], averages, rtol=0, atol=0)
     assert all(not torch.equal(averages[1][name], weights) for name, weights in trainer.trained.items())
+
+
+def test_a_step_with_nothing_to_look_at_keeps_nothing(tmp_path: Path) -> None:
+    """Whether an adapter is kept is asked of the whole log, which grows: only where something was measured or drawn."""
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=7, validate_every=3, samples_every=0)
+    asked: list[int] = []
+    trainer.keep_adapter = lambda place: asked.append(place.step)
+    trainer.run()
+    assert asked == [0, 3, 6]
