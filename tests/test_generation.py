@@ -209,7 +209,7 @@ def test_prompts_of_a_file(tiny: Path, tmp_path: Path) -> None:
     file.write_text("\n\n")
     with pytest.raises(UserError, match=r"prompts_file \(.*prompts\.txt\) holds none"):
         run_generation(config(tiny, tmp_path, prompts=(), prompts_file=file))
-    with pytest.raises(UserError, match=r"prompts_file: cannot read .*absent\.txt"):
+    with pytest.raises(UserError, match=r"prompts_file: there is no file .*absent\.txt"):
         run_generation(config(tiny, tmp_path, prompts_file=tmp_path / "absent.txt"))
 
 
