@@ -119,10 +119,10 @@ def print_figures(vae: AutoencoderKL, sets: Mapping[str, np.ndarray]) -> None:
 
 
 def write_vae_sheet(path: Path, vae: AutoencoderKL, sets: Mapping[str, np.ndarray], columns: int = 12) -> None:
-    """Real above reconstructed, for every set; then the first set with eight hues in turn."""
+    """Real above reconstructed, for every set; then some of the first set with hues turned once around."""
     rows, labels = [], []
     shown = {name: pictures[:columns] for name, pictures in sets.items()}
-    first = next(iter(sets.values()))[columns : 2 * columns]
+    first = next(iter(sets.values()))[-columns:]
     shown["turned"] = np.stack([turn_hue(picture, 360 / len(first) * i) for i, picture in enumerate(first)])
     for name, pictures in shown.items():
         rows += [[Image.fromarray(picture) for picture in pictures], reconstructed(vae, pictures)]
@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, action="append", help="only this one; may be given again")
     parser.add_argument("--out", type=Path, default=Path("pixart_ft/demo"), help="where the demo goes")
     parser.add_argument("--sheet", type=Path, default=Path("docs/pictures/demo.png"), help="the base's pictures")
-    parser.add_argument("--vae-steps", type=int, default=16000)
+    parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--pictures", type=int, default=1000, help="at most so many of each set are measured")
     parser.add_argument("--base-steps", type=int, default=10000)
     parser.add_argument("--warm-start", type=Path, help="a demo model whose inner layers the base begins with")
