@@ -105,6 +105,8 @@ def test_initial_weights_are_a_function_of_seed_and_layer(tiny: Path) -> None:
             assert not torch.equal(lora(other)[name], parameter)
             bound = parameter.shape[1] ** -0.5
             assert 0.8 * bound < parameter.abs().max() <= bound
+    begun = [parameter for name, parameter in lora(first).items() if ".lora_A." in name]
+    assert len({parameter[0, 0].item() for parameter in begun}) == len(begun)  # each layer begins with its own
     assert all(torch.equal(parameter, lora(first)[name]) for name, parameter in lora(narrow).items())
 
 

@@ -280,6 +280,19 @@ def test_a_rate_that_would_jump_up_is_refused_and_another_change_of_it_is_said()
     assert found() == ([], [])
 
 
+def test_what_would_make_another_run_is_refused() -> None:
+    """The course hangs on the seed as on the loss; names, places and how a run is watched are no matter."""
+
+    def refused(key: str) -> list[str]:
+        began, now = (TrainedOn({}, settings(PLAN) | {key: value}) for value in (1, 2))
+        return list(changes(began, now, PLAN, 10).refused)
+
+    for key in ("run.seed", "diffusion.objective", "diffusion.caption_dropout", "train.ema_decay", "lora.alpha"):
+        assert refused(key) == [f"{key} was 1, is 2"]
+    for key in ("run.name", "run.folder", "data.cache", "train.keep_checkpoints", "validation.every"):
+        assert refused(key) == []
+
+
 def test_the_comparison_begins_anew_only_where_it_depends_on_the_change() -> None:
     def anew(name: str) -> bool:
         began = TrainedOn({name: Part.of([1])}, settings(PLAN))

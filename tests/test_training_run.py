@@ -482,9 +482,11 @@ def test_command_line_and_function_are_the_same_program(options, tmp_path) -> No
     assert main(["train", *command(options, run__folder=tmp_path / "line")]) == 2  # it exists now
 
 
-def test_what_was_trained_can_be_drawn(options, tiny, tmp_path, capsys) -> None:
+def test_what_was_trained_can_be_drawn(options, tiny, tmp_path, monkeypatch, capsys) -> None:
     """From the end of a run to a picture through the command line, with and without naming the base."""
-    run = train(options)
+    with monkeypatch.context() as patch:
+        patch.chdir(tiny.parent)
+        run = train(options, model__base=tiny.name)  # recorded by its whole path, which is found from any folder
     line = ["generate", "--lora", str(run), "--prompt", "a red circle", "--steps", "3", "--dtype", "float32"]
     assert main([*line, "--out", str(tmp_path / "a")]) == 0
     assert main([*line, "--out", str(tmp_path / "b"), "--model", str(tiny), "--weights", "raw"]) == 0
