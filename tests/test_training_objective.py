@@ -39,7 +39,7 @@ def configured(base: Path, validation: dict[str, object] | None = None, **diffus
         {
             "run": {"folder": str(base.parent / "run")},
             "model": {"base": str(base)},
-            "data": {"folder": str(base.parent / "absent"), "cache": str(base.parent / "cache")},
+            "data": {"folder": str(base), "cache": str(base.parent / "cache")},
             "diffusion": diffusion,
             "validation": validation or {},
             "train": {"mixed_precision": "no"},
@@ -96,7 +96,7 @@ def test_what_makes_no_sense_is_refused_all_at_once(base: Path, channels, diffus
 
 
 def test_more_sampling_steps_than_the_process_has_are_refused(base: Path) -> None:
-    change(base, "scheduler/scheduler_config.json", trained_betas=BETAS)
+    change(base, "scheduler/scheduler_config.json", trained_betas=BETAS, num_train_timesteps=3)
     refusal = "validation.sampler ddim with validation.steps 4: cannot take 4 steps of a process of 3; choose 1 to 3"
     assert faults(base, {"prompts": ["a"], "steps": 4}) == [refusal]
     for allowed in ({"prompts": ["a"], "steps": 3}, {"steps": 4}):
@@ -184,7 +184,13 @@ def test_schedules_by_name(base: Path, name: str, make, num_steps: int, zero_snr
 
 
 def test_the_base_keeps_betas_of_its_own(base: Path) -> None:
-    change(base, "scheduler/scheduler_config.json", trained_betas=BETAS, prediction_type="v_prediction")
+    change(
+        base,
+        "scheduler/scheduler_config.json",
+        trained_betas=BETAS,
+        num_train_timesteps=3,
+        prediction_type="v_prediction",
+    )
     objective, described = built(base)
     assert objective.schedule.betas.tolist() == BETAS and described["trained_betas"] == BETAS
     assert objective.prediction_type == "v_prediction"
