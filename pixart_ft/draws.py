@@ -56,6 +56,11 @@ class Plan:
         return self.learning_rate * factor
 
 
+def fitting_warmup(asked: int, steps: int) -> int:
+    """The steps of a warm-up in a run of `steps`; one that would not end within them is cut to a tenth of them."""
+    return asked if asked <= steps else steps // 10
+
+
 @dataclass(frozen=True)
 class TrainingSet:
     """Cached pictures with what is needed to read them."""

@@ -19,7 +19,7 @@ from pixart_ft.checkpoint import RunFolder, step_of
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.captions import TEXT_PREPARATION, prepare_text
 from pixart_ft.data.datasets import TRANSFORM, Row
-from pixart_ft.draws import Plan
+from pixart_ft.draws import Plan, fitting_warmup
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
 from pixart_ft.settings import flat
@@ -226,6 +226,7 @@ def _rates(began: TrainedOn, plan: Plan, step: int) -> tuple[float, float] | Non
         return None
     names = {"steps": "train.steps"} | {n: f"optim.{n}" for n in ("learning_rate", "warmup_steps", "decay")}
     before = replace(plan, **{name: began.settings[key] for name, key in names.items()})
+    before = replace(before, warmup_steps=fitting_warmup(before.warmup_steps, before.steps))
     if before.learning_rate_at(step) == plan.learning_rate_at(step):
         return None
     return before.learning_rate_at(step - 1), plan.learning_rate_at(step)

@@ -5,7 +5,7 @@ their average, the optimizer's moments, the step number, and what was logged so 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -140,29 +140,32 @@ class Trainer:
         """One optimizer step over the global batch; returns the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.learning_rate_at(self.step)
-        num_steps = self.objective.schedule.num_steps
         law = None if self.history is None else self.history.probabilities()
-        seen = []
+        mine: list[Tensor] = []
         for micro in range(self.plan.accumulation):
             last = micro == self.plan.accumulation - 1
             draws = self.draws_of(self.step, micro)
-            # The adapter's own dropout is the one draw that torch makes by itself.
+            # the adapter's own dropout is the one draw that torch makes by itself
             torch.manual_seed(generator(self.plan.seed, draws[0], "adapter dropout").initial_seed())
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 t, weight, terms = self._forward(draws, law)
                 self.accelerator.backward(terms["loss"].mean() / self.plan.accumulation)
-            # one gather and one copy: each would make the host wait for the device
             asked = torch.full_like(terms["loss"], float(self._stop.asked))
-            mine = torch.stack([t.float(), asked, weight, *terms.values()], dim=1).detach()
-            t_all, asked_all, weight_all, *values = self.accelerator.gather(mine).cpu().unbind(1)
-            everywhere = dict(zip(terms, values, strict=True))
-            self.window.add(everywhere, t_all.long(), weight_all, num_steps)
-            seen.append((t_all.long(), everywhere["loss"] / weight_all))
-            self._stopping = self._stopping or bool(asked_all.any())
-        if self.history is not None:  # all at once, so that the law is the same for every micro-batch of a step
-            for t_all, losses in seen:
-                self.history = self.history.updated(t_all, losses)
+            mine.append(torch.stack([t.float(), asked, weight, *terms.values()], dim=1).detach())
+        self._take_in(list(terms), torch.stack(mine))
         return self._update()
+
+    def _take_in(self, names: Sequence[str], mine: Tensor) -> None:
+        """What a step met, here (micro-batch, picture, [t, asked to stop, weight, *terms]) and in other processes."""
+        # one gather and one copy a step: each makes the host wait for the device, which then has no work queued
+        everywhere = self.accelerator.gather(mine).cpu().view(self.accelerator.num_processes, *mine.shape)
+        for rows in everywhere.transpose(0, 1).flatten(1, 2):  # in the order of the draws
+            t, asked, weight, *values = rows.unbind(1)
+            terms = dict(zip(names, values, strict=True))
+            self.window.add(terms, t.long(), weight, self.objective.schedule.num_steps)
+            if self.history is not None:
+                self.history = self.history.updated(t.long(), terms["loss"] / weight)
+            self._stopping = self._stopping or bool(asked.any())
 
     def _forward(self, draws: range, law: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """t, the weights that undo its law, and the terms times these weights, each (N,), of a micro-batch."""
@@ -179,10 +182,9 @@ class Trainer:
         there: dict[str, Any] = {
             name: None if x is None else x.to(device, non_blocking=True) for name, x in vars(batch).items()
         }
-        weight = there.pop("weight")
+        t, weight = there["t"], there.pop("weight")
         with self.accelerator.autocast():
-            terms = self.objective.terms(self.model, **there)
-        return there["t"], weight, {name: weight * term for name, term in terms.items()}
+            return t, weight, {name: weight * term for name, term in self.objective.terms(self.model, **there).items()}
 
     def _update(self) -> float:
         limit = self.plan.clip_norm or math.inf
@@ -229,8 +231,6 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
-
-    # Watching
 
     def _progress(self) -> tqdm:
         return tqdm(

@@ -74,7 +74,7 @@ def _run(
     if accelerator.is_main_process:
         folder.probe()
         print("\n".join(start.facts(config, accelerator)))
-    with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered
+    with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered; pictures are read anew
         digests = picture_digests([*rows, *held_rows])
         predicted = objective.prediction_type
         about = trained_on(config, base, rows, held_rows, digests, schedule_config, predicted, resolution)
@@ -138,7 +138,6 @@ def _run(
         lock.take()
         done = trainer.step if checkpoint is not None else -1
         folder.cut(done)
-        folder.drop_adapters(lambda step: step > done)
         write_text(folder.config_file, to_yaml(config))
         write_text(folder.path / "environment.json", environment)
         if resume is not None:

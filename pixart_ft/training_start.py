@@ -15,7 +15,7 @@ from pixart_ft import models, places
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.datasets import Row, verify_pictures
-from pixart_ft.draws import Plan
+from pixart_ft.draws import Plan, fitting_warmup
 from pixart_ft.errors import UserError
 from pixart_ft.objective import Objective
 from pixart_ft.targets import check_rank, check_targets, trainable
@@ -139,13 +139,13 @@ def _resolution(config: TrainConfig, base: str) -> int:
 def _warmup(config: TrainConfig) -> int:
     """The steps of the warm-up; one that would not end within the run, such as a recipe's in a short try, is cut."""
     asked, steps = config.optim.warmup_steps, config.train.steps
-    if asked <= steps:
-        return asked
-    warnings.warn(
-        f"optim.warmup_steps {asked} would not end within train.steps {steps}: {steps // 10} are used, a tenth of them",
-        stacklevel=2,
-    )
-    return steps // 10
+    used = fitting_warmup(asked, steps)
+    if used != asked:
+        warnings.warn(
+            f"optim.warmup_steps {asked} would not end within train.steps {steps}: {used} are used, a tenth of them",
+            stacklevel=2,
+        )
+    return used
 
 
 def plan_of(config: TrainConfig) -> Plan:

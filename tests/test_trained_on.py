@@ -293,6 +293,14 @@ def test_what_would_make_another_run_is_refused() -> None:
         assert refused(key) == []
 
 
+def test_a_warm_up_that_was_cut_is_no_change_of_the_rate() -> None:
+    """Settings keep the warm-up as asked for; a short try of a recipe with a longer one can be resumed."""
+    short = replace(PLAN, steps=10, warmup_steps=1, decay="constant")
+    as_asked = TrainedOn({}, settings(replace(short, warmup_steps=50)))
+    result = changes(as_asked, as_asked, short, 5)
+    assert (result.said, result.refused) == ([], [])
+
+
 def test_the_comparison_begins_anew_only_where_it_depends_on_the_change() -> None:
     def anew(name: str) -> bool:
         began = TrainedOn({name: Part.of([1])}, settings(PLAN))

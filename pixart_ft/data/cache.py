@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.data.captions import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
-from pixart_ft.data.datasets import TRANSFORM, Row, load_picture, verify_pictures
+from pixart_ft.data.datasets import TRANSFORM, Row, in_threads, load_picture, verify_pictures
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, probe, sweep, write_file, write_text
 
@@ -174,7 +174,8 @@ def cache_captions(
 
 def picture_digests(rows: Sequence[Row]) -> list[str]:
     """The SHA-256 of each picture's file; UserError for one that cannot be read."""
-    return [_sha256(row.path) for row in rows]
+    found = in_threads(lambda row: _sha256(row.path), rows)
+    return list(tqdm(found, "pictures read", len(rows), delay=1, leave=False))
 
 
 def cache_pictures(

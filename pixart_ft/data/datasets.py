@@ -6,11 +6,11 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -26,6 +26,7 @@ _REFUSED_TYPES = frozenset({".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", "
 _TABLE_TYPES = (".json", ".csv", ".tsv", ".ndjson", ".parquet")
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _CAPTION_COLUMNS = ("text", "caption")
+Found = TypeVar("Found")
 
 TRANSFORM = "exif, on white, centre square, lanczos, 1"
 """Names what `load_picture` does; part of every cache key. Change it when `load_picture` changes."""
@@ -131,20 +132,26 @@ def verify_pictures(rows: Sequence[Row], size: int, *, progress: bool = True) ->
     """
     report = _Report()
     small, cropped = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sizes = tqdm(pool.map(_size_or_problem, rows), "pictures checked", len(rows), disable=not progress)
-        for row, found in zip(rows, sizes, strict=True):
-            if isinstance(found, str):
-                report.add("pictures that cannot be read (repair them or move them out)", found)
-            elif min(found) < size:
-                small.append(str(row.path))
-            elif max(found) > 2 * min(found):
-                cropped.append(str(row.path))
+    sizes = tqdm(in_threads(_size_or_problem, rows), "pictures checked", len(rows), disable=not progress)
+    for row, found in zip(rows, sizes, strict=True):
+        if isinstance(found, str):
+            report.add("pictures that cannot be read (repair them or move them out)", found)
+        elif min(found) < size:
+            small.append(str(row.path))
+        elif max(found) > 2 * min(found):
+            cropped.append(str(row.path))
     report.raise_if_any("some pictures cannot be used:")
     if small:
         warnings.warn(_listed(f"pictures below {size} px, enlarged and so blurred", small, 3), stacklevel=2)
     if cropped:
         warnings.warn(_listed("pictures that lose over half to the centre crop", cropped, 3), stacklevel=2)
+
+
+def in_threads(work: Callable[[Row], Found], rows: Sequence[Row]) -> Iterator[Found]:
+    """`work` of each row, in order, by as many threads as there are processors; only some rows wait at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(rows), 1024):
+            yield from pool.map(work, rows[start : start + 1024])
 
 
 def load_picture(path: str | Path, size: int | tuple[int, int]) -> "Tensor":
