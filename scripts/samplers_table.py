@@ -5,9 +5,10 @@
 
 The first compares with the fine-tuning pictures, the second, for the base alone, with the Noto pictures that it was
 trained on, which `scripts/build_demo.py --work ~/demo` fetches. Each cell draws one picture for each of 48 training
-captions (guidance 4.5, bfloat16) and is kept, so that the command can be repeated; some two hours a model on one core. The
-distance is Frechet's, between Gaussians fitted to 16 features a picture: the mean of each of the demo VAE's 4 latent
-channels in each quarter of the picture. It sees colour, shade and rough layout, no meaning; it compares cells only.
+captions (guidance 4.5, bfloat16) and is kept, so that the command can be repeated; some two hours a model on one core.
+The distance is Frechet's, between Gaussians fitted to 16 features a picture: the mean of each of the demo VAE's 4
+latent channels in each quarter of the picture. It sees colour, shade and rough layout, no meaning; it compares cells
+only.
 """
 
 import argparse
