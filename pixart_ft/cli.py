@@ -219,7 +219,7 @@ def split_options(
 def _prints(text: str) -> bool:
     """Whether the terminal, or the file in its place, has every letter of it."""
     try:
-        text.encode(sys.stdout.encoding)
+        text.encode(sys.stdout.encoding or "utf-8")  # a StringIO in its place has none, and takes every letter
     except UnicodeEncodeError:
         return False
     return True

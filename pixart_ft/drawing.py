@@ -68,6 +68,12 @@ def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler | Sto
         schedule = conditioned(NoiseSchedule.from_diffusers_config(words), schedule, settings.time_conditioning)
     scheduler = build_scheduler(settings.sampler, schedule, model.prediction_type, settings.options)
     scheduler.set_timesteps(settings.steps)
+    if schedule.num_steps > 1 and scheduler.timesteps[0] <= schedule.timesteps[0]:
+        # "leading" and diffusers' "linspace" put a single step there, and "leading" more steps than it can tell apart
+        raise ValueError(
+            f"sampler {settings.sampler} would begin {settings.steps} steps of this spacing where no noise is left, so "
+            "the noise would stay; take another number of steps, or spacing trailing"
+        )
     if settings.image is not None:
         scheduler.set_begin_index(scheduler.step_starts[_skipped(settings)])
     return scheduler

@@ -1,6 +1,8 @@
 """The command line, in this process and, where the process matters, in another. Oracle: expected output."""
 
+import contextlib
 import errno
+import io
 import os
 import subprocess
 import sys
@@ -362,3 +364,10 @@ def test_a_thread_that_the_disk_refuses_prints_no_traceback(
         monkeypatch.setattr(cli, "_run", lambda arguments, raised=raised: failing(raised))
         assert cli.main([]) == 0
         assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+def test_a_plan_is_printed_where_the_output_has_no_encoding() -> None:
+    """A program that catches the output in a StringIO, as notebooks' tools do, gets the letters themselves."""
+    with contextlib.redirect_stdout(io.StringIO()) as caught:
+        cli._print_plan(["a fact"], GenerateConfig(prompts=("日本",)))
+    assert caught.getvalue().startswith("# a fact\n") and "日本" in caught.getvalue()

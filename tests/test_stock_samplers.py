@@ -1,6 +1,7 @@
 """diffusers' schedulers by name. Oracles: the exact flow and law of Gaussian data, the stock pipeline with the same
 scheduler made by hand, and numpy's interpolation of noise levels."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Sequence
@@ -175,3 +176,24 @@ def test_what_it_cannot_do_is_refused(settings: dict[str, Any], model: Abilities
 def test_none_of_ours_is_replaced() -> None:
     for name in SCHEDULERS:
         assert not isinstance(made(name, 3), StockScheduler)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [*itertools.product(EVERY_SAMPLER, (1, 2, 3)), ("ddim", 1000), ("dpm++", 1000), ("unipc", 1000)]
+)
+def test_drawing_begins_at_noise_or_is_refused(name: str, steps: int) -> None:
+    """Every sampler, spacing and length: finite from a start with noise in it, or refused with what helps."""
+    for spacing in EVERY_SAMPLER[name].spacings:
+        options = {"spacing": spacing} if "spacing" in EVERY_SAMPLER[name].settings else {}
+        try:
+            scheduler = scheduler_for(Settings(name, steps=steps, options=options), ABLE)
+        except ValueError as error:
+            assert str(error).startswith(f"sampler {name} ") and str(error).endswith("or spacing trailing")
+            assert spacing != "trailing"
+            assert steps in (1, 2, 1000)
+            continue
+        assert scheduler.timesteps[0] >= 499
+        if name in STOCK_SAMPLERS and steps <= 3:
+            generator = [torch.Generator().manual_seed(0)]
+            x = walk(scheduler, torch.full((1, 1), scheduler.init_noise_sigma), generator)
+            assert x.isfinite().all()

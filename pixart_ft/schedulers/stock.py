@@ -62,7 +62,10 @@ class StockScheduler:
         self._takes_generator = "generator" in inspect.signature(self.inner.step).parameters
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose a number of steps, spaced as configured. Raises ValueError for one that the schedule does not have."""
+        """Choose a number of steps, spaced as configured.
+
+        Raises ValueError for a number that the schedule does not have, or that gives noise levels that are no numbers.
+        """
         if not 1 <= num_inference_steps <= self.schedule.num_steps:
             raise ValueError(
                 f"cannot take {num_inference_steps} steps of a process of {self.schedule.num_steps}; "
@@ -70,6 +73,13 @@ class StockScheduler:
             )
         self.inner.set_timesteps(num_inference_steps)
         walked = self.inner.timesteps
+        first = 0 if self.facts.stochastic else 1  # dpm2 never reads the first, and none reads those beyond its calls
+        between = getattr(self.inner, "sigmas_interpol", walked)[first : len(walked)]
+        if not between.isfinite().all():
+            raise ValueError(
+                f"sampler {self.facts.name} cannot reach the end of this schedule in {num_inference_steps} steps (a "
+                "noise level of theirs is no number); take more, or spacing trailing"
+            )
         indices = torch.arange(self.schedule.num_steps, dtype=torch.float64)
         told = interpolate(walked.to(torch.float64), indices, self.schedule.timesteps.to(torch.float64))
         self.timesteps = told.to(torch.float32 if walked.is_floating_point() or (told % 1).any() else torch.int64)
