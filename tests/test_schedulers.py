@@ -257,6 +257,17 @@ def test_predictor_and_corrector_are_song_et_als_algorithm_5(norms: str, correct
     torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
 
 
+def test_probability_flow_is_eulers_method_in_the_integral_of_beta() -> None:
+    """Song et al. 2021b, eq. 13 of the VP SDE, dx = -(x + score) dB / 2 with B = -log alpha_bar, at five steps."""
+    scheduler, kept = made(("pf_ode", {}), 5), [0, 250, 500, 749, 999]
+    alpha_bar, x = LINEAR.alpha_bar[kept].tolist(), draw(*SHAPE, seed=99)
+    found = run(scheduler, bent, x)[-1]
+    for i in reversed(range(5)):
+        score = -bent(x, torch.tensor(kept[i]))[:, :4] / math.sqrt(1 - alpha_bar[i])
+        x = x + math.log((alpha_bar[i - 1] if i else 1) / alpha_bar[i]) / 2 * (x + score)
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", ON_INDICES + ON_LEVELS, ids=name_of)
 def test_a_network_runs_on_another_schedule_matched_in_snr_or_by_the_index(case: Case, kind: PredictionType) -> None:
