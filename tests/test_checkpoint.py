@@ -299,3 +299,16 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     write_text(path, "zwei ä")
     assert path.read_bytes() == "zwei ä".encode()
     assert [p.name for p in path.parent.iterdir()] == ["config.yaml"]
+
+
+def test_what_was_drawn_and_kept_after_a_step_goes_with_the_course_that_is_left(tmp_path) -> None:
+    """An adapter that stayed would stand for that of the new course, which keeps what is there."""
+    run = RunFolder(tmp_path)
+    for step in (0, 4, 8):
+        for folder in (run.samples_at(step), run.adapter_at(step)):
+            folder.mkdir(parents=True)
+        run.samples_at(step).with_suffix(".png").touch()
+    run.cut(4)
+    assert run.adapter_steps() == [0, 4]
+    names = ["step-000000", "step-000000.png", "step-000004", "step-000004.png"]
+    assert sorted(path.name for path in run.samples.iterdir()) == names
