@@ -27,11 +27,32 @@ def check_training(config: TrainConfig, resume: str | None = None, init_from: st
             with mistakes.noted():
                 check_folder(picture_folder(name, part))
     with mistakes.noted():
+        _check_apart(config)
+    with mistakes.noted():
         RunFolder(config.run.folder).check_new(resume=resume is not None)
     if init_from is not None:
         with mistakes.noted():
             find_adapter(init_from)
     mistakes.raise_if_any()
+
+
+def _check_apart(config: TrainConfig) -> None:
+    """Raise UserError where one folder's pictures would be taken for another's: they are read with all below them."""
+    folder = picture_folder(config.data.folder, "train")
+    run = Path(config.run.folder)
+    if run.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"run.folder: {run} lies inside data.folder {folder}, so the run's samples would be taken for pictures to "
+            "learn from; choose a place outside"
+        )
+    if config.data.held_out is not None:
+        held_out = picture_folder(config.data.held_out, "held_out")
+        one, other = folder.resolve(), held_out.resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise UserError(
+                f"data.held_out: {held_out} and data.folder {folder} share pictures, so what is measured would be "
+                "trained on; keep them apart, or use data.held_out_fraction"
+            )
 
 
 def check_generation(config: GenerateConfig) -> None:

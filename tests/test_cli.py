@@ -371,3 +371,15 @@ def test_a_plan_is_printed_where_the_output_has_no_encoding() -> None:
     with contextlib.redirect_stdout(io.StringIO()) as caught:
         cli._print_plan(["a fact"], GenerateConfig(prompts=("日本",)))
     assert caught.getvalue().startswith("# a fact\n") and "日本" in caught.getvalue()
+
+
+def test_folders_that_would_be_read_as_one_another_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures are read with all folders below: a run or held-out pictures in there would be trained on."""
+    Path("pics/held").mkdir(parents=True)
+    Path("link").symlink_to("pics")
+    train = ("train", "--data.folder", "pics", "--model.base", "demo", "--run.folder")
+    for run in ("pics/run", "link/run"):
+        assert any(f"run.folder: {run} lies inside data.folder pics" in line for line in problems(capsys, *train, run))
+    for held_out in ("pics", "pics/held", ".", "link"):
+        lines = problems(capsys, *train, "run", "--data.held_out", held_out)
+        assert any(f"data.held_out: {held_out} and data.folder pics share pictures" in line for line in lines)

@@ -184,8 +184,9 @@ def test_the_adapter_alone_is_trained(options, tiny) -> None:
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_training_lowers_the_loss_on_its_own_pictures(options, pictures) -> None:
-    run = train(options, train__steps=40, data__held_out=pictures, data__held_out_fraction=0.0, train__ema_decay=0.0)
+def test_training_lowers_the_loss_on_its_own_pictures(options, pictures, tmp_path) -> None:
+    same = shutil.copytree(pictures, tmp_path / "same")  # the folder itself is refused
+    run = train(options, train__steps=40, data__held_out=same, data__held_out_fraction=0.0, train__ema_decay=0.0)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     held = [record["held_out"]["loss"]["mean"] for record in records if "held_out" in record]
     assert held[-1] < 0.9 * held[0]
