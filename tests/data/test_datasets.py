@@ -79,6 +79,14 @@ def test_text_files_beside_the_pictures(tmp_path: Path) -> None:
     assert [(row.name, row.caption) for row in rows] == [("a.png", "a cat"), ("sub/b.png", "a dog")]
 
 
+def test_hidden_files_and_folders_are_no_pictures(tmp_path: Path) -> None:
+    for name in ("a.png", ".b.png", "sub/.cache/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a")
+    assert [row.name for row in read_folder(tmp_path)] == ["a.png"]
+
+
 def test_one_report_lists_all_that_is_wrong(tmp_path: Path) -> None:
     for name in ("good.png", "alone.png", "blank.png", "number.png", "twice.png"):
         picture(tmp_path / name)
@@ -151,6 +159,7 @@ def test_other_bad_folders(tmp_path: Path) -> None:
 def test_split_is_exact_ordered_and_a_function_of_the_names() -> None:
     rows = [row_of(Path(f"{index:03d}.png")) for index in range(100)]
     train, held_out = split(rows, 0.2, seed=0)
+    assert len(split(rows[:13], 0.2, seed=0)[1]) == 3  # of 2.6
     assert len(held_out) == 20 and sorted(train + held_out, key=lambda row: row.name) == rows
     assert held_out == sorted(held_out, key=lambda row: row.name)
     elsewhere = [Row(Path("/moved") / row.name, "new", row.name) for row in reversed(rows)]
