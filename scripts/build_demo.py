@@ -168,12 +168,14 @@ class Build:
         return np.concatenate(seen), unseen
 
     def vae(self) -> None:
+        if self.args.vae:
+            return
         training = VaeTraining(self.work / "vae")
         if training.step < self.args.vae_steps:
             training.run(self._seen_and_unseen()[0], self.args.vae_steps)
 
     def measure(self) -> None:
-        vae = VaeTraining(self.work / "vae").averaged()
+        vae = self._trained_vae() if self.args.vae else VaeTraining(self.work / "vae").averaged()
         unseen = {name: pictures[: self.args.pictures] for name, pictures in self._seen_and_unseen()[1].items()}
         print_figures(vae, unseen)
         write_vae_sheet(self.work / "vae.png", vae, unseen)
@@ -181,6 +183,8 @@ class Build:
     def _trained_vae(self) -> AutoencoderKL:
         """The averaged VAE with normalised latents; kept, so that every later stage has the same."""
         folder = self.work / "vae" / "normalised"
+        if not folder.is_dir() and self.args.vae:
+            shutil.copytree(self.args.vae, folder)
         if not folder.is_dir():
             vae = VaeTraining(self.work / "vae").averaged()
             pictures = np.concatenate([artwork[::12] for artwork in self._artwork().values()])
@@ -252,6 +256,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("pixart_ft/demo"), help="where the demo goes")
     parser.add_argument("--sheet", type=Path, default=Path("docs/pictures/demo.png"), help="the base's pictures")
     parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument(
+        "--vae", type=Path, help="a trained VAE, such as scripts/demo_vae_trained, in place of that stage"
+    )
     parser.add_argument("--pictures", type=int, default=1000, help="at most so many of each set are measured")
     parser.add_argument("--base-steps", type=int, default=10000)
     parser.add_argument("--warm-start", type=Path, help="a demo model whose inner layers the base begins with")
