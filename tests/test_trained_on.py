@@ -148,7 +148,8 @@ def test_settings_are_checked_without_the_file_of_settings(options) -> None:
         train(options, lora__alpha=64, resume="auto")
 
 
-def test_words_that_mean_the_same_are_no_change(options) -> None:
+def test_words_that_mean_the_same_are_no_change(options, capsys) -> None:
+    """The run goes on, and only its new length is announced."""
     train(
         options,
         diffusion__schedule="linear",
@@ -158,6 +159,8 @@ def test_words_that_mean_the_same_are_no_change(options) -> None:
         validation__pictures=50,
         resume="auto",
     )
+    changes = [line for line in capsys.readouterr().out.splitlines() if "changed:" in line]
+    assert changes == ["  changed: train.steps was 6, is 8"]
 
 
 def test_a_checkpoint_of_an_earlier_version_has_to_be_accepted(options, capsys) -> None:
