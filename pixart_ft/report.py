@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from pixart_ft.before_after import before_after
 from pixart_ft.checkpoint import RunFolder
+from pixart_ft.data.datasets import Row
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import Estimate
 from pixart_ft.files import write_file
 from pixart_ft.keeping import Keeper, lowest_step
-from pixart_ft.pictures import grid, loss_curve, term_curves
+from pixart_ft.pictures import loss_curve, term_curves
 from pixart_ft.shell import pasteable
 from pixart_ft.trainer import Trainer
 from pixart_ft.watching import Comparison, Place
@@ -20,8 +22,12 @@ def finish(
     trainer: Trainer,
     keeper: Keeper,
     prompts: Sequence[str],
+    rows: Mapping[str, Sequence[Row]],
 ) -> None:
-    """Write `final/` and print the summary: the adapters first, since no report may lose them."""
+    """Write `final/` and print the summary: the adapters first, since no report may lose them.
+
+    rows: the pictures that the sheet of before and after sets beside the prompts of the same caption, see there.
+    """
     written = {"adapter": keeper.at_the_end(trainer.place)}
     for sheet_before in folder.final.glob("*.png"):  # of an earlier end: what cannot be made anew must not stand for it
         sheet_before.unlink()
@@ -40,7 +46,9 @@ def finish(
                 written["its terms"] = terms
     if prompts:
         with attempted("the sheet of before and after"):
-            sheet = before_after(folder, trainer.watch.since, trainer.step, prompts)
+            since = trainer.watch.since
+            before, after = (_first_seeds(folder, step, prompts) for step in (since, trainer.step))
+            sheet = before_after(prompts, before, after, rows, label=f"step {since}" if since else "before")
             write_file(folder.final / "before_after.png", lambda aside: sheet.save(aside, format="PNG"))
             written["before and after"] = folder.final / "before_after.png"
     with attempted("the summary"):
@@ -71,19 +79,15 @@ def commands(folder: RunFolder, last_step: int, prompts: Sequence[str]) -> dict[
     return found
 
 
-def before_after(folder: RunFolder, first_step: int, last_step: int, prompts: Sequence[str]) -> Image.Image:
-    """The fixed prompts before the training (upper row) and after it (lower row); the first seed of each.
+def _first_seeds(folder: RunFolder, step: int, prompts: Sequence[str]) -> list[Image.Image]:
+    """The picture of each prompt that was drawn at a step with the first seed.
 
     Raises UserError where the pictures are no longer in the folder of samples.
     """
-    rows = []
-    for step in (first_step, last_step):
-        files = sorted(folder.samples_at(step).glob("*.png"))
-        if not files or len(files) % len(prompts):
-            raise UserError(f"{folder.samples_at(step)} has {len(files)} pictures for {len(prompts)} prompts")
-        rows.append([Image.open(file).convert("RGB") for file in files[:: len(files) // len(prompts)]])
-    before = f"step {first_step}" if first_step else "before"
-    return grid(rows, row_labels=[before, "after"], column_labels=list(prompts))
+    files = sorted(folder.samples_at(step).glob("*.png"))
+    if not files or len(files) % len(prompts):
+        raise UserError(f"{folder.samples_at(step)} has {len(files)} pictures for {len(prompts)} prompts")
+    return [Image.open(file).convert("RGB") for file in files[:: len(files) // len(prompts)]]
 
 
 def summary(place: Place, held_out: Comparison, titles: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from pixart_ft import models
 from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
 from pixart_ft.adapters import attach, fill_adapter
 from pixart_ft.attention import use_plain_attention
+from pixart_ft.before_after import HELD_OUT, LEARNED
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.cache import picture_digests
@@ -151,7 +152,7 @@ def _run(
         accelerator.init_trackers("tensorboard")
     trainer.run()
     if accelerator.is_main_process:
-        finish(folder, trainer, keeper, config.validation.prompts)
+        finish(folder, trainer, keeper, config.validation.prompts, {LEARNED: rows, HELD_OUT: held_rows})
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder.path

@@ -86,6 +86,7 @@ LEVELS = {
     "training_data": 7,
     "training_objective": 8,
     "trained_on": 8,
+    "before_after": 3,
     "report": 9,
     "training_start": 9,
     "training_run": 10,

@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 
 from pixart_ft import models, report, watching
 from pixart_ft.adapter_files import find_adapter, read_metadata
+from pixart_ft.before_after import HELD_OUT, LEARNED, before_after
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.cli import main
 from pixart_ft.config import load_config
+from pixart_ft.data.datasets import read_folder, split
 from pixart_ft.errors import UserError
 from pixart_ft.keeping import lowest_step
 from pixart_ft.nested import load_nested
@@ -272,6 +274,18 @@ def test_init_from_takes_weights_and_not_state(options, tmp_path) -> None:
     end, begin = ([r["held_out"]["loss"]["mean"] for r in found if "held_out" in r] for found in records)
     assert begin[0] == end[-1]
     assert losses(second)[0] != losses(first)[0]
+
+
+def test_the_sheet_of_before_and_after_sets_the_real_pictures_beside(options) -> None:
+    rows = read_folder(options["data.folder"])
+    learned, held = split(rows, options["data.held_out_fraction"], 7)
+    prompts = [held[0].caption, learned[0].caption, "a zebra"]
+    run = train(options, run__seed=7, validation__prompts=prompts, validation__seeds=[1, 2])
+    files = [sorted((run / "samples" / f"step-{step:06d}").glob("*.png"))[::2] for step in (0, STEPS)]
+    before, after = [[Image.open(file).convert("RGB") for file in each] for each in files]
+    expected = before_after(prompts, before, after, {LEARNED: learned, HELD_OUT: held})
+    with Image.open(run / "final" / "before_after.png") as sheet:
+        assert sheet.convert("RGB") == expected
 
 
 def test_a_run_without_prompts_held_out_pictures_or_extras_ends_well(options, capsys) -> None:

@@ -159,7 +159,7 @@ def load_picture(path: str | Path, size: int | tuple[int, int]) -> "Tensor":
 
     Upright by EXIF, transparency on white, cropped to the centre, Lanczos. Raises UserError naming the path.
     """
-    return _fitted(_open_rgb(path), size)
+    return _fitted(open_picture(path), size)
 
 
 def picture_pixels(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
@@ -176,7 +176,8 @@ def _fitted(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
     return pixels.to(torch.float32) / 127.5 - 1
 
 
-def _open_rgb(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path) -> Image.Image:
+    """In RGB, upright by EXIF, transparency on white. Raises UserError naming the path."""
     try:
         with Image.open(path) as opened:
             return _rgb(opened)
@@ -210,7 +211,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
 
 def _size_or_problem(row: Row) -> tuple[int, int] | str:
     try:
-        return _open_rgb(row.path).size
+        return open_picture(row.path).size
     except UserError as error:
         return str(error)
 
