@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import demo_vae
 from demo_captions import Example, captions_of, held_out
 from demo_muon import BatchedMuon
+from demo_pictures import SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, Emoji, fine_tuning_split
 from demo_vae import build_vae, hue_degrees, measure, normalise_latents, reconstruction_loss, turn_hue
 from PIL import Image
 
@@ -144,3 +145,14 @@ def test_held_out_pictures_are_of_things_known_from_elsewhere(tmp_path: Path) ->
     assert chosen == held_out(pictures, tmp_path / "again.jsonl") and len(chosen) == 4
     assert len({pictures[row].code for row in chosen}) == 4 and len({pictures[row].style for row in chosen}) > 1
     assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_fine_tuning_set_has_what_the_sheet_shows_on_its_side() -> None:
+    shown = (*SHOWN_LEARNED, *SHOWN_KNOWN, *SHOWN_NEW)
+    names = [*shown, *(f"thing {i}" for i in range(300)), *(f"woman {i}" for i in range(80))]
+    emojis = [Emoji(str(i), name, "Objects", "") for i, name in enumerate(names)]
+    train, unseen = ([e.name for e in each] for each in fine_tuning_split(emojis))
+    assert (len(set(train)), len(set(unseen))) == (240, 60) and not {*train} & {*unseen}
+    assert {*SHOWN_LEARNED} <= {*train} and {*SHOWN_KNOWN, *SHOWN_NEW} <= {*unseen}
+    persons = sum(name.startswith("woman") for name in train + unseen)
+    assert 0 < persons < 300 * 20 / 320 * 2  # 20 of 320 are expected after three quarters are left out
