@@ -25,7 +25,7 @@ NUMBERS := tests/diffusion tests/test_flow.py tests/test_solvers.py tests/test_s
 	tests/test_guidance.py tests/test_prepared.py tests/test_pipeline.py tests/test_text_to_image.py \
 	tests/test_image_to_image.py tests/test_attention.py tests/test_adapters.py tests/test_evaluation.py \
 	tests/test_objective.py tests/test_training_wiring.py tests/test_diffusion_settings.py tests/test_ema.py \
-	tests/data/test_cache.py tests/data/test_captions.py
+	tests/data/test_cache.py tests/data/test_captions.py tests/test_vae.py
 # Those that meet the libraries most, to be run with the oldest of them.
 LIBRARIES := tests/data tests/diffusion tests/test_adapters.py tests/test_attention.py tests/test_config.py \
 	tests/test_ema.py tests/test_evaluation.py tests/test_flow.py tests/test_generation.py tests/test_golden.py \

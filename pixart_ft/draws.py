@@ -21,8 +21,8 @@ from pixart_ft.diffusion.weighting import (
     stratified_timesteps,
     uniform_timesteps,
 )
-from pixart_ft.latents import LatentScale
 from pixart_ft.randomness import epoch_order, normal, uniform
+from pixart_ft.vae import LatentScale
 
 
 @dataclass(frozen=True)

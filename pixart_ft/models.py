@@ -20,9 +20,9 @@ from pixart_ft.diffusion.process import PredictionType
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
-from pixart_ft.latents import LatentScale, latent_scale_faults
 from pixart_ft.model_faults import index_faults, transformer_faults, type_faults
 from pixart_ft.scheduler_config import process_of
+from pixart_ft.vae import LatentScale, latent_scale_faults, safe_dtype
 from pixart_ft.weights import check_keys, quiet, readable, variant
 
 VarianceState = Literal["trained", "stale", "none"]
@@ -89,17 +89,16 @@ def load_vae(base: str, *, dtype: torch.dtype, revision: str | None = None) -> A
     One whose config says `force_upcast` overflows in float16 (as the SDXL VAE does): it is loaded in float32
     with a warning.
     """
-    config = _read_config(base, "vae", revision)
-    if dtype == torch.float16 and config.get("force_upcast", True):
+    safe = safe_dtype(_read_config(base, "vae", revision), dtype)
+    if safe != dtype:
         warnings.warn("this VAE overflows in float16 (force_upcast): loaded in float32", stacklevel=2)
-        dtype = torch.float32
     with quiet(base), readable(base, "vae"):
         vae, report = AutoencoderKL.from_pretrained(
             base,
             subfolder="vae",
             revision=revision,
             variant=variant(base, "vae"),
-            torch_dtype=dtype,
+            torch_dtype=safe,
             output_loading_info=True,
         )
     check_keys(base, "vae", report["missing_keys"], report["unexpected_keys"])

@@ -23,11 +23,11 @@ from pixart_ft.attention import check_text
 from pixart_ft.data.captions import encode_captions, pad_text
 from pixart_ft.data.datasets import picture_pixels
 from pixart_ft.drawing import calls_to_come, interval_faults, size_faults, strength_faults, warn_of_size
-from pixart_ft.latents import latent_scale_faults
 from pixart_ft.pipeline_folder import open_as_stock, own_scheduler
-from pixart_ft.sampling import Guidance, decode_pixels, encode_picture, first_call, sample_latents, to_pictures, to_unit
+from pixart_ft.sampling import Guidance, first_call, sample_latents
 from pixart_ft.scheduler_config import process_of
 from pixart_ft.schedulers import PixArtScheduler
+from pixart_ft.vae import decode_to_pixels, encode_pixels, latent_scale_faults, safe_dtype, to_pictures, to_unit
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 # (pipeline, number of calls before this one, timestep, {"latents": ...}) -> what of it to replace
@@ -267,7 +267,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
 
     def _decoded(self, latents: Tensor, output_type: str, wanted: tuple[int | None, int | None]) -> Any:
         """Pictures of latents, cut to the size that was asked for where another was drawn."""
-        pixels = decode_pixels(self._safe_vae(), latents)
+        pixels = decode_to_pixels(self._safe_vae(), latents)
         height, width = (asked or side for asked, side in zip(wanted, pixels.shape[2:], strict=True))
         if (height, width) != tuple(pixels.shape[2:]):
             pixels = self.image_processor.resize_and_crop_tensor(pixels, width, height)
@@ -300,7 +300,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
         """The picture, noised to the step that the scheduler begins with."""
         scheduler = self.scheduler
         size = (shape[2] * self.vae_scale_factor, shape[1] * self.vae_scale_factor)
-        x0 = encode_picture(self._safe_vae(), picture_pixels(image, size)[None], self._execution_device)
+        x0 = encode_pixels(self._safe_vae(), picture_pixels(image, size)[None], self._execution_device)
         x0 = x0.expand(len(generators), *shape)
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
         begin: Tensor = scheduler.add_noise(x0, noise, scheduler.timesteps[[scheduler.begin_index]])
@@ -308,9 +308,8 @@ class PixArtPipeline(PixArtSigmaPipeline):
 
     def _safe_vae(self) -> Any:
         """The VAE, in float32 where its config says that it overflows in float16, as the SDXL VAE does."""
-        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
-            self.vae.to(torch.float32)
-        return self.vae
+        safe = safe_dtype(self.vae.config, self.vae.dtype)
+        return self.vae if safe == self.vae.dtype else self.vae.to(safe)
 
 
 def _generators(given: torch.Generator | Sequence[torch.Generator] | None, count: int) -> list[torch.Generator]:

@@ -1,4 +1,4 @@
-"""From text embeddings to pictures: the sampling loop with classifier-free guidance, and the VAE on both ends.
+"""From text embeddings to latents: the sampling loop with classifier-free guidance.
 
 Shapes: N pictures, C latent channels, H W latent height and width, L text tokens, D text width.
 """
@@ -13,14 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor, nn
 
-from pixart_ft.data.cache import encode_pixels
 from pixart_ft.data.captions import pad_text
-from pixart_ft.errors import UserError
-from pixart_ft.latents import LatentScale
 from pixart_ft.prepared import Network, prepared
 from pixart_ft.schedulers import ProbabilityFlowScheduler, RespacedDDIMScheduler
 
@@ -162,51 +157,6 @@ def denoiser(
             return _guide(both, channels, guidance.scale)
 
         yield guided
-
-
-def encode_picture(vae: AutoencoderKL, pixels: Tensor, device: torch.device | None = None) -> Tensor:
-    """The latents (N, C, H, W) float32 in the VAE's scale, posterior means, of pixels (N, 3, 8H, 8W) in -1..1.
-
-    Raises UserError if they are not finite.
-    """
-    means = encode_pixels(vae, pixels, device)[:, 0]
-    if not means.isfinite().all():
-        raise UserError(f"the VAE gave NaN or infinity in {vae.dtype}; use dtype bfloat16 or float32")
-    return LatentScale.of(vae.config).scaled(means)
-
-
-def decode_latents(vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
-    """The pictures of latents (N, C, H, W) in the VAE's scale; raises as `decode_pixels`."""
-    return to_pictures(to_unit(decode_pixels(vae, latents)))
-
-
-def to_unit(pixels: Tensor) -> Tensor:
-    """0..1 of pixels in -1..1, cut where they go beyond."""
-    return (pixels / 2 + 0.5).clamp(0, 1)
-
-
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Of pixels (N, 3, height, width) in 0..1."""
-    values = (pixels * 255).round().to("cpu", torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in values]
-
-
-@torch.no_grad()
-def decode_pixels(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Pixels (N, 3, 8H, 8W) float32, about -1..1, of latents (N, C, H, W) in the VAE's scale, decoded one at a time.
-
-    Raises UserError if latents or pictures are not finite.
-    """
-    if not latents.isfinite().all():
-        raise UserError("sampling gave NaN or infinity; try dtype float32, a lower guidance or lora_scale")
-    unscaled = LatentScale.of(vae.config).unscaled(latents.float())
-    pictures = []
-    for latent in unscaled.to(vae.dtype):
-        picture = vae.decode(latent[None], return_dict=False)[0][0].float()
-        if not picture.isfinite().all():
-            raise UserError(f"the VAE gave NaN or infinity in {vae.dtype}; use dtype bfloat16 or float32")
-        pictures.append(picture)
-    return torch.stack(pictures)
 
 
 def _solved(

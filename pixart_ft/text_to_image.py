@@ -24,9 +24,10 @@ from pixart_ft.drawing import Abilities, Settings, inversion_calls, recipe_of, s
 from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
 from pixart_ft.models import VarianceState
-from pixart_ft.sampling import Guidance, decode_latents, encode_picture, invert_latents, sample_latents
+from pixart_ft.sampling import Guidance, invert_latents, sample_latents
 from pixart_ft.schedulers import RespacedDDIMScheduler
 from pixart_ft.text_encoder import TextEncoder
+from pixart_ft.vae import decode_to_pictures, encode_pixels
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class TextToImage:
         """
         for start in range(0, len(jobs), batch_size):
             batch = jobs[start : start + batch_size]
-            yield from decode_latents(self.vae, self.latents(batch, settings, progress=progress))
+            yield from decode_to_pictures(self.vae, self.latents(batch, settings, progress=progress))
 
     def latents(
         self,
@@ -254,7 +255,7 @@ class TextToImage:
         if settings.image is not None:
             image, size = settings.image, (settings.width, settings.height)
             pixels = picture_pixels(image, size) if isinstance(image, Image.Image) else load_picture(image, size)
-            x0 = encode_picture(self.vae, pixels[None])
+            x0 = encode_pixels(self.vae, pixels[None])
             x0 = x0.to(device).expand(len(jobs), *shape)
             if settings.inversion:
                 assert isinstance(scheduler, RespacedDDIMScheduler)

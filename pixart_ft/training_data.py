@@ -15,8 +15,8 @@ from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, ca
 from pixart_ft.data.datasets import Row, read_folder, split
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation import HeldOutSet
-from pixart_ft.latents import LatentScale
 from pixart_ft.places import picture_folder
+from pixart_ft.vae import LatentScale
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

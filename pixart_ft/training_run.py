@@ -31,7 +31,7 @@ from pixart_ft.objective import Objective
 from pixart_ft.pictures import Sample
 from pixart_ft.report import finish
 from pixart_ft.run_lock import RunLock
-from pixart_ft.sampling import Guidance, decode_latents, sample_latents
+from pixart_ft.sampling import Guidance, sample_latents
 from pixart_ft.schedulers import build_scheduler
 from pixart_ft.settings import to_yaml
 from pixart_ft.trained_on import Changes, announce, check_continues, trained_on
@@ -39,6 +39,7 @@ from pixart_ft.trainer import Trainer
 from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once
 from pixart_ft.training_objective import warn_of_relearning
 from pixart_ft.training_start import accelerator_for, look, with_precision
+from pixart_ft.vae import decode_to_pictures
 
 
 def run_training(
@@ -228,7 +229,7 @@ def _sampler(
                 shape=(vae.config.latent_channels, side, side),
                 autocast=half,
             )
-            pictures = decode_latents(vae, latents)
+            pictures = decode_to_pictures(vae, latents)
             samples += [Sample(prompt, *one) for one in zip(choice.seeds, pictures, strict=True)]
         return samples
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 
 from pixart_ft import places
 from pixart_ft.pipeline import PixArtPipeline
-from pixart_ft.sampling import decode_latents
+from pixart_ft.vae import decode_to_pictures
 
 Draw = Callable[[], Tensor]
 
@@ -67,7 +67,7 @@ def main() -> None:
             width=side,
             output_type="latent",
         ).images
-        decode_latents(stock.vae, latents)
+        decode_to_pictures(stock.vae, latents)
         return latents
 
     def draw_ours() -> Tensor:
@@ -78,7 +78,7 @@ def main() -> None:
             output_type="latent",
             return_dict=False,
         )[0]
-        decode_latents(ours.vae, latents)
+        decode_to_pictures(ours.vae, latents)
         return latents
 
     for half in (False, True):

@@ -48,15 +48,14 @@ from demo_pictures import (
     styled_emoji,
     synonyms,
 )
-from demo_vae import VaeTraining, measure, normalise_latents, turn_hue
+from demo_vae import VaeTraining, measure, normalise_latents, to_pixels, turn_hue
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
 
-from pixart_ft.latents import LatentScale
 from pixart_ft.pictures import grid
-from pixart_ft.sampling import decode_latents
 from pixart_ft.text_to_image import TextToImage
+from pixart_ft.vae import decode_to_pictures, encode_pixels
 
 SIZE = 256
 STAGES = ("vae", "measure", "base", "write")
@@ -100,11 +99,9 @@ def write_model(
     print(f"{folder}: {total / 1e6:.1f} MB")
 
 
-@torch.no_grad()
 def reconstructed(vae: AutoencoderKL, pictures: np.ndarray) -> list[Image.Image]:
     """The pictures through the VAE, by the posterior's mean."""
-    pixels = torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return decode_latents(vae, LatentScale.of(vae.config).scaled(vae.encode(pixels).latent_dist.mean))
+    return decode_to_pictures(vae, encode_pixels(vae, to_pixels(pictures)))
 
 
 def print_figures(vae: AutoencoderKL, sets: Mapping[str, np.ndarray]) -> None:

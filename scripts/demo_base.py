@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from demo_captions import Example
 from demo_muon import BatchedMuon
+from demo_vae import to_pixels
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
@@ -24,7 +25,7 @@ from pixart_ft.denoiser import denoise
 from pixart_ft.diffusion.objectives import hybrid_loss
 from pixart_ft.diffusion.process import q_sample
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.latents import LatentScale
+from pixart_ft.vae import LatentScale, encode_moments
 
 BATCH = 64
 CAPTION_DROPOUT = 0.1
@@ -128,17 +129,11 @@ def warm_start(
     text_encoder.load_state_dict(new)
 
 
-@torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, std) of every picture's posterior, times the scaling factor; kept in `path`."""
     if not path.is_file():
-        means, stds = [], []
-        for start in range(0, len(pictures), 8):
-            x = torch.from_numpy(pictures[start : start + 8].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
-            posterior = vae.encode(x).latent_dist
-            means.append(posterior.mean)
-            stds.append(posterior.std)
-        torch.save((torch.cat(means), torch.cat(stds)), path)
+        found = [encode_moments(vae, to_pixels(pictures[i : i + 8])) for i in range(0, len(pictures), 8)]
+        torch.save(tuple(torch.cat(found).unbind(1)), path)
     mean, std = torch.load(path, weights_only=True)
     scale = LatentScale.of(vae.config)
     return scale.scaled(mean), std * scale.scale

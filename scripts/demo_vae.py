@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from demo_muon import BatchedMuon
 from diffusers import AutoencoderKL
 
+from pixart_ft.vae import encode_moments
+
 CHECKPOINT_STEPS = 200
 KL_WEIGHT, KL_STEPS = 5e-4, 2000  # times the KL to N(0, 1) in nats per latent number; steps until it has its weight
 CARDS, TURNED, EXCHANGED = 0.1, 0.4, 0.3  # shares of the crops
@@ -114,7 +116,12 @@ def crops(pictures: np.ndarray, generator: np.random.Generator, count: int, size
         if generator.random() < EXCHANGED:
             crop = crop[..., generator.permutation(3)]
         out[i] = crop
-    return torch.from_numpy(out).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return to_pixels(out)
+
+
+def to_pixels(pictures: np.ndarray) -> torch.Tensor:
+    """(N, 3, height, width) in [-1, 1] of bytes (N, height, width, 3)."""
+    return torch.from_numpy(pictures.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def chroma(x: torch.Tensor) -> torch.Tensor:
@@ -258,9 +265,8 @@ def normalise_latents(vae: AutoencoderKL, pictures: np.ndarray, scaling_factor: 
     was: z' = (z - m) / (s f) per channel on the encoder's side, its inverse on the decoder's. The factor is the
     SDXL VAE's, so that a forgotten factor shows here as it would with the real model.
     """
-    chunks = [pictures[i : i + 8].copy() for i in range(0, len(pictures), 8)]
-    means = [vae.encode(torch.from_numpy(c).permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean for c in chunks]
-    z = torch.cat(means).transpose(0, 1).flatten(1)
+    moments = [encode_moments(vae, to_pixels(pictures[i : i + 8])) for i in range(0, len(pictures), 8)]
+    z = torch.cat(moments)[:, 0].transpose(0, 1).flatten(1)
     shift, scale = z.mean(1), z.std(1) * scaling_factor
     count = vae.config.latent_channels
     into, out = vae.quant_conv, vae.post_quant_conv

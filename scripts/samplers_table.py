@@ -28,12 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 from demo_pictures import fetch, rendered, styled_emoji
 
 from pixart_ft import models, places
-from pixart_ft.data.datasets import load_picture, read_folder
+from pixart_ft.data.datasets import load_picture, picture_pixels, read_folder
 from pixart_ft.drawing import Settings
 from pixart_ft.pictures import grid
 from pixart_ft.samplers import SAMPLERS
-from pixart_ft.sampling import decode_latents, encode_picture
 from pixart_ft.text_to_image import TextToImage
+from pixart_ft.vae import decode_to_pictures, encode_pixels
 
 CALLS = (10, 25, 50, 250)
 FAMILIES = ("ddpm", "ddim", "iddpm", "euler", "edm", "score_sde")
@@ -49,8 +49,7 @@ def features(vae: torch.nn.Module, pictures: list[Image.Image]) -> np.ndarray:
     """(N, 16): the mean of each latent channel in each quarter."""
     rows = []
     for picture in pictures:
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-        latent = encode_picture(vae, pixels)[0]
+        latent = encode_pixels(vae, picture_pixels(picture, picture.size)[None])[0]
         rows.append(adaptive_avg_pool2d(latent, 2).flatten().double().numpy())
     return np.stack(rows)
 
@@ -144,8 +143,7 @@ def main() -> None:
 
 
 def _round_trip(vae: torch.nn.Module, picture: Image.Image) -> list[Image.Image]:
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-    return decode_latents(vae, encode_picture(vae, pixels))
+    return decode_to_pictures(vae, encode_pixels(vae, picture_pixels(picture, picture.size)[None]))
 
 
 def _strip(pictures: list[Image.Image]) -> Image.Image:

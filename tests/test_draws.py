@@ -8,7 +8,7 @@ import torch
 
 from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.draws import Plan, TrainingSet, draw_batch
-from pixart_ft.latents import LatentScale
+from pixart_ft.vae import LatentScale
 
 PLAN = Plan(
     steps=10,

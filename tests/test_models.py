@@ -12,7 +12,7 @@ from diffusers import PixArtSigmaPipeline
 
 from pixart_ft import models, places
 from pixart_ft.errors import UserError
-from pixart_ft.latents import LatentScale
+from pixart_ft.vae import LatentScale
 from tests.tiny import build_tiny_pipeline
 
 

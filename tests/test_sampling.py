@@ -10,19 +10,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from diffusers import AutoencoderKL, PixArtSigmaPipeline
 from torch import nn
 
 from pixart_ft.data.captions import pad_text
-from pixart_ft.errors import UserError
-from pixart_ft.models import load_transformer, load_vae
+from pixart_ft.models import load_transformer
 from pixart_ft.samplers import SAMPLERS
-from pixart_ft.sampling import decode_latents, invert_latents
+from pixart_ft.sampling import invert_latents
 from pixart_ft.schedulers import RespacedDDIMScheduler
-from tests.rounding import PICTURE, PICTURE_FLOAT64, check_same_picture, gap
+from tests.rounding import PICTURE, PICTURE_FLOAT64, gap
 from tests.sampling_by_hand import (
     OPTION_VALUES,
     SCHEDULE,
@@ -48,11 +45,6 @@ def network(tiny: Path) -> nn.Module:
 @pytest.fixture(scope="module")
 def exact(tiny: Path) -> nn.Module:
     return load_transformer(str(tiny), dtype=torch.float32).double()
-
-
-@pytest.fixture(scope="module")
-def vae(tiny: Path) -> AutoencoderKL:
-    return load_vae(str(tiny), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -274,30 +266,3 @@ def test_what_ddim_inverts_ddim_draws_again_to_first_order(share: float) -> None
     assert errors[-1] < 0.02
     if share == 1.0:  # the noise of normal data is normal too
         assert noised.std().item() == pytest.approx(1.0, abs=0.1)
-
-
-def test_decoding_is_the_stock_pipelines(tiny: Path, vae: AutoencoderKL) -> None:
-    latents = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
-    pipeline = PixArtSigmaPipeline.from_pretrained(str(tiny))
-    with torch.no_grad():
-        decoded = pipeline.vae.decode(latents / 0.13025, return_dict=False)[0]
-    stock = pipeline.image_processor.postprocess(decoded, output_type="pil")
-    ours = decode_latents(vae, latents)
-    assert [picture.size for picture in ours] == [(64, 64)] * 3
-    for picture, other in zip(ours, stock, strict=True):  # ours are decoded one at a time
-        check_same_picture(picture, other)
-        assert numpy.asarray(picture).std() > 1  # not one flat colour
-
-
-def test_decoding_adds_the_shift_and_refuses_what_is_not_finite(tiny: Path, vae: AutoencoderKL) -> None:
-    latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
-    shifted = load_vae(str(tiny), dtype=torch.float32)
-    shifted.register_to_config(shift_factor=0.5)
-    expected = decode_latents(vae, latents + 0.5 * 0.13025)[0]
-    check_same_picture(decode_latents(shifted, latents)[0], expected)
-    assert decode_latents(shifted, latents)[0].tobytes() != decode_latents(vae, latents)[0].tobytes()
-    with pytest.raises(UserError, match="sampling gave NaN"):
-        decode_latents(vae, latents * float("inf"))
-    shifted.decoder.conv_out.bias.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="the VAE gave NaN"):
-        decode_latents(shifted, latents)

@@ -53,7 +53,7 @@ LEVELS = {
     "data.datasets": 2,
     "data.cache": 3,
     "attention": 1,
-    "latents": 0,
+    "vae": 0,
     "weights": 1,
     "scheduler_config": 1,
     "model_faults": 0,

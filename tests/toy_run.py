@@ -15,9 +15,9 @@ from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.draws import Plan, TrainingSet
 from pixart_ft.ema import Ema
-from pixart_ft.latents import LatentScale
 from pixart_ft.objective import Objective
 from pixart_ft.trainer import Trainer
+from pixart_ft.vae import LatentScale
 
 PLAN = Plan(
     steps=12,

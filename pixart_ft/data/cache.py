@@ -28,6 +28,7 @@ from pixart_ft.data.captions import TEXT_PREPARATION, encode_each, prepare_text,
 from pixart_ft.data.datasets import TRANSFORM, Row, in_threads, load_picture, verify_pictures
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, probe, sweep, write_file, write_text
+from pixart_ft.vae import encode_moments
 
 _SHARD_ITEMS = 256
 _SHARD_BYTES = 64 * 2**20
@@ -130,7 +131,7 @@ class CachedPictures:
     def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, each (N, C, H, W) float32, as the VAE gives them.
 
-        `latents.LatentScale` makes the transformer's latents of them, so neither its scale nor its shift is in a key.
+        `vae.LatentScale` makes the transformer's latents of them, so neither its scale nor its shift is in a key.
         """
         mean, std = torch.stack([self.store.get(self.latent_keys[index]) for index in indices]).unbind(1)
         return mean, std
@@ -227,23 +228,11 @@ def _encode_pictures(
         for start in range(0, len(keys), batch_size):
             batch = keys[start : start + batch_size]
             pixels = torch.stack(list(pool.map(lambda key: load_picture(paths[key], size), batch)))
-            for key, moments in zip(batch, encode_pixels(vae, pixels), strict=True):
+            for key, moments in zip(batch, encode_moments(vae, pixels), strict=True):
                 if moments.isfinite().all():
                     yield key, moments
                 else:
                     bad.append(paths[key])
-
-
-def encode_pixels(vae: AutoencoderKL, pixels: Tensor, device: torch.device | None = None) -> Tensor:
-    """Mean and standard deviation of the VAE's posterior, (N, 2, C, H, W) float32 on the CPU, unscaled.
-
-    pixels   (N, 3, height, width) in [-1, 1]
-    device   where the VAE will run, if it is moved there only then
-    """
-    device = vae.device if device is None else device
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        posterior = vae.encode(pixels.to(device, vae.dtype)).latent_dist
-    return torch.stack([posterior.mean.float(), (posterior.logvar.float() / 2).exp()], dim=1).cpu()
 
 
 def component_id(
