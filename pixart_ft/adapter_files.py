@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import LARGEST_RANK
+from pixart_ft.diffusion.names import PredictionType, TimeConditioning
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
 
 if TYPE_CHECKING:
-    from pixart_ft.diffusion.process import PredictionType
-    from pixart_ft.diffusion.schedules import TimeConditioning
     from pixart_ft.models import VarianceState
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -11,32 +11,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from pixart_ft.diffusion.names import (
+    LossSpace,
+    Norm,
+    ObjectiveKind,
+    PredictionType,
+    ScheduleName,
+    TimeConditioning,
+    TimestepLaw,
+    Variance,
+    Weighting,
+)
+from pixart_ft.samplers import Sampler
 from pixart_ft.settings import Config, Section, load
 
 HUB_BASE = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Sampler = Literal[
-    "ddpm",
-    "ddpm_greedy",
-    "iddpm",
-    "ddim",
-    "euler",
-    "euler_ancestral",
-    "edm",
-    "score_sde",
-    "annealed_langevin",
-    "pf_ode",
-    "dpm++",
-    "dpm++_sde",
-    "unipc",
-    "deis",
-    "heun",
-    "dpm2",
-    "dpm2_ancestral",
-    "lms",
-    "pndm",
-]
 
 
 def _place(path: Path) -> Path:
@@ -109,32 +100,30 @@ class Data(Section):
 class Diffusion(Section):
     """the noise and the loss"""
 
-    schedule: Literal["base", "linear", "scaled_linear", "cosine", "su_linear"] = Field(
-        "base", description="noise of each step; base = the model's own"
-    )
+    schedule: Literal["base", ScheduleName] = Field("base", description="noise of each step; base = the model's own")
     zero_snr: bool = Field(False, description="no signal left at the last step; wants v_prediction or sample")
-    time_conditioning: Literal["index", "snr_matched"] = Field(
+    time_conditioning: TimeConditioning = Field(
         "index", description="what another schedule tells the network: its index, or where the base saw that noise"
     )
-    prediction_type: Literal["base", "epsilon", "v_prediction", "sample", "posterior_mean"] = Field(
+    prediction_type: Literal["base", PredictionType] = Field(
         "base", description="what the network is taught to output; base = as it does"
     )
-    objective: Literal["hybrid", "simple", "vlb", "su_raw", "su_noises", "su_reduced"] = Field(
+    objective: ObjectiveKind = Field(
         "hybrid", description="hybrid = simple + learned variance; simple and su_* leave that stale"
     )
-    loss_space: Literal["prediction", "epsilon", "v_prediction", "sample", "posterior_mean"] = Field(
+    loss_space: Literal["prediction", LossSpace] = Field(
         "prediction", description="whose error the simple term is; prediction = the network's output"
     )
-    error: Literal["squared", "huber"] = Field("squared", description="penalty of the simple term")
+    error: Norm = Field("squared", description="penalty of the simple term")
     huber_delta: Scale = Field(1.0, description="where Huber's penalty turns linear")
-    weighting: Literal["none", "constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"] = Field(
+    weighting: Weighting = Field(
         "none", description="weight of the simple term by t; the same in every loss_space, none = plain error"
     )
     min_snr_gamma: Scale = Field(5.0, description="cap of min_snr, knee of soft_min_snr")
     p2_gamma: float = Field(1.0, ge=0, le=5, description="exponent of p2")
-    variance: Literal["learned", "beta_tilde", "beta"] = Field("learned", description="of the vlb objective")
+    variance: Variance = Field("learned", description="of the vlb objective")
     vlb_scale: Scale = Field(1.0, description="weight of the hybrid VLB term, per bit/dim")
-    timestep_law: Literal["uniform", "stratified", "logit_normal", "importance"] = Field(
+    timestep_law: TimestepLaw = Field(
         "uniform",
         description="law of t; stratified: even over each global batch; importance: by loss, once each t has 10",
     )

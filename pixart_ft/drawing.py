@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from pixart_ft.diffusion.process import PredictionType
-from pixart_ft.diffusion.schedules import NoiseSchedule, ScheduleName, TimeConditioning, conditioned, named_config
+from pixart_ft.diffusion.names import PredictionType, ScheduleName, TimeConditioning
+from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.errors import UserError
 from pixart_ft.models import VarianceState
 from pixart_ft.samplers import CONDITIONS, EVERY_SAMPLER
@@ -33,7 +33,7 @@ class Settings:
     guidance_interval: tuple[float, float] | None = None  # timesteps between which guidance acts; None: everywhere
     negative_prompt: str = ""  # in place of the null caption, unless empty
     options: Mapping[str, object] = field(default_factory=dict)  # the sampler's own: EVERY_SAMPLER[sampler].settings
-    schedule: ScheduleName | Literal["base"] = "base"  # the noise levels walked through; base: those trained on
+    schedule: Literal["base", ScheduleName] = "base"  # the noise levels walked through; base: those trained on
     time_conditioning: TimeConditioning = "snr_matched"  # what another schedule tells the network
     image: Path | Image.Image | None = None  # a picture to start from
     strength: float = 0.6  # share of the steps that are run on it

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pixart_ft.data.cache import CachedPictures
 from pixart_ft.data.captions import drop_captions, pad_text
+from pixart_ft.diffusion.names import TimestepLaw
 from pixart_ft.diffusion.weighting import (
     importance_timesteps,
     logit_normal_timesteps,
@@ -34,7 +35,7 @@ class Plan:
     accumulation: int
     seed: int
     caption_dropout: float
-    timestep_law: Literal["uniform", "stratified", "logit_normal", "importance"]
+    timestep_law: TimestepLaw
     logit_mean: float
     logit_std: float
     learning_rate: float

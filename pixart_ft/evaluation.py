@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -12,7 +11,7 @@ from torch import Tensor
 from pixart_ft.data.captions import pad_text
 from pixart_ft.denoiser import denoise
 from pixart_ft.diffusion.likelihood import Bound, variational_bound
-from pixart_ft.diffusion.process import FixedVariance, PredictionType
+from pixart_ft.diffusion.names import PredictionType, Variance
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.objective import Objective
 from pixart_ft.randomness import normal
@@ -84,7 +83,7 @@ def held_out_bound(
     prediction_type: PredictionType,
     held_out: HeldOutSet,
     *,
-    variance: Literal["learned"] | FixedVariance,
+    variance: Variance,
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> Bound:

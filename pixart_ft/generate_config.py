@@ -18,12 +18,12 @@ from pixart_ft.config import (
     Folder,
     Guidance,
     Precision,
-    Sampler,
     SamplerSteps,
     Seed,
     Source,
 )
-from pixart_ft.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS, users_of
+from pixart_ft.diffusion.names import Predictor, ScheduleName, Spacing, TimeConditioning, Variance
+from pixart_ft.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS, Sampler, users_of
 from pixart_ft.settings import Config
 
 _SAMPLERS = "; ".join(f"{facts.name}: {facts.summary}" for facts in EVERY_SAMPLER.values())
@@ -77,17 +77,17 @@ class GenerateConfig(Config):
         max_length=2,
         description="the two network timesteps, 0 to 999, between which guidance acts; null = all",
     )
-    schedule: Literal["base", "linear", "scaled_linear", "cosine", "su_linear"] = Field(
+    schedule: Literal["base", ScheduleName] = Field(
         "base", description="noise levels to walk through; base = those of the training"
     )
-    time_conditioning: Literal["index", "snr_matched"] = Field(
+    time_conditioning: TimeConditioning = Field(
         "snr_matched", description="what another schedule tells the network: its index, or where it knows that noise"
     )
-    spacing: Literal["iddpm", "trailing", "leading", "karras", "exponential", "linspace"] | None = Field(
+    spacing: Spacing | None = Field(
         None,
         description="how the steps are spread; null = iddpm on indices and SDE, karras on levels, else linspace",
     )
-    variance: Literal["beta_tilde", "beta", "learned"] | None = Field(
+    variance: Variance | None = Field(
         None, description=_of("variance") + "of each step; null = beta_tilde for ddpm, learned for iddpm"
     )
     eta: float | None = Field(None, ge=0, le=1, description=_of("eta") + "noise added back; null = 0 for ddim, else 1")
@@ -110,9 +110,7 @@ class GenerateConfig(Config):
     s_noise: float | None = Field(
         None, ge=1e-6, le=100, description=_of("s_noise") + "strength of churn's noise; null = 1"
     )
-    predictor: Literal["euler_maruyama", "reverse_diffusion", "ancestral"] | None = Field(
-        None, description=_of("predictor") + "null = reverse_diffusion"
-    )
+    predictor: Predictor | None = Field(None, description=_of("predictor") + "null = reverse_diffusion")
     corrector_steps: int | None = Field(None, ge=0, le=100, description=_of("corrector_steps") + "per step; null = 1")
     corrector_snr: float | None = Field(
         None, ge=1e-6, le=100, description=_of("corrector_snr") + "size of its step; null = 0.16"

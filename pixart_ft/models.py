@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import PreTrainedTokenizerBase, T5EncoderModel, T5Tokenizer
 
-from pixart_ft.diffusion.process import PredictionType
+from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pixart_ft.denoiser import denoise
-from pixart_ft.diffusion.objectives import Norm, SuForm, hybrid_loss, simple_loss, su_loss, vlb_loss
-from pixart_ft.diffusion.process import FixedVariance, LossSpace, PredictionType, at, network_timesteps, q_sample
+from pixart_ft.diffusion.names import LossSpace, Norm, ObjectiveKind, PredictionType, Variance, Weighting
+from pixart_ft.diffusion.objectives import hybrid_loss, simple_loss, su_loss, vlb_loss
+from pixart_ft.diffusion.process import at, network_timesteps, q_sample
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.diffusion.weighting import Weighting, loss_weights
+from pixart_ft.diffusion.weighting import loss_weights
 
 _ERRORS: dict[LossSpace, str] = {
     "epsilon": "noise error",
@@ -19,7 +19,6 @@ _ERRORS: dict[LossSpace, str] = {
     "sample": "x0 error",
     "posterior_mean": "posterior mean error",
 }
-ObjectiveKind = Literal["hybrid", "simple", "vlb"] | SuForm
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Objective:
     weighting: Weighting = "none"
     min_snr_gamma: float = 5.0
     p2_gamma: float = 1.0
-    variance: Literal["learned"] | FixedVariance = "learned"
+    variance: Variance = "learned"
 
     @property
     def trains_variance(self) -> bool:

@@ -5,8 +5,16 @@ No torch: asking for help must be instant. The formulas are in `diffusion/solver
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from pixart_ft.diffusion.names import IndexSpacing, SigmaSpacing, Spacing
+
+OwnSampler = Literal[
+    "ddpm", "ddpm_greedy", "iddpm", "ddim", "euler", "euler_ancestral", "edm", "score_sde", "annealed_langevin",
+    "pf_ode",
+]  # fmt: skip
+StockSampler = Literal["dpm++", "dpm++_sde", "unipc", "deis", "heun", "dpm2", "dpm2_ancestral", "lms", "pndm"]
+Sampler = Literal[OwnSampler, StockSampler]
 Space = Literal["index", "sigma", "sde"]
 
 
@@ -14,39 +22,36 @@ Space = Literal["index", "sigma", "sde"]
 class SamplerFacts:
     """What a user, or a test, needs to know about one sampler."""
 
-    name: str  # the word of `--sampler`
+    name: Sampler  # the word of `--sampler`
     title: str
     source: str
-    order: int | None  # the error of a run of N steps falls like N**-order; None: it converges in distribution only
-    calls_per_step: int  # network calls a step takes with the default settings, guidance's second branch not counted
-    stochastic: bool  # whether its steps draw noise with the default settings
-    needs_variance: bool  # whether it steps by the network's own variance
-    space: Space  # indices of the schedule; noise-to-signal ratios; the reverse SDE on a subset of the indices
-    settings: tuple[str, ...]  # the settings that it uses beside sampler, steps and guidance
+    # the error of a run of N steps falls like N**-order; None: it converges in distribution only
+    order: int | None = None
+    calls_per_step: int = 1  # network calls with the default settings, guidance's second branch not counted
+    stochastic: bool = False  # whether its steps draw noise with the default settings
+    needs_variance: bool = False  # whether it steps by the network's own variance
+    space: Space = "index"  # indices of the schedule; noise-to-signal ratios; the reverse SDE on some of the indices
+    settings: tuple[str, ...] = ("spacing",)  # the settings that it uses beside sampler, steps and guidance
     summary: str
 
     @property
-    def spacings(self) -> tuple[str, ...]:
+    def spacings(self) -> tuple[Spacing, ...]:
         """How its steps may be spaced, the default first."""
-        if self.space == "sigma":
-            return ("karras", "exponential", "linspace", "trailing")
-        return ("iddpm", "trailing", "leading")
+        return get_args(SigmaSpacing if self.space == "sigma" else IndexSpacing)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StockFacts(SamplerFacts):
     """The same of a scheduler of diffusers."""
 
-    needs_variance: bool = False
     space: Space = "sigma"
-    settings: tuple[str, ...] = ("spacing",)
     kind: str  # its class there
     arguments: Mapping[str, object] = field(default_factory=dict)  # of its constructor
-    spacings_taken: tuple[str, ...] = ("linspace", "trailing", "leading", "karras")
+    spacings_taken: tuple[Spacing, ...] = ("linspace", "trailing", "leading", "karras")
     begins_late: bool = True  # False: a step needs the steps before it, so it cannot start from a picture
 
     @property
-    def spacings(self) -> tuple[str, ...]:
+    def spacings(self) -> tuple[Spacing, ...]:
         return self.spacings_taken
 
 
@@ -60,11 +65,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             name="ddpm",
             title="DDPM",
             source="Ho et al. 2020, Alg. 2",
-            order=None,
-            calls_per_step=1,
             stochastic=True,
-            needs_variance=False,
-            space="index",
             settings=("spacing", "variance"),
             summary="ancestral, fixed variance; wants 100 steps or more",
         ),
@@ -72,23 +73,14 @@ SAMPLERS: dict[str, SamplerFacts] = {
             name="ddpm_greedy",
             title="DDPM, greedy",
             source="Su, the mean alone",
-            order=None,
-            calls_per_step=1,
-            stochastic=False,
-            needs_variance=False,
-            space="index",
-            settings=("spacing",),
             summary="DDPM without its noise; smooth, washed out: for study",
         ),
         SamplerFacts(
             name="iddpm",
             title="iDDPM",
             source="Nichol & Dhariwal 2021, secs. 3.1 and 4",
-            order=None,
-            calls_per_step=1,
             stochastic=True,
             needs_variance=True,
-            space="index",
             settings=("spacing", "variance"),
             summary="ancestral, with the variance that the network learned; good from 50 steps",
         ),
@@ -97,10 +89,6 @@ SAMPLERS: dict[str, SamplerFacts] = {
             title="DDIM",
             source="Song et al. 2021a, eq. 12",
             order=1,
-            calls_per_step=1,
-            stochastic=False,
-            needs_variance=False,
-            space="index",
             settings=("spacing", "eta"),
             summary="deterministic at eta 0, good from 20 to 50 steps; at eta 1 it is DDPM with beta_tilde",
         ),
@@ -109,9 +97,6 @@ SAMPLERS: dict[str, SamplerFacts] = {
             title="Euler",
             source="Karras et al. 2022, Alg. 1 without its second order",
             order=1,
-            calls_per_step=1,
-            stochastic=False,
-            needs_variance=False,
             space="sigma",
             settings=(*_SIGMAS, *_CHURN),
             summary="DDIM on a grid of noise levels of your choice",
@@ -120,10 +105,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             name="euler_ancestral",
             title="Euler ancestral",
             source="Song et al. 2021a, eq. 12, in sigma",
-            order=None,
-            calls_per_step=1,
             stochastic=True,
-            needs_variance=False,
             space="sigma",
             settings=(*_SIGMAS, "eta"),
             summary="Euler that goes too far down and adds noise back, eta 1 by default",
@@ -134,8 +116,6 @@ SAMPLERS: dict[str, SamplerFacts] = {
             source="Karras et al. 2022, Algs. 1 and 2",
             order=2,
             calls_per_step=2,
-            stochastic=False,
-            needs_variance=False,
             space="sigma",
             settings=(*_SIGMAS, *_CHURN),
             summary="second order, deterministic, stochastic with s_churn; two calls a step, good from 12 steps",
@@ -144,10 +124,8 @@ SAMPLERS: dict[str, SamplerFacts] = {
             name="score_sde",
             title="Score SDE",
             source="Song et al. 2021b, Alg. 1 and app. E to G",
-            order=None,
             calls_per_step=2,
             stochastic=True,
-            needs_variance=False,
             space="sde",
             settings=("spacing", "predictor", "corrector_steps", "corrector_snr", "corrector_first"),
             summary="reverse SDE, predictor and Langevin corrector; wants 100 steps or more",
@@ -156,10 +134,8 @@ SAMPLERS: dict[str, SamplerFacts] = {
             name="annealed_langevin",
             title="Annealed Langevin",
             source="Song & Ermon 2019, Alg. 1, with a last denoising step",
-            order=None,
             calls_per_step=3,
             stochastic=True,
-            needs_variance=False,
             space="sigma",
             settings=(*_SIGMAS, "langevin_steps", "langevin_step_size"),
             summary="Langevin dynamics at each noise level in turn; wants 50 steps or more",
@@ -169,9 +145,6 @@ SAMPLERS: dict[str, SamplerFacts] = {
             title="Probability flow",
             source="Song et al. 2021b, sec. 4.3",
             order=1,
-            calls_per_step=1,
-            stochastic=False,
-            needs_variance=False,
             space="sde",
             settings=("spacing", "tolerance"),
             summary="the deterministic ODE of score_sde, in even steps or, with a tolerance, adaptive ones",
@@ -188,8 +161,6 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
             title="DPM-Solver++ 2M",
             source="Lu et al. 2022b",
             order=2,
-            calls_per_step=1,
-            stochastic=False,
             kind="DPMSolverMultistepScheduler",
             arguments={"algorithm_type": "dpmsolver++"},
             summary="PixArt-Sigma's own choice; good from 14 steps",
@@ -198,8 +169,6 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
             name="dpm++_sde",
             title="DPM-Solver++ 2M SDE",
             source="Lu et al. 2022b, as an SDE",
-            order=None,
-            calls_per_step=1,
             stochastic=True,
             kind="DPMSolverMultistepScheduler",
             arguments={"algorithm_type": "sde-dpmsolver++"},
@@ -210,8 +179,6 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
             title="UniPC",
             source="Zhao et al. 2023",
             order=2,
-            calls_per_step=1,
-            stochastic=False,
             kind="UniPCMultistepScheduler",
             summary="a predictor and a corrector; good from 12 steps",
         ),
@@ -220,8 +187,6 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
             title="DEIS",
             source="Zhang & Chen 2022",
             order=2,
-            calls_per_step=1,
-            stochastic=False,
             kind="DEISMultistepScheduler",
             summary="exponential integrator; good from 15 steps",
         ),
@@ -231,7 +196,6 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
             source="Karras et al. 2022, Alg. 1",
             order=2,
             calls_per_step=2,
-            stochastic=False,
             kind="HeunDiscreteScheduler",
             summary="as edm without churn, on another grid; two calls a step",
         ),
@@ -241,7 +205,6 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
             source="Karras et al. 2022, Alg. 2 with the midpoint",
             order=2,
             calls_per_step=2,
-            stochastic=False,
             kind="KDPM2DiscreteScheduler",
             summary="the midpoint method; two calls a step",
         ),
@@ -249,7 +212,6 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
             name="dpm2_ancestral",
             title="DPM2 ancestral",
             source="the midpoint method with noise added back",
-            order=None,
             calls_per_step=2,
             stochastic=True,
             kind="KDPM2AncestralDiscreteScheduler",
@@ -260,8 +222,6 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
             title="LMS",
             source="linear multistep, Adams-Bashforth",
             order=4,
-            calls_per_step=1,
-            stochastic=False,
             kind="LMSDiscreteScheduler",
             begins_late=False,
             summary="fourth order from the steps before; good from 20 steps",
@@ -271,8 +231,6 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
             title="PNDM",
             source="Liu et al. 2022, PLMS",
             order=4,
-            calls_per_step=1,
-            stochastic=False,
             kind="PNDMScheduler",
             arguments={"skip_prk_steps": True},
             spacings_taken=("linspace", "trailing", "leading"),

@@ -11,8 +11,8 @@ import torch
 from pixart_ft import models
 from pixart_ft.adapter_files import AdapterMetadata
 from pixart_ft.config import Diffusion, TrainConfig, Validation
-from pixart_ft.diffusion.process import PredictionType
-from pixart_ft.diffusion.schedules import NoiseSchedule, TimeConditioning, conditioned, named_config
+from pixart_ft.diffusion.names import PredictionType, TimeConditioning
+from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.errors import UserError
 from pixart_ft.objective import Objective
 from pixart_ft.schedulers import build_scheduler

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import flow, process, sigmas, solvers
+from pixart_ft.diffusion.names import Predictor, StepVariance
 from tests.golden_files import Golden, mixture_denoiser, mixture_eps, mixture_network
 
 LOOKUPS: dict[str, sigmas.Lookup] = {"vp_log": "nearest_log", "vp_interp": "interpolated", "vp_round": "nearest"}
 INDEX_METHOD = r"(i?ddpm|ddim)_(encode|eta[\d.]+|tilde_beta|beta|greedy|learned_range)(_clip)?"
-VARIANCES: dict[str, solvers.Variance] = {
+VARIANCES: dict[str, StepVariance] = {
     "tilde_beta": "beta_tilde",
     "beta": "beta",
     "greedy": "none",
@@ -185,7 +186,7 @@ def sde_value(golden: Golden, name: str) -> Tensor | None:
     if rest == ["pf_ode_exact"]:
         return exact_flow(vp, x_T, golden.entry("sde", identifier)["eps"])
     method = re.fullmatch(r"(\w+)/(predictor_only|cp|pc)(_denoised)?", "/".join(rest))
-    if method is None or method[1] not in get_args(solvers.Predictor):
+    if method is None or method[1] not in get_args(Predictor):
         return None
     trajectory, mean = predictor_corrector(golden, identifier, method[1], method[2])
     return mean if method[3] else trajectory

@@ -12,10 +12,10 @@ import torch
 from pydantic import ValidationError
 
 import pixart_ft
-from pixart_ft.config import Sampler, TrainConfig, load_config
+from pixart_ft.config import TrainConfig, load_config
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.samplers import EVERY_SAMPLER, OPTIONS, SAMPLERS, users_of
+from pixart_ft.samplers import EVERY_SAMPLER, OPTIONS, SAMPLERS, Sampler, users_of
 from pixart_ft.settings import Config, default, expected, keys, load, shipped_configs, to_yaml
 from tests.sampling_by_hand import OPTION_VALUES
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion.flow import solve_flow, vp_signal
-from pixart_ft.diffusion.process import PredictionType
+from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.schedulers import ProbabilityFlowScheduler
 from tests.test_schedulers import KINDS, SCHEDULES, draw, gaussian, level, oracle

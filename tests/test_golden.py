@@ -13,13 +13,14 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import likelihood, objectives, process, sigmas, solvers, weighting
+from pixart_ft.diffusion.names import Decoder, LossSpace, Quantity, Variance
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from tests.golden_files import Golden, load_golden, mixture_denoiser, mixture_network
 from tests.golden_samplers import LOOKUPS, sde_value, sigma_value, traj_value
@@ -27,9 +28,8 @@ from tests.golden_schedulers import scheduled_sigma_value, scheduled_traj_value
 
 TOLERANCE = 1e-9
 
-Variance = Literal["learned"] | process.FixedVariance
 Value = Callable[[Golden, str], Tensor | None]  # the counterpart of an array, or None for a name that it does not know
-SPACES: dict[str, process.LossSpace] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+SPACES: dict[str, LossSpace] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def pointwise_value(golden: Golden, name: str) -> Tensor | None:
     t, x0, eps, other = inputs["k"].long(), inputs["x0"], inputs["eps"], inputs["other"]
     x_t = process.q_sample(schedule, x0, t, eps)
     posterior = process.q_posterior(schedule, x0, x_t, t)
-    kinds: dict[str, process.Kind] = {**SPACES, "mean": "posterior_mean", "score": "score"}
+    kinds: dict[str, Quantity] = {**SPACES, "mean": "posterior_mean", "score": "score"}
     targets = {
         "eps": process.to_eps,
         "x0": process.to_x0,
@@ -118,7 +118,7 @@ def hybrid_value(golden: Golden, name: str) -> Tensor | None:
     if found := re.search(r"vb_scale_(?:lambda)?(T_over_1000|[\d.e+-]+)", name):
         scale = schedule.num_steps / 1000 if found[1] == "T_over_1000" else float(found[1])
     model_output = inputs["model_output"].clone().requires_grad_()
-    names: dict[str, objectives.Decoder] = {"exact_cdf": "discretized", "tanh_cdf": "discretized_tanh"}
+    names: dict[str, Decoder] = {"exact_cdf": "discretized", "tanh_cdf": "discretized_tanh"}
     terms = objectives.hybrid_loss(
         schedule, model_output, x0, x_t, eps, t, "epsilon",
         vlb_scale=scale, decoder=names.get(rest[0], "gaussian"),
@@ -139,7 +139,7 @@ def gmm_value(golden: Golden, name: str) -> Tensor | None:
 
 
 @functools.cache
-def bound_of(golden: Golden, identifier: str, variance: str, decoder: objectives.Decoder) -> likelihood.Bound:
+def bound_of(golden: Golden, identifier: str, variance: str, decoder: Decoder) -> likelihood.Bound:
     original, schedule = golden.schedules("vlb", identifier)
     variances: dict[str, Variance] = {"learned_range": "learned", "small": "beta_tilde", "large": "beta"}
     noise = golden.arrays[f"vlb/{identifier}/noise"]
@@ -161,7 +161,7 @@ def vlb_value(golden: Golden, name: str) -> Tensor | None:
         return golden.schedules("vlb", identifier)[1].timesteps
     variance, decoder, array = rest
     names = {"vb": "terms", "prior": "prior", "total": "total", "x0_mse": "x0_mse", "eps_mse": "eps_mse"}
-    known = variance in ("learned_range", "small", "large") and decoder in get_args(objectives.Decoder)
+    known = variance in ("learned_range", "small", "large") and decoder in get_args(Decoder)
     return getattr(bound_of(golden, identifier, variance, decoder), names[array]) if known and array in names else None
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from pixart_ft import models
 from pixart_ft.data.captions import pad_text
+from pixart_ft.diffusion.names import LossSpace, Weighting
 from pixart_ft.diffusion.objectives import hybrid_loss, simple_loss, su_loss, vlb_loss
-from pixart_ft.diffusion.process import LossSpace, q_sample
+from pixart_ft.diffusion.process import q_sample
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.diffusion.weighting import Weighting
 from pixart_ft.objective import Objective
 
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.process import PredictionType, q_posterior
+from pixart_ft.diffusion.names import PredictionType
+from pixart_ft.diffusion.process import q_posterior
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.samplers import SAMPLERS
 from pixart_ft.schedulers import SCHEDULERS, PixArtScheduler, build_scheduler

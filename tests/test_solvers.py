@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pixart_ft.diffusion import process, solvers
 from pixart_ft.diffusion.flow import vp_signal
-from pixart_ft.diffusion.process import PredictionType, predict
+from pixart_ft.diffusion.names import PredictionType, Predictor
+from pixart_ft.diffusion.process import predict
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.sigmas import karras_sigmas, x0_at_sigma
 
@@ -112,7 +113,7 @@ def test_ancestral_step_of_the_sde_is_ddpm_with_variance_beta() -> None:
 
 
 @pytest.mark.parametrize("predictor", ["euler_maruyama", "reverse_diffusion", "ancestral"])
-def test_one_step_of_the_sde_is_its_drift_and_diffusion_to_first_order(predictor: solvers.Predictor) -> None:
+def test_one_step_of_the_sde_is_its_drift_and_diffusion_to_first_order(predictor: Predictor) -> None:
     """x + beta (x/2 + score) + sqrt(beta) noise, up to beta^2: the rest falls a hundredfold when beta does tenfold."""
     x, score, noise = draw(1, 4, 2, 2), draw(1, 4, 2, 2, seed=1), draw(1, 4, 2, 2, seed=2)
     rest = []
@@ -158,7 +159,7 @@ def test_final_variances_of_the_continuous_process_in_its_authors_discretisation
     def score(x: Tensor, number: int) -> Tensor:
         return -x / (alpha_bar[number] * std**2 + 1 - alpha_bar[number])
 
-    def sde(predictor: solvers.Predictor, betas: list[float]) -> float:
+    def sde(predictor: Predictor, betas: list[float]) -> float:
         return final_variance(
             lambda x, number, z: solvers.sde_step(predictor, x, score(x, number), betas[number], z), count
         )

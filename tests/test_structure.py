@@ -33,6 +33,7 @@ LEVELS = {
     "settings": 2,
     "config": 3,
     "diffusion": 0,
+    "diffusion.names": -2,
     "diffusion.respacing": -1,
     "diffusion.schedules": 0,
     "diffusion.sigmas": 2,

@@ -7,21 +7,13 @@ Bits per dimension of whatever x0 is, here latents: not comparable with those of
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.objectives import Decoder, log_variance_of, vlb_term
-from pixart_ft.diffusion.process import (
-    FixedVariance,
-    PredictionType,
-    network_timesteps,
-    predict,
-    promoted,
-    q_posterior,
-    q_sample,
-)
+from pixart_ft.diffusion.names import Decoder, PredictionType, Variance
+from pixart_ft.diffusion.objectives import log_variance_of, vlb_term
+from pixart_ft.diffusion.process import network_timesteps, predict, promoted, q_posterior, q_sample
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.sigmas import eps_at_sigma, index_to_timestep, sigma_to_index
 
@@ -62,7 +54,7 @@ def variational_bound(
     prediction_type: PredictionType,
     *,
     noise: Callable[[int], Tensor],
-    variance: Literal["learned"] | FixedVariance = "learned",
+    variance: Variance = "learned",
     decoder: Decoder = "gaussian",
 ) -> Bound:
     """-log2 p(x0) / d is at most `total` (Ho et al. 2020, eq. 5), one draw of x_t for each t; T network calls.

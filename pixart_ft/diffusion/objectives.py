@@ -1,17 +1,15 @@
 """Training losses: named terms per sample, each (N,), means over C, H, W. Symbols: `pixart_ft.diffusion`."""
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pixart_ft.diffusion.names import Decoder, LossSpace, Norm, PredictionType, SuForm, Variance, check, unknown
 from pixart_ft.diffusion.process import (
-    FixedVariance,
-    LossSpace,
     Prediction,
-    PredictionType,
     at,
     fixed_log_variance,
     merge_noises,
@@ -27,10 +25,6 @@ from pixart_ft.diffusion.process import (
     velocity,
 )
 from pixart_ft.diffusion.schedules import NoiseSchedule
-
-Decoder = Literal["gaussian", "discretized", "discretized_tanh"]
-Norm = Literal["squared", "huber"]
-SuForm = Literal["su_raw", "su_noises", "su_reduced"]
 
 
 def simple_loss(
@@ -54,6 +48,7 @@ def simple_loss(
     and 2 huber_delta |error| - huber_delta^2 beyond. weight (N,) multiplies the error in its space.
     Returns "simple", unweighted, and "loss". Raises ValueError where x0 is asked of epsilon at zero SNR.
     """
+    check(prediction_type, "prediction type", PredictionType)
     mean_half, _ = split_output(model_output, x_t.shape[1])
     space = prediction_type if space is None else space
     error = _in_space(schedule, mean_half, x_t, t, prediction_type, space) - _target(schedule, x0, x_t, eps, t, space)
@@ -102,7 +97,7 @@ def vlb_loss(
     t: Tensor,
     prediction_type: PredictionType,
     *,
-    variance: Literal["learned"] | FixedVariance = "learned",
+    variance: Variance = "learned",
     vlb_scale: float = 1.0,
     decoder: Decoder = "gaussian",
 ) -> dict[str, Tensor]:
@@ -148,7 +143,7 @@ def su_loss(
     elif form == "su_reduced":
         error = to_eps(schedule, mean_half, x_t, t, prediction_type) - promoted(eps)
     else:
-        raise ValueError(f"unknown form {form!r}; choose {', '.join(get_args(SuForm))}")
+        raise unknown(form, "form", SuForm)
     simple = _mean_over_sample(error**2)
     return {"simple": simple, "loss": simple}
 
@@ -176,7 +171,7 @@ def vlb_term(
     prediction_type: PredictionType,
     *,
     decoder: Decoder = "gaussian",
-    variance: Literal["learned"] | FixedVariance = "learned",
+    variance: Variance = "learned",
 ) -> Tensor:
     """One term (N,) of the variational bound, in bits per dimension (Ho et al. 2020, eq. 5).
 
@@ -194,10 +189,12 @@ def vlb_term(
     kl = _gaussian_kl(q.mean, q.log_variance, mean, log_variance)
     if decoder == "gaussian":
         nll = 0.5 * (math.log(2 * math.pi) + log_variance + (x0 - mean) ** 2 * torch.exp(-log_variance))
-    elif decoder in ("discretized", "discretized_tanh"):
-        nll = _discretized_nll(x0, mean, log_variance, tanh_cdf=decoder == "discretized_tanh")
+    elif decoder == "discretized":
+        nll = _discretized_nll(x0, mean, log_variance, _normal_cdf)
+    elif decoder == "discretized_tanh":
+        nll = _discretized_nll(x0, mean, log_variance, _tanh_cdf)
     else:
-        raise ValueError(f"unknown decoder {decoder!r}; choose {', '.join(get_args(Decoder))}")
+        raise unknown(decoder, "decoder", Decoder)
     nats = torch.where(t == 0, _mean_over_sample(nll), _mean_over_sample(kl))
     return nats / math.log(2)
 
@@ -207,7 +204,7 @@ def log_variance_of(
     prediction: Prediction,
     x_t: Tensor,
     t: Tensor,
-    variance: Literal["learned"] | FixedVariance,
+    variance: Variance,
 ) -> Tensor:
     """log variance (N, C, H, W) of p(x_{t-1} | x_t): the network's own, or a fixed one.
 
@@ -225,17 +222,17 @@ def _in_space(
     schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: PredictionType, space: LossSpace
 ) -> Tensor:
     """The network's prediction as a quantity of another kind."""
-    converters = {
-        "epsilon": to_eps,
-        "v_prediction": to_v,
-        "sample": to_x0,
-        "posterior_mean": to_posterior_mean,
-    }
-    if kind not in converters:
-        raise ValueError(f"unknown prediction type {kind!r}; choose {', '.join(converters)}")
-    if space not in converters:
-        raise ValueError(f"unknown loss space {space!r}; choose {', '.join(converters)}")
-    return promoted(value) if kind == space else converters[space](schedule, value, x_t, t, kind)
+    if kind == space:
+        return promoted(value)
+    if space == "epsilon":
+        return to_eps(schedule, value, x_t, t, kind)
+    if space == "sample":
+        return to_x0(schedule, value, x_t, t, kind)
+    if space == "v_prediction":
+        return to_v(schedule, value, x_t, t, kind)
+    if space == "posterior_mean":
+        return to_posterior_mean(schedule, value, x_t, t, kind)
+    raise unknown(space, "loss space", LossSpace)
 
 
 def _target(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, space: LossSpace) -> Tensor:
@@ -245,7 +242,9 @@ def _target(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, eps: Tensor, t: Te
         return promoted(x0)
     if space == "v_prediction":
         return velocity(schedule, promoted(x0), promoted(eps), t)
-    return q_posterior(schedule, promoted(x0), promoted(x_t), t).mean
+    if space == "posterior_mean":
+        return q_posterior(schedule, promoted(x0), promoted(x_t), t).mean
+    raise unknown(space, "loss space", LossSpace)
 
 
 def _penalty(error: Tensor, norm: Norm, delta: float) -> Tensor:
@@ -253,7 +252,7 @@ def _penalty(error: Tensor, norm: Norm, delta: float) -> Tensor:
         return error**2
     if norm == "huber":
         return 2 * F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)
-    raise ValueError(f"unknown norm {norm!r}; choose squared or huber")
+    raise unknown(norm, "norm", Norm)
 
 
 def _weighted(simple: Tensor, weight: Tensor | None) -> Tensor:
@@ -270,9 +269,8 @@ def _gaussian_kl(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_var
     return 0.5 * (torch.exp(log_ratio) - 1 - log_ratio + (mean_q - mean_p) ** 2 * torch.exp(-log_variance_p))
 
 
-def _discretized_nll(x: Tensor, mean: Tensor, log_variance: Tensor, *, tanh_cdf: bool) -> Tensor:
+def _discretized_nll(x: Tensor, mean: Tensor, log_variance: Tensor, cdf: Callable[[Tensor], Tensor]) -> Tensor:
     """-log of the probability, at least 1e-12, of x's bin of half width 1/255 (Ho et al. 2020, eq. 13)."""
-    cdf = _tanh_cdf if tanh_cdf else _normal_cdf
     inverse_std = torch.exp(-0.5 * log_variance)
     low, high = (x - mean - 1 / 255) * inverse_std, (x - mean + 1 / 255) * inverse_std
     # In the upper tail both CDFs are near 1 and cancel; mirrored to the lower tail they keep their digits.

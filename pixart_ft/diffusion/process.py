@@ -6,18 +6,12 @@ asking for it raises ValueError. Symbols: `pixart_ft.diffusion`.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from pixart_ft.diffusion.names import FixedVariance, PredictionType, Quantity, unknown
 from pixart_ft.diffusion.schedules import NoiseSchedule
-
-# The names of diffusers' scheduler_config.json: eps, v and x0; and the posterior's mean, which diffusers does not know.
-PredictionType = Literal["epsilon", "v_prediction", "sample", "posterior_mean"]
-LossSpace = PredictionType  # any network may be trained by the error of any of them
-FixedVariance = Literal["beta_tilde", "beta"]
-Kind = Literal["epsilon", "v_prediction", "sample", "posterior_mean", "score", "step_noise"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,7 @@ def network_timesteps(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return (timesteps if timesteps.dtype == torch.int64 else timesteps.to(torch.float32)).to(t.device)[t]
 
 
-def to_x0(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+def to_x0(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """x0 from `value`, a quantity of the given kind at x_t."""
     value = promoted(value)
     if kind == "sample":
@@ -121,24 +115,25 @@ def to_x0(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: 
     return (x_t - s * to_eps(schedule, value, x_t, t, kind)) / a
 
 
-def to_eps(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+def to_eps(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """The accumulated noise eps from `value`, a quantity of the given kind at x_t."""
     value = promoted(value)
     a, s = _signal_and_noise(schedule, t, x_t)
-    if kind == "epsilon":
-        return value
-    if kind == "score":
-        return -s * value
-    if kind == "step_noise":
-        return value * s / at(schedule.betas.sqrt(), t, x_t)
-    if kind == "v_prediction":
-        return a * value + s * x_t
-    if kind in ("sample", "posterior_mean"):
-        return (x_t - a * to_x0(schedule, value, x_t, t, kind)) / s
-    raise ValueError(f"unknown kind {kind!r}; choose {', '.join(get_args(Kind))}")
+    match kind:
+        case "epsilon":
+            return value
+        case "score":
+            return -s * value
+        case "step_noise":
+            return value * s / at(schedule.betas.sqrt(), t, x_t)
+        case "v_prediction":
+            return a * value + s * x_t
+        case "sample" | "posterior_mean":
+            return (x_t - a * to_x0(schedule, value, x_t, t, kind)) / s
+    raise unknown(kind, "kind", Quantity)
 
 
-def to_v(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+def to_v(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """v from `value`, a quantity of the given kind at x_t."""
     if kind == "v_prediction":
         return promoted(value)
@@ -146,18 +141,18 @@ def to_v(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: K
     return velocity(schedule, x0, eps, t)
 
 
-def to_posterior_mean(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+def to_posterior_mean(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """The mean of q(x_{t-1} | x_t, x0) from `value`, a quantity of the given kind at x_t."""
     return q_posterior(schedule, to_x0(schedule, value, x_t, t, kind), x_t, t).mean
 
 
-def to_score(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+def to_score(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """The score -eps / sqrt(1 - alpha_bar) from `value`, a quantity of the given kind at x_t."""
     _, s = _signal_and_noise(schedule, t, x_t)
     return -to_eps(schedule, value, x_t, t, kind) / s
 
 
-def to_step_noise(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Kind) -> Tensor:
+def to_step_noise(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """Su's step noise sqrt(beta / (1 - alpha_bar)) eps (his eq. 1.15) from a quantity of the given kind."""
     _, s = _signal_and_noise(schedule, t, x_t)
     return at(schedule.betas.sqrt(), t, x_t) / s * to_eps(schedule, value, x_t, t, kind)
@@ -214,7 +209,7 @@ def fixed_log_variance(schedule: NoiseSchedule, variance: FixedVariance) -> Tens
         return schedule.posterior_log_variance
     if variance == "beta":
         return torch.cat([schedule.posterior_log_variance[:1], schedule.betas[1:].log()])
-    raise ValueError(f"unknown fixed variance {variance!r}; choose beta_tilde or beta")
+    raise unknown(variance, "fixed variance", FixedVariance)
 
 
 def predict(

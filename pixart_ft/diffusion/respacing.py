@@ -1,12 +1,11 @@
 """Which steps of a process to keep: plain integers, no tensors. Symbols: `pixart_ft.diffusion`."""
 
 from collections.abc import Sequence
-from typing import Literal
 
-Spacing = Literal["iddpm", "trailing", "leading"]
+from pixart_ft.diffusion.names import IndexSpacing, unknown
 
 
-def spaced_indices(num_steps: int, count: int, spacing: Spacing = "iddpm") -> list[int]:
+def spaced_indices(num_steps: int, count: int, spacing: IndexSpacing = "iddpm") -> list[int]:
     """`count` increasing indices into a process of `num_steps`, for a sampler that takes `count` steps.
 
     iddpm: both ends included (Nichol & Dhariwal 2021), except that a single step is T-1, where sampling
@@ -23,7 +22,7 @@ def spaced_indices(num_steps: int, count: int, spacing: Spacing = "iddpm") -> li
         return [round(num_steps - i * stride) - 1 for i in reversed(range(count))]
     if spacing == "leading":
         return [i * (num_steps // count) for i in range(count)]
-    raise ValueError(f"unknown spacing {spacing!r}; choose iddpm, trailing or leading")
+    raise unknown(spacing, "spacing", IndexSpacing)
 
 
 def kept_indices(num_steps: int, spec: int | str | Sequence[int]) -> list[int]:

@@ -5,15 +5,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from pixart_ft.diffusion.names import ScheduleName, TimeConditioning, unknown
 from pixart_ft.diffusion.respacing import kept_indices
-
-TimeConditioning = Literal["index", "snr_matched"]
-ScheduleName = Literal["linear", "scaled_linear", "cosine", "su_linear"]
 
 # The keys of a diffusers scheduler_config.json that define the process; the others are a sampler's business.
 DIFFUSERS_KEYS = (
@@ -215,20 +213,24 @@ def named_config(name: ScheduleName, num_steps: int = 1000) -> dict[str, object]
     """A schedule with its own defaults, in the words of a diffusers scheduler config. Raises ValueError for another."""
     if name == "cosine":
         return {"num_train_timesteps": num_steps, "beta_schedule": "squaredcos_cap_v2"}
-    ends = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "su_linear": (0.02 / num_steps, 0.02)}
-    if name not in ends:
-        raise ValueError(f"unknown schedule {name!r}; choose from {', '.join(get_args(ScheduleName))}")
-    start, end = ends[name]
-    # Su's betas 0.02 t / T are a straight line too
-    line = "scaled_linear" if name == "scaled_linear" else "linear"
+    if name == "linear":
+        line, start, end = "linear", 1e-4, 0.02
+    elif name == "scaled_linear":
+        line, start, end = "scaled_linear", 0.00085, 0.012
+    elif name == "su_linear":  # his betas 0.02 t / T are a straight line too
+        line, start, end = "linear", 0.02 / num_steps, 0.02
+    else:
+        raise unknown(name, "schedule", ScheduleName)
     return {"num_train_timesteps": num_steps, "beta_schedule": line, "beta_start": start, "beta_end": end}
 
 
 def conditioned(schedule: NoiseSchedule, native: NoiseSchedule, time_conditioning: TimeConditioning) -> NoiseSchedule:
     """`schedule` as a network trained on `native` is told of it: by index, or matched in SNR; else ValueError."""
-    if time_conditioning not in get_args(TimeConditioning):
-        raise ValueError(f"unknown time_conditioning {time_conditioning!r}; choose index or snr_matched")
-    return schedule.matched_to(native) if time_conditioning == "snr_matched" else schedule
+    if time_conditioning == "index":
+        return schedule
+    if time_conditioning == "snr_matched":
+        return schedule.matched_to(native)
+    raise unknown(time_conditioning, "time_conditioning", TimeConditioning)
 
 
 def interpolate(x: Tensor, knots: Tensor, values: Tensor) -> Tensor:

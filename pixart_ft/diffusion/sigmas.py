@@ -5,16 +5,14 @@ Grids are (count,) float64, from the most noise to the least, without the closin
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.process import PredictionType, promoted, split_output
+from pixart_ft.diffusion.names import Lookup, PredictionType, unknown
+from pixart_ft.diffusion.process import promoted, split_output
 from pixart_ft.diffusion.respacing import spaced_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule, interpolate
-
-Lookup = Literal["interpolated", "nearest_log", "nearest"]
 
 
 def sigma_to_log_snr(sigma: Tensor) -> Tensor:
@@ -46,7 +44,7 @@ def sigma_to_index(schedule: NoiseSchedule, sigma: Tensor, lookup: Lookup = "int
     elif lookup == "nearest":
         levels, wanted = schedule.sigmas, sigma
     else:
-        raise ValueError(f"unknown lookup {lookup!r}; choose interpolated, nearest_log or nearest")
+        raise unknown(lookup, "lookup", Lookup)
     # An infinite sigma is as far from every finite level: clamped, it meets the last.
     distance = (wanted.clamp(levels[0], levels[-1]).unsqueeze(-1) - levels).abs()
     # inf - inf, a level of no signal met exactly

@@ -11,16 +11,13 @@ Euler-Maruyama and the ODE, 1 - alpha_bar / alpha_bar_prev for the others (Song 
 """
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pixart_ft.diffusion.names import CorrectorNorms, Predictor, StepVariance, unknown
 from pixart_ft.diffusion.process import Prediction, at, q_posterior, to_eps
 from pixart_ft.diffusion.schedules import NoiseSchedule
-
-Variance = Literal["beta_tilde", "beta", "learned", "none"]
-Predictor = Literal["euler_maruyama", "reverse_diffusion", "ancestral"]
 
 
 def ddim_sigma(schedule: NoiseSchedule, eta: float) -> Tensor:
@@ -75,7 +72,7 @@ def ddpm_step(
     x_t: Tensor,
     t: Tensor,
     *,
-    variance: Variance = "beta_tilde",
+    variance: StepVariance = "beta_tilde",
     noise: Tensor | None = None,
 ) -> Tensor:
     """The posterior's mean plus noise of the chosen variance (Ho et al. 2020, Alg. 2); no noise at t = 0.
@@ -96,7 +93,7 @@ def ddpm_step(
     elif variance == "beta":
         log_variance = at(schedule.betas.log(), t, x_t)
     else:
-        raise ValueError(f"unknown variance {variance!r}; choose beta_tilde, beta, learned or none")
+        raise unknown(variance, "variance", StepVariance)
     is_last = (t == 0).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1))
     std = torch.exp(0.5 * log_variance).masked_fill(is_last, 0)
     return mean + std * _required(noise, f"variance {variance!r}")
@@ -171,7 +168,7 @@ def sde_step(predictor: Predictor, x: Tensor, score: Tensor, beta: float, noise:
     elif predictor == "ancestral":
         mean = (x + beta * score) / math.sqrt(1 - beta)
     else:
-        raise ValueError(f"unknown predictor {predictor!r}; choose euler_maruyama, reverse_diffusion or ancestral")
+        raise unknown(predictor, "predictor", Predictor)
     return mean if noise is None else mean + math.sqrt(beta) * noise
 
 
@@ -187,7 +184,7 @@ def langevin_step(x: Tensor, score: Tensor, step: Tensor | float, noise: Tensor)
 
 
 def langevin_step_size(
-    score: Tensor, noise: Tensor, alpha: float, snr: float, norms: Literal["per_sample", "batch_mean"] = "per_sample"
+    score: Tensor, noise: Tensor, alpha: float, snr: float, norms: CorrectorNorms = "per_sample"
 ) -> Tensor:
     """2 alpha (snr |noise| / |score|)^2 (Song et al. 2021b, Alg. 5), shaped to multiply the score; 0 where that is 0.
 
@@ -198,7 +195,7 @@ def langevin_step_size(
     if norms == "batch_mean":
         lengths = [x.mean().expand(len(score)) for x in lengths]
     elif norms != "per_sample":
-        raise ValueError(f"unknown norms {norms!r}; choose per_sample or batch_mean")
+        raise unknown(norms, "norms", CorrectorNorms)
     ratio = torch.where(lengths[1] > 0, lengths[0] / lengths[1], 0.0)
     return (2 * alpha * (snr * ratio) ** 2).view(-1, *[1] * (score.ndim - 1))
 

@@ -6,15 +6,14 @@ whoever draws decides what is random. The weights are tables over the whole sche
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.process import LossSpace, posterior_x0_weight
+from pixart_ft.diffusion.names import LossSpace, Weighting, unknown
+from pixart_ft.diffusion.process import posterior_x0_weight
 from pixart_ft.diffusion.schedules import NoiseSchedule
-
-Weighting = Literal["none", "constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"]
 
 # The debiased weight is capped here: it grows without bound where the signal vanishes.
 MAX_DEBIASED = 1000.0
@@ -139,7 +138,7 @@ def loss_weights(
         elif weighting == "debiased":
             on_eps = snr.rsqrt().clamp(max=MAX_DEBIASED)
         else:
-            raise ValueError(f"unknown weighting {weighting!r}; choose {', '.join(get_args(Weighting))}")
+            raise unknown(weighting, "weighting", Weighting)
         on_x0 = on_eps * snr
     if space == "epsilon":
         weights = on_eps
@@ -150,7 +149,7 @@ def loss_weights(
     elif space == "posterior_mean":
         weights = on_x0 / posterior_x0_weight(schedule) ** 2
     else:
-        raise ValueError(f"unknown loss space {space!r}; choose {', '.join(get_args(LossSpace))}")
+        raise unknown(space, "loss space", LossSpace)
     if not bool(weights.isfinite().all()):
         raise ValueError(f"weighting {weighting} is infinite on the {space} error where this schedule leaves no signal")
     return weights

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from pixart_ft.diffusion.process import PredictionType
+from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.samplers import EVERY_SAMPLER, STOCK_SAMPLERS
 from pixart_ft.schedulers.base import PixArtScheduler

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast, get_args
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -11,7 +11,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from pixart_ft.diffusion.process import PredictionType, promoted
+from pixart_ft.diffusion.names import PredictionType, check
+from pixart_ft.diffusion.process import promoted
 from pixart_ft.diffusion.schedules import NoiseSchedule, interpolate
 from pixart_ft.diffusion.sigmas import index_to_sigma
 from pixart_ft.samplers import SAMPLERS, SamplerFacts
@@ -97,9 +98,7 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
             whole = all(isinstance(step, int) for step in config.network_timesteps)
             told = torch.tensor(config.network_timesteps, dtype=torch.int64 if whole else torch.float64)
             schedule = NoiseSchedule.from_betas(schedule.betas, told)
-        if config.prediction_type not in get_args(PredictionType):
-            choices = ", ".join(get_args(PredictionType))
-            raise ValueError(f"unknown prediction_type {config.prediction_type!r}; choose from {choices}")
+        check(config.prediction_type, "prediction_type", PredictionType)
         if schedule.has_zero_snr:
             self._refuse_zero_snr(config.prediction_type)
         self.schedule, self.prediction_type = schedule, config.prediction_type

@@ -3,17 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
+from typing import get_args
 
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from pixart_ft.diffusion.names import FixedVariance, IndexSpacing, StepVariance, Variance, check
 from pixart_ft.diffusion.process import Prediction, predict, promoted, to_eps, to_x0
-from pixart_ft.diffusion.respacing import Spacing, spaced_indices
+from pixart_ft.diffusion.respacing import spaced_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.diffusion.solvers import Variance, ddim_encode_step, ddim_step, ddpm_step
+from pixart_ft.diffusion.solvers import ddim_encode_step, ddim_step, ddpm_step
 from pixart_ft.schedulers.base import PixArtScheduler
 
 
@@ -23,7 +24,7 @@ class IndexScheduler(PixArtScheduler):
     process: the respaced schedule of the steps chosen; kept: their indices in the whole one.
     """
 
-    spacing: Spacing
+    spacing: IndexSpacing
     process: NoiseSchedule
     kept: list[int]
 
@@ -88,7 +89,7 @@ class _Ancestral(IndexScheduler):
     the algorithm does not have: 0.37 on unit latents with the variance beta (golden/validation.md, deviation 3).
     """
 
-    variance: Variance
+    variance: StepVariance
 
     def _down(self, prediction: Prediction, x: Tensor, t: Tensor, draw: Callable[[], Tensor] | None) -> Tensor:
         if draw is None or self.variance == "none":
@@ -112,10 +113,10 @@ class RespacedDDPMScheduler(_Ancestral):
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
         network_timesteps: list[float] | None = None,
-        spacing: Spacing = "iddpm",
-        variance: Literal["beta_tilde", "beta"] = "beta_tilde",
+        spacing: IndexSpacing = "iddpm",
+        variance: FixedVariance = "beta_tilde",
     ) -> None:
-        if variance not in ("beta_tilde", "beta"):
+        if variance not in get_args(FixedVariance):
             raise ValueError(f"DDPM's variance is beta_tilde or beta, got {variance!r}; iDDPM steps by the learned one")
         self._read_process()
         self.spacing, self.variance = spacing, variance
@@ -137,7 +138,7 @@ class GreedyDDPMScheduler(_Ancestral):
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
         network_timesteps: list[float] | None = None,
-        spacing: Spacing = "iddpm",
+        spacing: IndexSpacing = "iddpm",
     ) -> None:
         self._read_process()
         self.spacing, self.variance = spacing, "none"
@@ -163,11 +164,10 @@ class IDDPMScheduler(_Ancestral):
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
         network_timesteps: list[float] | None = None,
-        spacing: Spacing = "iddpm",
-        variance: Literal["learned", "beta_tilde", "beta"] = "learned",
+        spacing: IndexSpacing = "iddpm",
+        variance: Variance = "learned",
     ) -> None:
-        if variance not in ("learned", "beta_tilde", "beta"):
-            raise ValueError(f"unknown variance {variance!r}; choose learned, beta_tilde or beta")
+        check(variance, "variance", Variance)
         self._read_process()
         self.spacing, self.variance = spacing, variance
 
@@ -201,7 +201,7 @@ class RespacedDDIMScheduler(IndexScheduler):
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
         network_timesteps: list[float] | None = None,
-        spacing: Spacing = "iddpm",
+        spacing: IndexSpacing = "iddpm",
         eta: float = 0.0,
     ) -> None:
         if not 0 <= eta <= 1:

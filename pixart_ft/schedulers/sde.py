@@ -1,7 +1,6 @@
 """Score-based samplers: the reverse SDE with a Langevin corrector, and its probability-flow ODE."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
@@ -9,10 +8,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from pixart_ft.diffusion.flow import solve_flow
+from pixart_ft.diffusion.names import CorrectorNorms, IndexSpacing, Predictor, check
 from pixart_ft.diffusion.process import to_score
-from pixart_ft.diffusion.respacing import Spacing
 from pixart_ft.diffusion.sigmas import eps_at_sigma, index_to_timestep, sigma_to_index
-from pixart_ft.diffusion.solvers import Predictor, langevin_step, langevin_step_size, pf_ode_step, sde_step
+from pixart_ft.diffusion.solvers import langevin_step, langevin_step_size, pf_ode_step, sde_step
 from pixart_ft.schedulers.discrete import IndexScheduler
 
 
@@ -37,15 +36,14 @@ class ScoreSDEScheduler(IndexScheduler):
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
         network_timesteps: list[float] | None = None,
-        spacing: Spacing = "iddpm",
+        spacing: IndexSpacing = "iddpm",
         predictor: Predictor = "reverse_diffusion",
         corrector_steps: int = 1,
         corrector_snr: float = 0.16,
         corrector_first: bool = False,
-        corrector_norms: Literal["per_sample", "batch_mean"] = "per_sample",
+        corrector_norms: CorrectorNorms = "per_sample",
     ) -> None:
-        if predictor not in ("euler_maruyama", "reverse_diffusion", "ancestral"):
-            raise ValueError(f"unknown predictor {predictor!r}; choose euler_maruyama, reverse_diffusion or ancestral")
+        check(predictor, "predictor", Predictor)
         if corrector_steps < 0 or corrector_snr <= 0:
             raise ValueError(
                 f"corrector_steps must not be negative and corrector_snr positive, got {corrector_steps} and "
@@ -105,7 +103,7 @@ class ProbabilityFlowScheduler(IndexScheduler):
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
         network_timesteps: list[float] | None = None,
-        spacing: Spacing = "iddpm",
+        spacing: IndexSpacing = "iddpm",
         tolerance: float | None = None,
     ) -> None:
         if tolerance is not None and tolerance <= 0:

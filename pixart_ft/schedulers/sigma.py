@@ -7,16 +7,15 @@ one above them, the network is told the last timestep.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from pixart_ft.diffusion.names import Lookup, SigmaSpacing, check, unknown
 from pixart_ft.diffusion.process import promoted
 from pixart_ft.diffusion.sigmas import (
-    Lookup,
     eps_at_sigma,
     exponential_sigmas,
     index_to_sigma,
@@ -36,8 +35,6 @@ from pixart_ft.diffusion.solvers import (
     langevin_step,
 )
 from pixart_ft.schedulers.base import PixArtScheduler
-
-SigmaSpacing = Literal["karras", "exponential", "linspace", "trailing"]
 
 
 class SigmaScheduler(PixArtScheduler):
@@ -68,8 +65,7 @@ class SigmaScheduler(PixArtScheduler):
             raise ValueError(
                 f"sampler {self.sampler} steps between the timesteps, where a posterior mean has no meaning"
             )
-        if spacing not in self.facts.spacings:
-            raise ValueError(f"unknown spacing {spacing!r}; choose from {', '.join(self.facts.spacings)}")
+        check(spacing, "spacing", SigmaSpacing)
         own = self.schedule.sigmas[0].item(), self.schedule.sigmas[-1].item()
         if spacing in ("linspace", "trailing") and (sigma_min, sigma_max) != (None, None):
             raise ValueError(f"sigma_min and sigma_max are for spacing karras and exponential, not for {spacing}")
@@ -117,12 +113,16 @@ class SigmaScheduler(PixArtScheduler):
 
     def _spaced(self, count: int) -> Tensor:
         low, high, rho = self.grid
-        if self.spacing in ("linspace", "trailing"):
-            make = linspace_sigmas if self.spacing == "linspace" else trailing_sigmas
-            return make(self.schedule, count)
-        return (
-            karras_sigmas(count, low, high, rho) if self.spacing == "karras" else exponential_sigmas(count, low, high)
-        )
+        match self.spacing:
+            case "karras":
+                return karras_sigmas(count, low, high, rho)
+            case "exponential":
+                return exponential_sigmas(count, low, high)
+            case "linspace":
+                return linspace_sigmas(self.schedule, count)
+            case "trailing":
+                return trailing_sigmas(self.schedule, count)
+        raise unknown(self.spacing, "spacing", SigmaSpacing)
 
     def _explicit(self, sigmas: Sequence[float]) -> Tensor:
         values = torch.tensor([float(sigma) for sigma in sigmas], dtype=torch.float64)

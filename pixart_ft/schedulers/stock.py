@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.process import PredictionType
+from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule, interpolate
 from pixart_ft.samplers import StockFacts
 from pixart_ft.schedulers.base import PixArtScheduler

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import process, solvers
+from pixart_ft.diffusion.names import Quantity
 from pixart_ft.diffusion.objectives import su_factors, su_loss, vlb_term
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import loss_weights
@@ -81,7 +82,7 @@ def test_a5_an_accumulated_noise_network_is_scaled_before_it_is_subtracted() -> 
     t, x = torch.arange(1000), torch.ones(1000, 1, dtype=torch.float64)
     eps = ((1 - SU.alpha_bar).sqrt() / (0.25 * SU.alpha_bar + 1 - SU.alpha_bar)).view(-1, 1)
 
-    def final_variance(kind: process.Kind) -> float:
+    def final_variance(kind: Quantity) -> float:
         slopes, variance = process.to_posterior_mean(SU, eps, x, t, kind).flatten().tolist(), 1.0
         for index in reversed(range(1000)):
             variance = slopes[index] ** 2 * variance + (SU.betas[index].item() if index else 0.0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import process
+from pixart_ft.diffusion.names import FixedVariance, LossSpace, PredictionType
 from pixart_ft.diffusion.objectives import hybrid_loss, simple_loss, su_factors, su_loss, vlb_loss, vlb_term
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import loss_weights
@@ -15,7 +16,7 @@ from pixart_ft.diffusion.weighting import loss_weights
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
 ZERO_SNR = LINEAR.zero_terminal_snr()
 T = torch.tensor([0, 1, 500, 999])
-TYPES: tuple[process.PredictionType, ...] = get_args(process.PredictionType)
+TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -28,7 +29,7 @@ def batch(schedule: NoiseSchedule = LINEAR) -> tuple[Tensor, Tensor, Tensor]:
     return x0, process.q_sample(schedule, x0, T, eps), eps
 
 
-def output_for(kind: process.PredictionType, x0: Tensor, x_t: Tensor, schedule: NoiseSchedule = LINEAR) -> Tensor:
+def output_for(kind: PredictionType, x0: Tensor, x_t: Tensor, schedule: NoiseSchedule = LINEAR) -> Tensor:
     """What a network of that kind says at the indices T when it means this x0."""
     converters = {
         "epsilon": process.to_eps,
@@ -42,7 +43,7 @@ def output_for(kind: process.PredictionType, x0: Tensor, x_t: Tensor, schedule: 
 @pytest.mark.parametrize("space", TYPES)
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_each_half_of_the_output_is_moved_by_its_own_term_alone(
-    prediction_type: process.PredictionType, space: process.LossSpace
+    prediction_type: PredictionType, space: LossSpace
 ) -> None:
     x0, x_t, eps = batch()
     output = draw(4, 8, 3, 3, seed=2).requires_grad_()
@@ -57,7 +58,7 @@ def test_each_half_of_the_output_is_moved_by_its_own_term_alone(
 @pytest.mark.parametrize("prediction_type", TYPES)
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
 def test_hybrid_of_a_half_precision_output_is_finite_and_equals_float64(
-    schedule: NoiseSchedule, prediction_type: process.PredictionType, dtype: torch.dtype
+    schedule: NoiseSchedule, prediction_type: PredictionType, dtype: torch.dtype
 ) -> None:
     x0, x_t, eps = batch(schedule)
     output = (3 * draw(4, 8, 3, 3, seed=2, dtype=dtype)).requires_grad_()
@@ -71,7 +72,7 @@ def test_hybrid_of_a_half_precision_output_is_finite_and_equals_float64(
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_simple_is_the_mean_squared_error_of_what_is_predicted(
-    prediction_type: process.PredictionType,
+    prediction_type: PredictionType,
 ) -> None:
     x0, x_t, eps = batch()
     offset = torch.tensor([0.0, 1.0, 2.0, 3.0], dtype=torch.float64)
@@ -102,13 +103,11 @@ def test_an_eps_network_may_be_trained_by_any_error() -> None:
 
 @pytest.mark.parametrize("prediction_type", TYPES)
 @pytest.mark.parametrize("name", ["constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"])
-def test_one_prediction_has_one_weighted_error_in_every_space(
-    name: str, prediction_type: process.PredictionType
-) -> None:
+def test_one_prediction_has_one_weighted_error_in_every_space(name: str, prediction_type: PredictionType) -> None:
     x0, x_t, eps = batch()
     output = output_for(prediction_type, x0 + draw(4, 4, 3, 3, seed=3), x_t)
 
-    def weighted(space: process.LossSpace) -> Tensor:
+    def weighted(space: LossSpace) -> Tensor:
         weight = loss_weights(LINEAR, name, space)[T]  # type: ignore[arg-type]
         return simple_loss(LINEAR, output, x0, x_t, eps, T, prediction_type, space=space, weight=weight)["loss"]
 
@@ -117,7 +116,7 @@ def test_one_prediction_has_one_weighted_error_in_every_space(
 
 
 @pytest.mark.parametrize("space", TYPES)
-def test_the_elbo_weight_makes_the_error_the_bound(space: process.LossSpace) -> None:
+def test_the_elbo_weight_makes_the_error_the_bound(space: LossSpace) -> None:
     """With variance beta tilde: for t > 0 the divergence in nats, at t = 0 the decoder's quadratic part."""
     x0, x_t, eps = batch()
     output = draw(4, 4, 3, 3, seed=2)
@@ -173,7 +172,7 @@ def test_hybrid_is_simple_plus_the_scaled_bound() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
-def test_the_pure_bound_moves_mean_and_variance(prediction_type: process.PredictionType) -> None:
+def test_the_pure_bound_moves_mean_and_variance(prediction_type: PredictionType) -> None:
     x0, x_t, eps = batch()
     output = draw(4, 8, 3, 3, seed=2).requires_grad_()
     terms = vlb_loss(LINEAR, output, x0, x_t, eps, T, prediction_type, vlb_scale=0.25)
@@ -186,7 +185,7 @@ def test_the_pure_bound_moves_mean_and_variance(prediction_type: process.Predict
 
 
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
-def test_the_bound_with_a_fixed_variance_is_that_of_a_network_that_says_so(variance: process.FixedVariance) -> None:
+def test_the_bound_with_a_fixed_variance_is_that_of_a_network_that_says_so(variance: FixedVariance) -> None:
     """-1 says beta tilde at every t; +1 says beta, except at t = 0, where the fixed one is beta tilde's again."""
     x0, x_t, eps = batch()
     output = draw(4, 4, 3, 3, seed=2)
@@ -255,7 +254,7 @@ def test_the_discretized_decoder_keeps_its_digits_in_both_tails() -> None:
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
-def test_sus_raw_form_is_the_one_of_two_noises_scaled(prediction_type: process.PredictionType) -> None:
+def test_sus_raw_form_is_the_one_of_two_noises_scaled(prediction_type: PredictionType) -> None:
     """Eq. 1.8: x_{t-1} and the predicted one differ by the step's noises, times beta / alpha, draw by draw."""
     x0, x_t, eps = batch()
     rest, output = draw(4, 4, 3, 3, seed=4), draw(4, 8, 3, 3, seed=2)
@@ -306,7 +305,7 @@ def test_mistakes_are_named() -> None:
         simple_loss(LINEAR, eps, x0, x_t, eps, T, "epsilon", space="noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown norm 'l1'; choose squared or huber"):
         simple_loss(LINEAR, eps, x0, x_t, eps, T, "epsilon", norm="l1")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown form 'su'; choose su_raw, su_noises, su_reduced"):
+    with pytest.raises(ValueError, match="unknown form 'su'; choose su_raw, su_noises or su_reduced"):
         su_loss(LINEAR, eps, x0, x_t, eps, eps, T, "epsilon", "su")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown decoder 'laplace'; choose gaussian"):
         vlb_term(LINEAR, draw(4, 8, 3, 3), x0, x_t, T, "epsilon", decoder="laplace")  # type: ignore[arg-type]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import process
+from pixart_ft.diffusion.names import PredictionType, Quantity
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
-CONVERSIONS: dict[process.Kind, Callable[[NoiseSchedule, Tensor, Tensor, Tensor, process.Kind], Tensor]] = {
+CONVERSIONS: dict[Quantity, Callable[[NoiseSchedule, Tensor, Tensor, Tensor, Quantity], Tensor]] = {
     "epsilon": process.to_eps,
     "sample": process.to_x0,
     "v_prediction": process.to_v,
@@ -35,7 +36,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(("source", "target"), list(itertools.permutations(CONVERSIONS, 2)))
-def test_round_trip_over_every_ordered_pair(name: str, source: process.Kind, target: process.Kind) -> None:
+def test_round_trip_over_every_ordered_pair(name: str, source: Quantity, target: Quantity) -> None:
     schedule = SCHEDULES[name]
     last = schedule.num_steps - 1
     t = torch.tensor([0, 1, last // 2, last - 1, last])
@@ -53,7 +54,7 @@ def test_round_trip_over_every_ordered_pair(name: str, source: process.Kind, tar
 @pytest.mark.parametrize(
     ("source", "target"), list(itertools.product(["sample", "v_prediction", "posterior_mean"], CONVERSIONS))
 )
-def test_without_signal_whatever_determines_x0_determines_the_rest(source: process.Kind, target: process.Kind) -> None:
+def test_without_signal_whatever_determines_x0_determines_the_rest(source: Quantity, target: Quantity) -> None:
     schedule, t = NoiseSchedule.linear().zero_terminal_snr(), torch.tensor([500, 998, 999])
     x0, eps = draw(3, 4, 2, 2), draw(3, 4, 2, 2, seed=1)
     x_t = process.q_sample(schedule, x0, t, eps)
@@ -181,7 +182,7 @@ def test_predict_splits_the_output_and_knows_its_type() -> None:
     schedule, t = NoiseSchedule.linear(), torch.tensor([3, 700])
     x0, eps, learned_range = draw(2, 4, 2, 2), draw(2, 4, 2, 2, seed=1), draw(2, 4, 2, 2, seed=2)
     x_t = process.q_sample(schedule, x0, t, eps)
-    outputs: dict[process.PredictionType, Tensor] = {
+    outputs: dict[PredictionType, Tensor] = {
         "epsilon": eps,
         "sample": x0,
         "v_prediction": process.velocity(schedule, x0, eps, t),

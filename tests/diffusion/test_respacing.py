@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 from diffusers import DDIMScheduler
 
-from pixart_ft.diffusion.respacing import Spacing, kept_indices, spaced_indices
+from pixart_ft.diffusion.names import IndexSpacing
+from pixart_ft.diffusion.respacing import kept_indices, spaced_indices
 
 
 def test_trailing_indices_are_those_of_diffusers_ddim() -> None:
@@ -26,7 +27,7 @@ def test_leading_indices_are_those_of_diffusers_ddim() -> None:
 
 @pytest.mark.parametrize("spacing", ["iddpm", "trailing", "leading"])
 @pytest.mark.parametrize("num_steps", [1, 37, 250])
-def test_every_count_gives_that_many_increasing_indices(num_steps: int, spacing: Spacing) -> None:
+def test_every_count_gives_that_many_increasing_indices(num_steps: int, spacing: IndexSpacing) -> None:
     for count in range(1, num_steps + 1):
         indices = spaced_indices(num_steps, count, spacing)
         assert len(indices) == count and indices == sorted(set(indices))

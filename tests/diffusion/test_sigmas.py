@@ -9,6 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from pixart_ft.diffusion import process, sigmas
+from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
@@ -65,7 +66,7 @@ def test_timesteps_between_two_kept_ones() -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_the_noise_read_at_a_schedules_level_is_the_one_that_process_reads(
-    prediction_type: process.PredictionType,
+    prediction_type: PredictionType,
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, 2, 2, generator=generator, dtype=torch.float64)

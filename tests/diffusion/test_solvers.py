@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import process
+from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.process import Prediction, predict
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import ddim_encode_step, ddim_step, ddpm_step
@@ -127,7 +128,7 @@ def test_learned_variance_at_the_optimum_reproduces_the_data() -> None:
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("method", STEPS)
 def test_oracle_noise_leads_back_to_x0(
-    method: str, name: str, prediction_type: process.PredictionType, dtype: torch.dtype
+    method: str, name: str, prediction_type: PredictionType, dtype: torch.dtype
 ) -> None:
     """A network that always knows the noise of the current x reaches x0 from anywhere."""
     schedule = getattr(NoiseSchedule, name)().respaced(20)
@@ -200,5 +201,5 @@ def test_mistakes_are_named() -> None:
         ddpm_step(LINEAR, prediction, x, t, variance="beta")
     with pytest.raises(ValueError, match="'learned' needs a network with variance channels"):
         ddpm_step(LINEAR, prediction, x, t, variance="learned", noise=x)
-    with pytest.raises(ValueError, match="unknown variance 'small'; choose beta_tilde"):
+    with pytest.raises(ValueError, match="unknown variance 'small'; choose learned, beta_tilde, beta or none"):
         ddpm_step(LINEAR, prediction, x, t, variance="small", noise=x)  # type: ignore[arg-type]

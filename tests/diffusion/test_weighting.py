@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import weighting
-from pixart_ft.diffusion.process import LossSpace
+from pixart_ft.diffusion.names import LossSpace, Weighting
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import (
     LossHistory,
@@ -20,7 +20,7 @@ from pixart_ft.diffusion.weighting import (
 
 LINEAR = NoiseSchedule.linear()
 ZERO_SNR = LINEAR.zero_terminal_snr()
-WEIGHTINGS: list[weighting.Weighting] = ["constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"]
+WEIGHTINGS: list[Weighting] = ["constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"]
 
 
 def even_grid(count: int) -> Tensor:
@@ -152,7 +152,7 @@ def test_elbo_weight_on_x0_is_half_the_loss_of_snr_and_at_0_the_decoders() -> No
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.cosine(), ZERO_SNR], ids=["linear", "cosine", "zero_snr"])
 def test_weights_are_finite_and_the_same_for_one_prediction_in_every_space(
-    schedule: NoiseSchedule, name: weighting.Weighting
+    schedule: NoiseSchedule, name: Weighting
 ) -> None:
     """An error d of x0 is one of d / s in v, of d a / s in eps, of d times its weight of x0 in the posterior's mean."""
     on_x0 = loss_weights(schedule, name, "sample")

@@ -1,0 +1,48 @@
+"""The words of the mathematics, each list once: configuration, schedulers and formulas all take them from here.
+
+Nothing but typing is imported, so that help is instant. Whoever acts by such a word ends with `raise unknown(...)`:
+so a type checker sees a word that is not in the list, and one of the list that was forgotten.
+"""
+
+from typing import Any, Literal, Never, get_args
+
+# What a network may predict, as in diffusers' scheduler_config.json: eps, v and x0; and the posterior's mean, which
+# diffusers does not know.
+PredictionType = Literal["epsilon", "v_prediction", "sample", "posterior_mean"]
+LossSpace = PredictionType  # any network may be trained by the error of any of them
+Quantity = Literal[PredictionType, "score", "step_noise"]  # what x_t and t turn into each other
+
+# The process.
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "su_linear"]
+TimeConditioning = Literal["index", "snr_matched"]  # what another schedule than its own tells a network
+FixedVariance = Literal["beta_tilde", "beta"]
+Variance = Literal["learned", FixedVariance]  # p's, that of x_{t-1} given x_t
+
+# Losses.
+SuForm = Literal["su_raw", "su_noises", "su_reduced"]
+ObjectiveKind = Literal["hybrid", "simple", "vlb", SuForm]
+Norm = Literal["squared", "huber"]
+Decoder = Literal["gaussian", "discretized", "discretized_tanh"]
+Weighting = Literal["none", "constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"]
+TimestepLaw = Literal["uniform", "stratified", "logit_normal", "importance"]
+
+# Sampling.
+IndexSpacing = Literal["iddpm", "trailing", "leading"]  # of indices into the schedule
+SigmaSpacing = Literal["karras", "exponential", "linspace", "trailing"]  # of noise levels
+Spacing = Literal[IndexSpacing, SigmaSpacing]
+Lookup = Literal["interpolated", "nearest_log", "nearest"]  # of a noise level in a schedule
+StepVariance = Literal[Variance, "none"]
+Predictor = Literal["euler_maruyama", "reverse_diffusion", "ancestral"]
+CorrectorNorms = Literal["per_sample", "batch_mean"]
+
+
+def unknown(word: Never, what: str, names: object) -> ValueError:
+    """The error for a word that is none of `names`, one of the lists above; Never where each of them was handled."""
+    *others, last = get_args(names)
+    return ValueError(f"unknown {what} {word!r}; choose {', '.join(others)} or {last}")
+
+
+def check(word: Any, what: str, names: object) -> None:
+    """Raise ValueError unless `word`, which may come from a file, is one of `names`."""
+    if word not in get_args(names):
+        raise unknown(word, what, names)
