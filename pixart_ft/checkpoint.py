@@ -9,7 +9,6 @@ runs/NAME/
     final/                  the result
 """
 
-import hashlib
 import json
 import re
 import warnings
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from pixart_ft.errors import UserError
-from pixart_ft.files import explained, probe, remove_folder, sweep, write_folder
+from pixart_ft.files import explained, probe, remove_folder, sha256, sweep, write_folder
 from pixart_ft.run_lock import LOCK_NAME
 from pixart_ft.run_log import RunLog
 
@@ -207,7 +206,7 @@ def step_of(path: Path) -> int | None:
 
 def _write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(folder)): [path.stat().st_size, _sha256(path)] for path in files}
+    entries = {str(path.relative_to(folder)): [path.stat().st_size, sha256(path)] for path in files}
     (folder / _MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
 
@@ -225,11 +224,6 @@ def _fault(folder: Path, *, sizes_only: bool = False) -> str | None:
             return f"{path} is missing"
         if path.stat().st_size != size:
             return f"{path} has {path.stat().st_size} bytes instead of {size}"
-        if not sizes_only and _sha256(path) != digest:
+        if not sizes_only and sha256(path) != digest:
             return f"the contents of {path} have changed"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

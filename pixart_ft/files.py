@@ -5,6 +5,7 @@ What is being written stands aside under a name that says whose it is, `.pixart_
 """
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -65,9 +66,22 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
             sync(path.parent)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file of these bytes, as `write_file` does."""
+    write_file(path, lambda aside: aside.write_bytes(data))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file of UTF-8 text, as `write_file` does."""
-    write_file(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_bytes(path, text.encode())
+
+
+def sha256(content: Path | bytes) -> str:
+    """The SHA-256 of a file, or of bytes, as 64 hex digits."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    with content.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

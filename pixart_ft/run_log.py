@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixart_ft.files import explained, write_file
+from pixart_ft.files import explained, write_bytes
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RunLog:
             if keeping and line.endswith(b"\n"):
                 kept.append(line)
         if self.path.is_file():
-            write_file(self.path, lambda aside: aside.write_bytes(b"".join(kept)))
+            write_bytes(self.path, b"".join(kept))
 
     def _lines(self) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
         """Each line as it stands, and its record or None."""

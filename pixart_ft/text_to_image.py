@@ -1,6 +1,5 @@
 """A base with its adapter, ready to draw: prompts and seeds to pictures, and the recipe of each."""
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.drawing import Abilities, Settings, inversion_calls, recipe_of, scheduler_for, settled
 from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
+from pixart_ft.files import sha256
 from pixart_ft.models import VarianceState
 from pixart_ft.sampling import Guidance, invert_latents, sample_latents
 from pixart_ft.schedulers import RespacedDDIMScheduler
@@ -121,8 +121,7 @@ class TextToImage:
         adapter = None
         if folder is not None and metadata is not None:
             _, text.known[""] = load_adapter(transformer, folder, scale=lora_scale)
-            file = (folder / "adapter_model.safetensors").read_bytes()
-            adapter = Adapter(str(lora), lora_scale, hashlib.sha256(file).hexdigest(), metadata)
+            adapter = Adapter(str(lora), lora_scale, sha256(folder / "adapter_model.safetensors"), metadata)
         return cls(
             transformer=transformer.to(device),
             vae=models.load_vae(place, dtype=dtype, revision=revision).to(device),
@@ -306,7 +305,6 @@ class TextToImage:
         }
         if settings.image is not None:
             image = settings.image
-            content = image.read_bytes() if isinstance(image, Path) else image.tobytes()
-            values["image_sha256"] = hashlib.sha256(content).hexdigest()
+            values["image_sha256"] = sha256(image if isinstance(image, Path) else image.tobytes())
         plain: dict[str, object] = json.loads(json.dumps(values))
         return plain

@@ -21,7 +21,7 @@ from pixart_ft.data.captions import TEXT_PREPARATION, prepare_text
 from pixart_ft.data.datasets import TRANSFORM, Row
 from pixart_ft.draws import Plan, fitting_warmup
 from pixart_ft.errors import UserError
-from pixart_ft.files import read_object
+from pixart_ft.files import read_object, sha256
 from pixart_ft.settings import flat
 from pixart_ft.training_data import text_encoder_id, vae_id
 
@@ -86,7 +86,7 @@ class Part:
     @classmethod
     def of(cls, content: Iterable[object], words: str = "") -> "Part":
         """The part with this content, whose order counts."""
-        return cls(hashlib.sha256(json.dumps([str(x) for x in content]).encode()).hexdigest()[:32], words)
+        return cls(sha256(json.dumps([str(x) for x in content]).encode())[:32], words)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from pixart_ft.denoiser import denoise
 from pixart_ft.diffusion.objectives import hybrid_loss
 from pixart_ft.diffusion.process import q_sample
 from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.files import write_file
 from pixart_ft.vae import LatentScale, encode_moments
 
 BATCH = 64
@@ -220,8 +221,7 @@ class BaseTraining:
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "step": self.step,
         }
-        torch.save(state, self.checkpoint.with_suffix(".part"))
-        self.checkpoint.with_suffix(".part").rename(self.checkpoint)
+        write_file(self.checkpoint, lambda aside: torch.save(state, aside))
 
     def loss(self, step: int) -> dict[str, torch.Tensor]:
         """The step's terms, each averaged over the batch: the weighted "loss", "simple" and "vlb"."""

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pixart_ft.files import write_bytes
+
 
 @dataclass(frozen=True)
 class ArtSet:
@@ -351,9 +353,9 @@ def render(emoji: Emoji, size: int) -> Image.Image:
 def rendered(emojis: list[Emoji], size: int, path: Path) -> np.ndarray:
     """All pictures as one (N, H, W, 3) uint8 array, memory-mapped from `path` (made once)."""
     if not path.is_file():
-        pictures = np.stack([np.asarray(render(emoji, size)) for emoji in emojis])
-        np.save(path.with_suffix(".part.npy"), pictures)
-        path.with_suffix(".part.npy").rename(path)
+        made = io.BytesIO()
+        np.save(made, np.stack([np.asarray(render(emoji, size)) for emoji in emojis]))
+        write_bytes(path, made.getvalue())
     pictures = np.load(path, mmap_mode="r")
     assert len(pictures) == len(emojis), f"{path} holds other pictures: delete it"
     return pictures

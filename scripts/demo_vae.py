@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from demo_muon import BatchedMuon
 from diffusers import AutoencoderKL
 
+from pixart_ft.files import write_file
 from pixart_ft.vae import encode_moments
 
 CHECKPOINT_STEPS = 200
@@ -205,8 +206,7 @@ class VaeTraining:
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
             "step": self.step,
         }
-        torch.save(state, self.checkpoint.with_suffix(".part"))
-        self.checkpoint.with_suffix(".part").rename(self.checkpoint)
+        write_file(self.checkpoint, lambda aside: torch.save(state, aside))
 
     def loss(self, pictures: np.ndarray, share: float) -> tuple[torch.Tensor, float, float]:
         """(loss, KL in nats per number, mean squared error) of this step's batch, `share` of the training done."""

@@ -14,7 +14,18 @@ from safetensors.torch import save_file
 
 from pixart_ft import files
 from pixart_ft.errors import UserError
-from pixart_ft.files import explained, probe, read_object, remove_folder, sweep, write_file, write_folder, write_text
+from pixart_ft.files import (
+    explained,
+    probe,
+    read_object,
+    remove_folder,
+    sha256,
+    sweep,
+    write_bytes,
+    write_file,
+    write_folder,
+    write_text,
+)
 
 DEAD = 2**22 + 1  # no process has this number: Linux' highest is 2**22
 
@@ -44,6 +55,13 @@ def test_what_the_system_refuses_is_one_message_and_leaves_nothing(tmp_path: Pat
         with pytest.raises(UserError, match=f"^{re.escape(str(path))} cannot be written: {reason}$"):
             write(path, refuse(number))
     assert names(tmp_path) == []
+
+
+def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
+    """The first example of FIPS 180-2, B.1."""
+    found = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    write_bytes(tmp_path / "file", b"abc")
+    assert sha256(tmp_path / "file") == sha256(b"abc") == found
 
 
 def test_a_number_without_words_of_ours_has_the_systems() -> None:

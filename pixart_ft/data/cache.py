@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 from pixart_ft.data.captions import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.data.datasets import TRANSFORM, Row, in_threads, load_picture, verify_pictures
 from pixart_ft.errors import UserError
-from pixart_ft.files import explained, probe, sweep, write_file, write_text
+from pixart_ft.files import explained, probe, sha256, sweep, write_bytes, write_text
 from pixart_ft.vae import encode_moments
 
 _SHARD_ITEMS = 256
@@ -78,8 +78,8 @@ class TensorStore:
     def add(self, items: Mapping[str, Tensor]) -> None:
         """Write one shard; when this returns it is on the disk."""
         data = safetensors.torch.save({key: tensor.contiguous().cpu() for key, tensor in items.items()})
-        path = self.folder / f"{hashlib.sha256(data).hexdigest()}.safetensors"
-        write_file(path, lambda aside: aside.write_bytes(data))
+        path = self.folder / f"{sha256(data)}.safetensors"
+        write_bytes(path, data)
         self._open(path)
 
     def fill(self, items: Iterable[tuple[str, Tensor]]) -> None:
@@ -99,8 +99,8 @@ class TensorStore:
 
     def _opened(self, path: Path) -> bool:
         """Open a shard, unless it is not what its name says, or nothing that this class wrote."""
-        with explained(path, "read", "data.cache"), path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != path.stem:
+        with explained(path, "read", "data.cache"):
+            if sha256(path) != path.stem:
                 return False
         try:
             self._open(path)
@@ -175,7 +175,7 @@ def cache_captions(
 
 def picture_digests(rows: Sequence[Row]) -> list[str]:
     """The SHA-256 of each picture's file; UserError for one that cannot be read."""
-    found = in_threads(lambda row: _sha256(row.path), rows)
+    found = in_threads(lambda row: _file_sha256(row.path), rows)
     return list(tqdm(found, "pictures read", len(rows), delay=1, leave=False))
 
 
@@ -273,7 +273,7 @@ def _remembered(path: Path, known: dict[str, list[object]]) -> object:
     stamp = [status.st_size, status.st_mtime_ns]
     name = str(path.resolve())
     if known.get(name, [])[:2] != stamp:
-        known[name] = [*stamp, _sha256(path)]
+        known[name] = [*stamp, _file_sha256(path)]
     return known[name][2]
 
 
@@ -291,15 +291,12 @@ def _read_memo(memo: Path | None) -> dict[str, list[object]]:
 
 
 def _key(about: Mapping[str, object], content: str) -> str:
-    return hashlib.sha256(json.dumps([dict(about), content], sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps([dict(about), content], sort_keys=True).encode())
 
 
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+def _file_sha256(path: Path) -> str:
+    with explained(path, "read"):
+        return sha256(path)
 
 
 def _free_memory() -> None:

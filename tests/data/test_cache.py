@@ -348,7 +348,7 @@ def test_a_local_model_is_named_by_its_files(tiny: Path, tmp_path: Path) -> None
 def test_the_memo_spares_reading_unchanged_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memo = tmp_path / "memo.json"
     name = component_id(tiny, "vae", dtype=torch.float32, memo=memo)
-    monkeypatch.setattr(cache, "_sha256", refuse)
+    monkeypatch.setattr(cache, "_file_sha256", refuse)
     assert component_id(tiny, "vae", dtype=torch.float32, memo=memo) == name
 
 
