@@ -30,6 +30,7 @@ from demo_base import (
     build_tokenizer,
     build_transformer,
     encode_pictures,
+    rotation,
     warm_start,
 )
 from demo_captions import EYE_NAMES, PLAIN_STYLE, Example, captions_of, examples, held_out
@@ -204,7 +205,8 @@ class Build:
         transformer, tokenizer = build_transformer(), self._tokenizer(listed)
         text_encoder = build_text_encoder(len(tokenizer))
         if self.args.warm_start:
-            warm_start(transformer, text_encoder, tokenizer, self.args.warm_start)
+            r = self._rotation(artwork[: len(sets[PLAIN_STYLE])], mean)
+            warm_start(transformer, text_encoder, tokenizer, self.args.warm_start, r)
         return BaseTraining(
             transformer,
             text_encoder,
@@ -215,6 +217,13 @@ class Build:
             batch=self.args.batch,
             device=self.args.device,
         )
+
+    def _rotation(self, pictures: np.ndarray, latents: torch.Tensor, every: int = 4) -> torch.Tensor:
+        """From the latents of some pictures, the first of `latents`, to those of the warm start's VAE."""
+        vae = AutoencoderKL.from_pretrained(str(self.args.warm_start / "vae"))
+        assert isinstance(vae, AutoencoderKL)
+        old, _ = encode_pictures(vae.eval(), pictures[::every], self.work / "warm_start_latents.pt")
+        return rotation(latents[: len(pictures) : every], old)
 
     def _tokenizer(self, pictures: Sequence[Example]) -> T5Tokenizer:
         """Made once: learnt again it numbers a few pieces otherwise."""
@@ -258,7 +267,9 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=int, default=1000, help="at most so many of each set are measured")
     parser.add_argument("--base-steps", type=int, default=10000)
-    parser.add_argument("--warm-start", type=Path, help="a demo model whose inner layers the base begins with")
+    parser.add_argument(
+        "--warm-start", type=Path, help="a demo model that the base begins as, its ends turned to the new latents"
+    )
     parser.add_argument("--batch", type=int, default=BATCH, help="pictures a step of the base")
     parser.add_argument("--device", default="cpu", help="where the base trains: cpu or cuda")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the base after so many; it resumes")

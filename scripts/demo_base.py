@@ -8,7 +8,7 @@ from a generator seeded by its index, on the processor, whatever device trains.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -101,19 +101,54 @@ def build_transformer(width: int = 256, layers: int = 8, caption_channels: int =
     return transformer
 
 
+def patches(latents: torch.Tensor, side: int = 4) -> torch.Tensor:
+    """Latents (N, C, H, W) as rows of the transformer's patches, each (row, column, channel): (N H W / 16, 16 C)."""
+    n, c, h, w = latents.shape
+    cut = latents.reshape(n, c, h // side, side, w // side, side)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(-1, side * side * c)
+
+
+def rotation(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """The orthogonal R with patches(new) @ R nearest to patches(old), of the same pictures (orthogonal Procrustes).
+
+    Orthogonal, since white noise in the new latents is then white noise in the old ones: x_t @ R is what the old
+    network knows, at every t.
+    """
+    u, _, v = torch.linalg.svd(patches(new).T.double() @ patches(old).double())
+    return (u @ v).float()
+
+
+def turned_ends(old: Mapping[str, torch.Tensor], r: torch.Tensor) -> dict[str, torch.Tensor]:
+    """First and last layer of a transformer of other latents, made to read and write latents x for which x @ r are its.
+
+    The first reads x @ r; the last gives eps_old @ r^T, which is eps. The variance's channels, which no rotation can
+    carry over, all get their mean.
+    """
+    first, last, bias = (old[key] for key in ("pos_embed.proj.weight", "proj_out.weight", "proj_out.bias"))
+    width, c, side, _ = first.shape
+    n = side * side * c
+    read = (first.permute(0, 2, 3, 1).reshape(width, n) @ r.T).reshape(width, side, side, c).permute(0, 3, 1, 2)
+    given = torch.cat([last, bias[:, None]], dim=1).reshape(side, side, 2 * c, -1)
+    eps = (r @ given[:, :, :c].reshape(n, -1)).reshape(side, side, c, -1)
+    variance = given[:, :, c:].mean(2, keepdim=True).expand_as(eps)
+    turned = torch.cat([eps, variance], dim=2).reshape(2 * n, -1)
+    return {"pos_embed.proj.weight": read, "proj_out.weight": turned[:, :-1], "proj_out.bias": turned[:, -1]}
+
+
 @torch.no_grad()
 def warm_start(
-    transformer: PixArtTransformer2DModel, text_encoder: T5EncoderModel, tokenizer: T5Tokenizer, folder: Path
+    transformer: PixArtTransformer2DModel,
+    text_encoder: T5EncoderModel,
+    tokenizer: T5Tokenizer,
+    folder: Path,
+    r: torch.Tensor,
 ) -> None:
-    """Take over from another demo what does not depend on its VAE and its vocabulary.
+    """Take over another demo's transformer, its ends turned by `r` (see `rotation`), and its text encoder.
 
-    That is the transformer without its first and last layer, which read and write latents, the text encoder's layers,
-    and the embeddings of the pieces that both vocabularies have. Sizes must agree.
+    Of the embeddings those of the pieces that both vocabularies have. Sizes must agree.
     """
     old = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).state_dict()
-    latent_layers = ("pos_embed.proj.", "proj_out.")
-    kept = {name: value for name, value in old.items() if not name.startswith(latent_layers)}
-    transformer.load_state_dict({**transformer.state_dict(), **kept})
+    transformer.load_state_dict({**old, **turned_ends(old, r)})
     old_text = T5EncoderModel.from_pretrained(folder / "text_encoder").state_dict()
     old_ids = T5Tokenizer.from_pretrained(folder / "tokenizer").get_vocab()
     new = text_encoder.state_dict()

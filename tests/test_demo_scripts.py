@@ -12,6 +12,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import demo_vae
+from demo_base import build_transformer, patches, rotation, turned_ends
 from demo_captions import Example, captions_of, held_out
 from demo_muon import BatchedMuon
 from demo_pictures import SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, Emoji, fine_tuning_split
@@ -156,3 +157,31 @@ def test_the_fine_tuning_set_has_what_the_sheet_shows_on_its_side() -> None:
     assert {*SHOWN_LEARNED} <= {*train} and {*SHOWN_KNOWN, *SHOWN_NEW} <= {*unseen}
     persons = sum(name.startswith("woman") for name in train + unseen)
     assert 0 < persons < 300 * 20 / 320 * 2  # 20 of 320 are expected after three quarters are left out
+
+
+def test_a_turned_transformer_is_the_old_one_on_turned_latents() -> None:
+    """For latents z = y @ r^T of an orthogonal r: the new noise is the old one's, turned back, at any t."""
+    torch.manual_seed(0)
+    r = torch.linalg.qr(torch.randn(64, 64))[0]
+    old = build_transformer(width=64, layers=1, caption_channels=16).eval()
+    torch.nn.init.normal_(old.proj_out.weight)
+    torch.nn.init.normal_(old.proj_out.bias)
+    new = build_transformer(width=64, layers=1, caption_channels=16).eval()
+    new.load_state_dict({**old.state_dict(), **turned_ends(old.state_dict(), r)})
+    y, caption = torch.randn(2, 4, 32, 32), torch.randn(2, 3, 16)
+    z = unpatched(patches(y) @ r.T)
+    torch.testing.assert_close(patches(z) @ r, patches(y))
+    torch.testing.assert_close(rotation(z, y), r, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        expected, found = (
+            network(x, encoder_hidden_states=caption, timestep=torch.tensor([7, 900])).sample
+            for network, x in ((old, y), (new, z))
+        )
+    torch.testing.assert_close(patches(found[:, :4]), patches(expected[:, :4]) @ r.T, rtol=1e-4, atol=1e-4)
+    variance = expected[:, 4:].mean(1, keepdim=True).expand(-1, 4, -1, -1)
+    torch.testing.assert_close(found[:, 4:], variance, rtol=1e-4, atol=1e-4)
+
+
+def unpatched(rows: Tensor) -> Tensor:
+    """The latents (2, 4, 32, 32) that `patches` cuts into these rows."""
+    return rows.reshape(2, 8, 8, 4, 4, 4).permute(0, 5, 1, 3, 2, 4).reshape(2, 4, 32, 32)
