@@ -8,8 +8,8 @@ from torch import Tensor
 
 from pixart_ft.denoiser import denoise
 from pixart_ft.diffusion.names import LossSpace, Norm, ObjectiveKind, PredictionType, Variance, Weighting
-from pixart_ft.diffusion.objectives import hybrid_loss, simple_loss, su_loss, vlb_loss
-from pixart_ft.diffusion.process import at, network_timesteps, q_sample
+from pixart_ft.diffusion.objectives import simple_term, su_term, variance_alone, vlb_term
+from pixart_ft.diffusion.process import Noised, at, network_timesteps
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import loss_weights
 
@@ -25,8 +25,11 @@ _ERRORS: dict[LossSpace, str] = {
 class Objective:
     """A loss on a process.
 
-    kind       hybrid: simple + vlb_scale * vlb with the mean detached; simple: the prediction's error alone; vlb: the
-               whole bound; su_raw, su_noises, su_reduced: Su's three forms of the simple one
+    kind       hybrid: simple + vlb_scale * vlb, where vlb moves the variance alone (Nichol & Dhariwal 2021, eq. 16);
+               simple: the prediction's error alone; vlb: the whole bound, which moves mean and variance (their L_vlb);
+               su_raw, su_noises, su_reduced: Su's three forms of the simple one
+    vlb_scale  the paper's lambda = 0.001 times T, since one term stands for the sum over T of them: 1 at T = 1000,
+               which PixArt-Sigma was trained with
     space      whose error the simple term is; None: of what the network predicts
     weighting  of the simple term by t, see `loss_weights`
     variance   p's, for vlb alone
@@ -88,27 +91,31 @@ class Objective:
         `x0`, `eps` and `rest` are (N, C, H, W) float32, `t` (N,) int64 indices into the schedule, text (N, L, D) and
         (N, L). "loss" is what is minimised, the others are what it is made of, unweighted.
         """
-        x_t = q_sample(self.schedule, x0, t, eps)
-        output = denoise(transformer, x_t, network_timesteps(self.schedule, t), embeds, mask)
-        common = (self.schedule, output, x0, x_t, eps, t, self.prediction_type)
-        if self.kind == "vlb":
-            return vlb_loss(*common, variance=self.variance)
-        if self.kind == "hybrid":
-            return hybrid_loss(
-                *common,
-                vlb_scale=self.vlb_scale,
-                space=self.space,
-                norm=self.norm,
-                huber_delta=self.huber_delta,
-                weight=self._weight(t, x0),
-            )
-        if self.kind == "simple":
-            return simple_loss(
-                *common, space=self.space, norm=self.norm, huber_delta=self.huber_delta, weight=self._weight(t, x0)
-            )
-        rest = torch.zeros_like(eps) if rest is None and not self.draws_two_noises else rest
-        assert rest is not None, f"{self.kind} draws two noises"
-        return su_loss(self.schedule, output, x0, x_t, eps, rest, t, self.prediction_type, self.kind)
+        noised = Noised.of(self.schedule, x0, t, eps)
+        output = denoise(transformer, noised.x_t, network_timesteps(self.schedule, t), embeds, mask)
+        return self.terms_of(output, noised, rest)
 
-    def _weight(self, t: Tensor, like: Tensor) -> Tensor | None:
-        return None if self.weighting == "none" else at(self.weights, t, like).flatten()
+    def terms_of(self, output: Tensor, noised: Noised, rest: Tensor | None = None) -> dict[str, Tensor]:
+        """The same of a network's output (N, C or 2C, H, W), in its precision, float32 at least.
+
+        Raises ValueError for a kind that wants a learned variance where the output has none.
+        """
+        given = (self.schedule, output, noised)
+        match self.kind:
+            case "hybrid" | "simple":
+                simple = simple_term(
+                    *given, self.prediction_type, space=self.space, norm=self.norm, huber_delta=self.huber_delta
+                )
+                loss = simple if self.weighting == "none" else at(self.weights, noised.t, simple) * simple
+                if self.kind == "simple":
+                    return {"simple": simple, "loss": loss}
+                vlb = vlb_term(self.schedule, variance_alone(output), noised, self.prediction_type)
+                return {"simple": simple, "vlb": vlb, "loss": loss + self.vlb_scale * vlb}
+            case "vlb":
+                simple = simple_term(self.schedule, output.detach(), noised, self.prediction_type)
+                vlb = vlb_term(*given, self.prediction_type, variance=self.variance)
+                return {"simple": simple, "vlb": vlb, "loss": vlb}
+        rest = torch.zeros_like(noised.eps) if rest is None and not self.draws_two_noises else rest
+        assert rest is not None, f"{self.kind} draws two noises"
+        simple = su_term(*given, rest, self.prediction_type, self.kind)
+        return {"simple": simple, "loss": simple}

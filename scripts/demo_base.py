@@ -22,8 +22,8 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from pixart_ft.attention import use_plain_attention
 from pixart_ft.denoiser import denoise
-from pixart_ft.diffusion.objectives import hybrid_loss
-from pixart_ft.diffusion.process import q_sample
+from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
+from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.files import write_file
 from pixart_ft.vae import LatentScale, encode_moments
@@ -271,20 +271,17 @@ class BaseTraining:
         t = (u * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1).to(self.device)
         wobble, eps = (torch.randn(shape, generator=g).to(self.device) for _ in range(2))
         x0 = self.mean[rows.to(self.device)] + self.std[rows.to(self.device)] * wobble
-        x_t = q_sample(self.schedule, x0, t, eps)
+        noised = Noised.of(self.schedule, x0, t, eps)
         length = int(self.mask[texts].sum(1).max())
         ids, mask = self.ids[texts, :length].to(self.device), self.mask[texts, :length].to(self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             embeds = self.text_encoder(ids, attention_mask=mask).last_hidden_state
-            output = denoise(self.transformer, x_t, t, embeds, mask)
-        terms = hybrid_loss(self.schedule, output, x0, x_t, eps, t, "epsilon", vlb_scale=1.0)
+            output = denoise(self.transformer, noised.x_t, t, embeds, mask)
+        simple = simple_term(self.schedule, output, noised, "epsilon")
+        vlb = vlb_term(self.schedule, variance_alone(output), noised, "epsilon")
         snr = self.schedule.snr.to(self.device)[t].float()
         weight = (MIN_SNR_GAMMA / snr).clamp(max=1.0) * snr.rsqrt().clamp(min=1.0, max=MAX_DEBIASED)
-        return {
-            "loss": (weight * terms["simple"] + terms["vlb"]).mean(),
-            "simple": terms["simple"].mean(),
-            "vlb": terms["vlb"].mean(),
-        }
+        return {"loss": (weight * simple + vlb).mean(), "simple": simple.mean(), "vlb": vlb.mean()}
 
     def _update(self, loss: torch.Tensor, factor: float) -> None:
         for optimizer, peak in self.optimizers:

@@ -74,7 +74,7 @@ def test_settled_fills_in_the_size_and_every_option_of_the_sampler(sampler: str)
         ({"options": {"rho": 7.0}}, ABLE, "sampler ddim does not use rho"),
         ({"options": {"eta": 1.5}}, ABLE, "eta"),
         ({"options": {"spacing": "karras"}}, ABLE, "unknown spacing 'karras'; choose iddpm, trailing or leading"),
-        ({"sampler": "euler", "options": {"spacing": "iddpm"}}, ABLE, "choose from karras, exponential, linspace"),
+        ({"sampler": "euler", "options": {"spacing": "iddpm"}}, ABLE, "choose karras, exponential, linspace"),
         (
             {"sampler": "euler", "options": {"sigma_max": 200.0}},
             ABLE,

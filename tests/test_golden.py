@@ -111,22 +111,22 @@ def hybrid_value(golden: Golden, name: str) -> Tensor | None:
     _, schedule = golden.schedules("hybrid", identifier)
     inputs = {key: golden.arrays[f"hybrid/{identifier}/{decoder}/{key}"] for key in ("k", "x0", "eps", "model_output")}
     t, x0, eps = inputs["k"].long(), inputs["x0"], inputs["eps"]
-    x_t = process.q_sample(schedule, x0, t, eps)
+    noised = process.Noised.of(schedule, x0, t, eps)
     if rest[-1] == "x_t":
-        return x_t
+        return noised.x_t
     scale = 1.0
     if found := re.search(r"vb_scale_(?:lambda)?(T_over_1000|[\d.e+-]+)", name):
         scale = schedule.num_steps / 1000 if found[1] == "T_over_1000" else float(found[1])
     model_output = inputs["model_output"].clone().requires_grad_()
     names: dict[str, Decoder] = {"exact_cdf": "discretized", "tanh_cdf": "discretized_tanh"}
-    terms = objectives.hybrid_loss(
-        schedule, model_output, x0, x_t, eps, t, "epsilon",
-        vlb_scale=scale, decoder=names.get(rest[0], "gaussian"),
-    )  # fmt: skip
+    simple = objectives.simple_term(schedule, model_output, noised, "epsilon")
+    variance_alone, decoder = objectives.variance_alone(model_output), names.get(rest[0], "gaussian")
+    vlb = objectives.vlb_term(schedule, variance_alone, noised, "epsilon", decoder=decoder)
+    loss = simple + scale * vlb
     if rest[-1] == "grad":
-        return torch.autograd.grad(terms["loss"].mean(), model_output)[0]
-    term = {"mse": "simple", "vb_bits": "vlb", "loss": "loss"}.get(rest[-1])
-    return None if term is None else terms[term].detach()
+        return torch.autograd.grad(loss.mean(), model_output)[0]
+    term = {"mse": simple, "vb_bits": vlb, "loss": loss}.get(rest[-1])
+    return None if term is None else term.detach()
 
 
 def gmm_value(golden: Golden, name: str) -> Tensor | None:

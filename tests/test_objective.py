@@ -11,8 +11,8 @@ from torch import Tensor
 from pixart_ft import models
 from pixart_ft.data.captions import pad_text
 from pixart_ft.diffusion.names import LossSpace, Weighting
-from pixart_ft.diffusion.objectives import hybrid_loss, simple_loss, su_loss, vlb_loss
-from pixart_ft.diffusion.process import q_sample
+from pixart_ft.diffusion.objectives import simple_term, su_term, variance_alone, vlb_term
+from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.objective import Objective
 
@@ -41,17 +41,17 @@ def terms(objective: Objective, transformer, given: dict[str, Tensor]) -> dict[s
 
 @torch.no_grad()
 def by_hand(schedule: NoiseSchedule, timesteps: Tensor, transformer, given: dict[str, Tensor]) -> tuple:
-    """The first arguments of every loss: the network called as diffusers documents it, at `timesteps`."""
-    x_t = q_sample(schedule, given["x0"], given["t"], given["eps"])
+    """The first arguments of every term: the network called as diffusers documents it, at `timesteps`."""
+    noised = Noised.of(schedule, given["x0"], given["t"], given["eps"])
     dtype = next(transformer.parameters()).dtype
     output = transformer(
-        x_t.to(dtype),
+        noised.x_t.to(dtype),
         given["embeds"].to(dtype),
         timesteps,
         {"resolution": None, "aspect_ratio": None},
         encoder_attention_mask=given["mask"],
     ).sample
-    return schedule, output, given["x0"], x_t, given["eps"]
+    return schedule, output, noised
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -62,21 +62,24 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "posterior_mean"])
 def test_each_kind_is_its_function_of_the_networks_output(transformer, given, prediction_type) -> None:
-    common = by_hand(COSINE, T, transformer, given)
+    schedule, output, noised = common = by_hand(COSINE, T, transformer, given)
     how = {"space": "v_prediction", "norm": "huber", "huber_delta": 0.3}
-    last = (T, prediction_type)
 
     def found(kind: str, **settings: object) -> dict[str, Tensor]:
         return terms(Objective(COSINE, prediction_type, kind, **settings), transformer, given)  # type: ignore[arg-type]
 
-    assert_same(found("simple"), simple_loss(*common, *last))
-    assert_same(found("simple", **how), simple_loss(*common, *last, **how))
-    assert_same(found("hybrid", vlb_scale=3.0), hybrid_loss(*common, *last, vlb_scale=3.0))
-    assert_same(found("hybrid", vlb_scale=3.0, **how), hybrid_loss(*common, *last, vlb_scale=3.0, **how))
+    simple, huber = simple_term(*common, prediction_type), simple_term(*common, prediction_type, **how)
+    vlb = vlb_term(schedule, variance_alone(output), noised, prediction_type)
+    assert_same(found("simple"), {"simple": simple, "loss": simple})
+    assert_same(found("simple", **how), {"simple": huber, "loss": huber})
+    assert_same(found("hybrid", vlb_scale=3.0), {"simple": simple, "vlb": vlb, "loss": simple + 3 * vlb})
+    assert_same(found("hybrid", vlb_scale=3.0, **how), {"simple": huber, "vlb": vlb, "loss": huber + 3 * vlb})
     for variance in ("learned", "beta_tilde", "beta"):
-        assert_same(found("vlb", variance=variance), vlb_loss(*common, *last, variance=variance))
+        bound = vlb_term(*common, prediction_type, variance=variance)
+        assert_same(found("vlb", variance=variance), {"simple": simple, "vlb": bound, "loss": bound})
     for form in ("su_raw", "su_noises", "su_reduced"):
-        assert_same(found(form), su_loss(*common, given["rest"], *last, form))
+        error = su_term(*common, given["rest"], prediction_type, form)
+        assert_same(found(form), {"simple": error, "loss": error})
 
 
 def test_only_the_forms_with_two_noises_see_the_second(transformer, given) -> None:
@@ -156,8 +159,9 @@ def test_fractional_timesteps_reach_the_network_in_float32(transformer, given) -
         assert timesteps.dtype == torch.float32
         torch.testing.assert_close(timesteps, expected, rtol=1e-6, atol=1e-6)
     assert seen[2].dtype == torch.int64 and torch.equal(seen[2], T)
-    common = by_hand(COSINE, expected, transformer, given)
-    torch.testing.assert_close(found["loss"], hybrid_loss(*common, T, "epsilon")["loss"], rtol=1e-4, atol=1e-5)
+    _, output, noised = by_hand(COSINE, expected, transformer, given)
+    by_those = Objective(COSINE, "epsilon", "hybrid").terms_of(output, noised)
+    torch.testing.assert_close(found["loss"], by_those["loss"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "vlb", "simple", "su_raw"])
@@ -167,15 +171,9 @@ def test_under_autocast_the_network_alone_is_in_half_precision(tiny: Path, given
     transformer = models.load_transformer(str(tiny), dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         found = terms(Objective(LINEAR, "epsilon", kind), transformer, given)
-        schedule, output, *rest = by_hand(LINEAR, T, transformer, given)
+        _, output, noised = by_hand(LINEAR, T, transformer, given)
     assert output.dtype == torch.bfloat16
-    common = (schedule, output.float(), *rest)
-    expected = {
-        "hybrid": lambda: hybrid_loss(*common, T, "epsilon"),
-        "vlb": lambda: vlb_loss(*common, T, "epsilon"),
-        "simple": lambda: simple_loss(*common, T, "epsilon"),
-        "su_raw": lambda: su_loss(*common, given["rest"], T, "epsilon", "su_raw"),
-    }[kind]()
+    expected = Objective(LINEAR, "epsilon", kind).terms_of(output.float(), noised, given["rest"])
     assert all(values.dtype == torch.float32 for values in found.values())
     assert_same(found, expected)
 
@@ -195,3 +193,8 @@ def test_under_autocast_the_network_alone_is_in_half_precision(tiny: Path, given
 def test_an_error_is_called_by_what_it_is_of(choice: dict[str, Any], title: str) -> None:
     words = {"kind": "hybrid"} | choice
     assert Objective(schedule=NoiseSchedule.linear(10), **words).titles["simple"] == title  # type: ignore[arg-type]
+
+
+def test_every_error_has_its_name() -> None:
+    for space in get_args(LossSpace):
+        assert Objective(LINEAR, "epsilon", "simple", space=space).titles["simple"]

@@ -16,7 +16,8 @@ from pixart_ft.adapters import attach, load_adapter
 from pixart_ft.config import load_config
 from pixart_ft.data.captions import encode_captions, pad_text
 from pixart_ft.data.datasets import load_picture, read_folder
-from pixart_ft.diffusion.objectives import hybrid_loss
+from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
+from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.randomness import epoch_order, normal, uniform
 from pixart_ft.trainer import Trainer
@@ -93,7 +94,10 @@ def losses(transformer, x0, eps, t, texts: list[torch.Tensor]) -> dict[str, torc
     embeds, mask = pad_text(texts)
     sizes = {"resolution": None, "aspect_ratio": None}  # PixArt-Sigma takes no sizes
     output = transformer(x_t, embeds, t, sizes, encoder_attention_mask=mask).sample
-    return hybrid_loss(NoiseSchedule.linear(1000), output, x0, x_t, eps, t, "epsilon", vlb_scale=VLB_SCALE)
+    schedule, noised = NoiseSchedule.linear(1000), Noised(x0, eps, t, x_t)
+    simple = simple_term(schedule, output, noised, "epsilon")
+    vlb = vlb_term(schedule, variance_alone(output), noised, "epsilon")
+    return {"simple": simple, "vlb": vlb, "loss": simple + VLB_SCALE * vlb}
 
 
 def test_first_steps_by_hand(run, tiny, pictures) -> None:

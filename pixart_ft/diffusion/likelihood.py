@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixart_ft.diffusion.names import Decoder, PredictionType, Variance
 from pixart_ft.diffusion.objectives import log_variance_of, vlb_term
-from pixart_ft.diffusion.process import network_timesteps, predict, promoted, q_posterior, q_sample
+from pixart_ft.diffusion.process import Noised, network_timesteps, predict, promoted, q_posterior
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.sigmas import eps_at_sigma, index_to_timestep, sigma_to_index
 
@@ -66,15 +66,15 @@ def variational_bound(
     columns: list[tuple[Tensor, ...]] = []
     for index in range(schedule.num_steps):
         t = torch.full((len(x0),), index, device=x0.device)
-        eps = noise(index)
-        x_t = q_sample(schedule, x0, t, eps)
+        noised = Noised.of(schedule, x0, t, noise(index))
+        x_t = noised.x_t
         output = network(x_t, network_timesteps(schedule, t))
         prediction = predict(schedule, output, x_t, t, prediction_type)
         q, mean = q_posterior(schedule, x0, x_t, t), q_posterior(schedule, prediction.x0, x_t, t).mean
         squared_distance = (q.mean - mean) ** 2 + q.variance
         log_variance = log_variance_of(schedule, prediction, x_t, t, variance)
-        means = [(prediction.x0 - x0) ** 2, (prediction.eps - eps) ** 2, log_variance.exp(), squared_distance]
-        term = vlb_term(schedule, output, x0, x_t, t, prediction_type, decoder=decoder, variance=variance)
+        means = [(prediction.x0 - x0) ** 2, (prediction.eps - noised.eps) ** 2, log_variance.exp(), squared_distance]
+        term = vlb_term(schedule, output, noised, prediction_type, decoder=decoder, variance=variance)
         columns.append((term, *(x.flatten(1).mean(dim=1) for x in means)))
     terms, x0_mse, eps_mse, predicted, empirical = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
     return Bound(terms, prior_bits(schedule, x0), x0_mse, eps_mse, predicted, empirical)

@@ -1,4 +1,4 @@
-"""Training losses: named terms per sample, each (N,), means over C, H, W. Symbols: `pixart_ft.diffusion`."""
+"""Terms of the training losses, per sample (N,), means over C, H, W. Symbols: `pixart_ft.diffusion`."""
 
 import math
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pixart_ft.diffusion.names import Decoder, LossSpace, Norm, PredictionType, SuForm, Variance, check, unknown
 from pixart_ft.diffusion.process import (
+    Noised,
     Prediction,
     at,
     fixed_log_variance,
@@ -27,112 +28,47 @@ from pixart_ft.diffusion.process import (
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 
-def simple_loss(
+def simple_term(
     schedule: NoiseSchedule,
     model_output: Tensor,
-    x0: Tensor,
-    x_t: Tensor,
-    eps: Tensor,
-    t: Tensor,
+    noised: Noised,
     prediction_type: PredictionType,
     *,
     space: LossSpace | None = None,
     norm: Norm = "squared",
     huber_delta: float = 1.0,
-    weight: Tensor | None = None,
-) -> dict[str, Tensor]:
+) -> Tensor:
     """The error of the prediction (Ho et al. 2020, eq. 14, for epsilon); variance channels get no gradient.
 
-    model_output is (N, C or 2C, H, W). The error is taken in `space`, by default the one the network predicts in;
-    in another one its output is converted first. norm: squared, or Huber's, equal to the square up to huber_delta
-    and 2 huber_delta |error| - huber_delta^2 beyond. weight (N,) multiplies the error in its space.
-    Returns "simple", unweighted, and "loss". Raises ValueError where x0 is asked of epsilon at zero SNR.
+    model_output is (N, C or 2C, H, W) at x_t. The error is taken in `space`, by default the one the network predicts
+    in; in another one its output is converted first. norm: squared, or Huber's, equal to the square up to huber_delta
+    and 2 huber_delta |error| - huber_delta^2 beyond. Raises ValueError where x0 is asked of epsilon at zero SNR.
     """
     check(prediction_type, "prediction type", PredictionType)
-    mean_half, _ = split_output(model_output, x_t.shape[1])
+    mean_half, _ = split_output(model_output, noised.x_t.shape[1])
     space = prediction_type if space is None else space
-    error = _in_space(schedule, mean_half, x_t, t, prediction_type, space) - _target(schedule, x0, x_t, eps, t, space)
-    simple = _mean_over_sample(_penalty(error, norm, huber_delta))
-    return {"simple": simple, "loss": _weighted(simple, weight)}
+    predicted = _in_space(schedule, mean_half, noised.x_t, noised.t, prediction_type, space)
+    return _mean_over_sample(_penalty(predicted - _target(schedule, noised, space), norm, huber_delta))
 
 
-def hybrid_loss(
+def su_term(
     schedule: NoiseSchedule,
     model_output: Tensor,
-    x0: Tensor,
-    x_t: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    prediction_type: PredictionType,
-    *,
-    vlb_scale: float = 1.0,
-    decoder: Decoder = "gaussian",
-    space: LossSpace | None = None,
-    norm: Norm = "squared",
-    huber_delta: float = 1.0,
-    weight: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """simple + vlb_scale * vlb: trains prediction and variance together (Nichol & Dhariwal 2021, eq. 16).
-
-    vlb_scale is the paper's lambda = 0.001 times T, since one term stands for the sum over T of them: 1 at
-    T = 1000, which PixArt-Sigma was trained with. model_output is (N, 2C, H, W); the prediction half is
-    detached inside "vlb", so that term moves the variance alone. The last four settings are those of
-    `simple_loss` and act on that term alone. Returns "simple", "vlb" (bits per dimension) and "loss".
-    Raises ValueError for a network without variance channels.
-    """
-    terms = simple_loss(
-        schedule, model_output, x0, x_t, eps, t, prediction_type,
-        space=space, norm=norm, huber_delta=huber_delta, weight=weight,
-    )  # fmt: skip
-    vlb = vlb_term(schedule, _mean_detached(model_output, x_t), x0, x_t, t, prediction_type, decoder=decoder)
-    return {"simple": terms["simple"], "vlb": vlb, "loss": terms["loss"] + vlb_scale * vlb}
-
-
-def vlb_loss(
-    schedule: NoiseSchedule,
-    model_output: Tensor,
-    x0: Tensor,
-    x_t: Tensor,
-    eps: Tensor,
-    t: Tensor,
-    prediction_type: PredictionType,
-    *,
-    variance: Variance = "learned",
-    vlb_scale: float = 1.0,
-    decoder: Decoder = "gaussian",
-) -> dict[str, Tensor]:
-    """vlb_scale * vlb, which moves mean and variance (Ho et al. 2020, eq. 5; Nichol & Dhariwal 2021, L_vlb).
-
-    For t uniform, T times the mean of "vlb" is the bound without its prior term, in bits per dimension.
-    Returns "vlb", "loss", and "simple", which takes no part. Raises ValueError when `variance` is learned and
-    the network has no variance channels.
-    """
-    vlb = vlb_term(schedule, model_output, x0, x_t, t, prediction_type, decoder=decoder, variance=variance)
-    simple = simple_loss(schedule, model_output.detach(), x0, x_t, eps, t, prediction_type)["simple"]
-    return {"simple": simple, "vlb": vlb, "loss": vlb_scale * vlb}
-
-
-def su_loss(
-    schedule: NoiseSchedule,
-    model_output: Tensor,
-    x0: Tensor,
-    x_t: Tensor,
-    eps: Tensor,
+    noised: Noised,
     rest: Tensor,
-    t: Tensor,
     prediction_type: PredictionType,
     form: SuForm,
-) -> dict[str, Tensor]:
+) -> Tensor:
     """The three forms in which Su derives the loss; e is the noise of one step, e_hat the network's.
 
     su_raw      ||mu(x_t) - x_{t-1}||^2 (eqs. 1.6 and 1.8)
     su_noises   ||e - e_hat||^2, with both noises drawn (eq. 1.10)
     su_reduced  ||eps - sqrt((1 - alpha_bar) / beta) e_hat||^2, rid of the variance of `rest` (eq. 1.14)
 
-    eps (N, C, H, W) is the accumulated noise in x_t and `rest`, his w, an independent one: together they make the
-    noises of x_{t-1} and of the step (eq. 1.11). In expectation the forms are proportional up to a constant:
-    `su_factors`. Returns "simple" and the same as "loss".
+    `rest` (N, C, H, W), his w, is independent of eps, the accumulated noise in x_t: together they make the noises of
+    x_{t-1} and of the step (eq. 1.11). In expectation the forms are proportional up to a constant: `su_factors`.
     """
+    x0, eps, t, x_t = noised.x0, noised.eps, noised.t, noised.x_t
     mean_half, _ = split_output(model_output, x_t.shape[1])
     eps_before, step_noise = merge_noises(schedule, promoted(eps), promoted(rest), t)  # it is its own inverse
     if form == "su_raw":
@@ -144,12 +80,11 @@ def su_loss(
         error = to_eps(schedule, mean_half, x_t, t, prediction_type) - promoted(eps)
     else:
         raise unknown(form, "form", SuForm)
-    simple = _mean_over_sample(error**2)
-    return {"simple": simple, "loss": simple}
+    return _mean_over_sample(error**2)
 
 
 def su_factors(schedule: NoiseSchedule) -> dict[str, Tensor]:
-    """What `su_loss` leaves out between its forms, each (T,) float64.
+    """What `su_term` leaves out between its forms, each (T,) float64.
 
     E[su_raw] = raw_per_noises E[su_noises] and E[su_noises] = noises_per_reduced E[su_reduced] + constant, where
     raw_per_noises = beta / alpha, noises_per_reduced = beta / (1 - alpha_bar) and
@@ -165,23 +100,23 @@ def su_factors(schedule: NoiseSchedule) -> dict[str, Tensor]:
 def vlb_term(
     schedule: NoiseSchedule,
     model_output: Tensor,
-    x0: Tensor,
-    x_t: Tensor,
-    t: Tensor,
+    noised: Noised,
     prediction_type: PredictionType,
     *,
     decoder: Decoder = "gaussian",
     variance: Variance = "learned",
 ) -> Tensor:
-    """One term (N,) of the variational bound, in bits per dimension (Ho et al. 2020, eq. 5).
+    """One term of the variational bound, in bits per dimension (Ho et al. 2020, eq. 5).
 
     For t > 0 it is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)); at t = 0 the decoder's -log p(x0 | x_1). The
     Gaussian decoder fits latents; the discretized ones (8-bit data in [-1, 1]) are for comparison with
     pixel-space code. variance is that of p: the network's own or a fixed one (`process.fixed_log_variance`).
-    Raises ValueError when it is learned and the network has no variance channels.
+    For t uniform, T times the mean over draws is the bound without its prior term. Raises ValueError when the variance
+    is learned and the network has no variance channels.
     """
+    t, x_t = noised.t, noised.x_t
     prediction = predict(schedule, model_output, x_t, t, prediction_type)
-    x0, x_t = promoted(x0), promoted(x_t)
+    x0, x_t = promoted(noised.x0), promoted(x_t)
     log_variance = log_variance_of(schedule, prediction, x_t, t, variance)
     q = q_posterior(schedule, x0, x_t, t)
     mean = q_posterior(schedule, prediction.x0, x_t, t).mean
@@ -197,6 +132,12 @@ def vlb_term(
         raise unknown(decoder, "decoder", Decoder)
     nats = torch.where(t == 0, _mean_over_sample(nll), _mean_over_sample(kl))
     return nats / math.log(2)
+
+
+def variance_alone(model_output: Tensor) -> Tensor:
+    """An output (N, 2C, H, W) whose prediction half is detached: a loss of it moves the variance alone."""
+    mean_half, variance_half = model_output.chunk(2, dim=1)
+    return torch.cat([mean_half.detach(), variance_half], dim=1)
 
 
 def log_variance_of(
@@ -235,15 +176,16 @@ def _in_space(
     raise unknown(space, "loss space", LossSpace)
 
 
-def _target(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor, space: LossSpace) -> Tensor:
+def _target(schedule: NoiseSchedule, noised: Noised, space: LossSpace) -> Tensor:
+    x0, eps = promoted(noised.x0), promoted(noised.eps)
     if space == "epsilon":
-        return promoted(eps)
+        return eps
     if space == "sample":
-        return promoted(x0)
+        return x0
     if space == "v_prediction":
-        return velocity(schedule, promoted(x0), promoted(eps), t)
+        return velocity(schedule, x0, eps, noised.t)
     if space == "posterior_mean":
-        return q_posterior(schedule, promoted(x0), promoted(x_t), t).mean
+        return q_posterior(schedule, x0, promoted(noised.x_t), noised.t).mean
     raise unknown(space, "loss space", LossSpace)
 
 
@@ -253,15 +195,6 @@ def _penalty(error: Tensor, norm: Norm, delta: float) -> Tensor:
     if norm == "huber":
         return 2 * F.huber_loss(error, torch.zeros_like(error), reduction="none", delta=delta)
     raise unknown(norm, "norm", Norm)
-
-
-def _weighted(simple: Tensor, weight: Tensor | None) -> Tensor:
-    return simple if weight is None else weight.to(simple) * simple
-
-
-def _mean_detached(model_output: Tensor, x_t: Tensor) -> Tensor:
-    channels = x_t.shape[1]
-    return torch.cat([model_output[:, :channels].detach(), model_output[:, channels:]], dim=1)
 
 
 def _gaussian_kl(mean_q: Tensor, log_variance_q: Tensor, mean_p: Tensor, log_variance_p: Tensor) -> Tensor:

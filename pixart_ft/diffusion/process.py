@@ -6,6 +6,7 @@ asking for it raises ValueError. Symbols: `pixart_ft.diffusion`.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,6 +41,26 @@ class Prediction:
     x0: Tensor
     eps: Tensor
     log_variance: Tensor | None
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A batch of data with its noise at indices t.
+
+    x0, eps  (N, C, H, W) data and noise
+    t        (N,) int64
+    x_t      (N, C, H, W) what they make, `q_sample`
+    """
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    x_t: Tensor
+
+    @classmethod
+    def of(cls, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Self:
+        """The arguments of `q_sample` with its result."""
+        return cls(x0, eps, t, q_sample(schedule, x0, t, eps))
 
 
 def promoted(x: Tensor) -> Tensor:

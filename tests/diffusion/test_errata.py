@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixart_ft.diffusion import process, solvers
 from pixart_ft.diffusion.names import Quantity
-from pixart_ft.diffusion.objectives import su_factors, su_loss, vlb_term
+from pixart_ft.diffusion.objectives import su_factors, su_term, vlb_term
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import loss_weights
 
@@ -69,9 +69,8 @@ def test_a3_the_two_noises_are_rotated() -> None:
 
 def test_a4_the_constant_of_the_reduced_loss() -> None:
     """A network that says the accumulated noise exactly is left with what the rest holds of the step's noise."""
-    x_t = process.q_sample(SU, number(0.8), torch.tensor([400]), number(-0.3))
-    args = (torch.tensor([400]), "epsilon", "su_noises")
-    left = su_loss(SU, number(-0.3), number(0.8), x_t, number(-0.3), number(1), *args)["loss"]  # type: ignore[arg-type]
+    noised = process.Noised.of(SU, number(0.8), torch.tensor([400]), number(-0.3))
+    left = su_term(SU, number(-0.3), noised, number(1), "epsilon", "su_noises")
     alpha, bar, bar_prev = (table[400].item() for table in (SU.alphas, SU.alpha_bar, SU.alpha_bar_prev))
     assert left.item() == pytest.approx(alpha * (1 - bar_prev) / (1 - bar), rel=1e-12)
     assert left.item() == pytest.approx(su_factors(SU)["constant"][400].item(), rel=1e-12)
@@ -230,8 +229,8 @@ def test_b11_the_bound_is_a_mean_over_dimensions_in_bits() -> None:
     nats = 0.5 * (ratio - 1 - math.log(ratio))
     for size in (1, 4):
         x0 = number(0.8).expand(1, 1, size, size)
-        x_t, t = process.q_sample(LINEAR, x0, torch.tensor([1]), -0.3 * torch.ones_like(x0)), torch.tensor([1])
-        bits = vlb_term(LINEAR, x0, x0, x_t, t, "sample", variance="beta").item()
+        noised = process.Noised.of(LINEAR, x0, torch.tensor([1]), -0.3 * torch.ones_like(x0))
+        bits = vlb_term(LINEAR, x0, noised, "sample", variance="beta").item()
         assert bits / nats == near(1.4427)
 
 

@@ -20,6 +20,7 @@ T = torch.tensor([3, 7])
 X = torch.ones(2, 4, 2, 2)
 OUTPUT = torch.ones(2, 8, 2, 2)
 LEVEL = torch.ones(1, dtype=torch.float64)
+NOISED = process.Noised.of(LINEAR, X, T, X)
 PREDICTION = process.predict(LINEAR, OUTPUT, X, T, "epsilon")
 PACKAGE = Path(pixart_ft.__file__).parent
 
@@ -35,10 +36,10 @@ USES: dict[str, tuple[object, Callable[[Any], object]]] = {
     "sigma_to_index": (names.Lookup, lambda word: sigmas.sigma_to_index(LINEAR, LEVEL, word)),
     "loss_weights": (names.Weighting, lambda word: weighting.loss_weights(LINEAR, word, "epsilon")),
     "loss_weights in a space": (names.LossSpace, lambda word: weighting.loss_weights(LINEAR, "min_snr", word)),
-    "simple_loss of a type": (names.PredictionType, lambda word: simple(word)),
-    "simple_loss in a space": (names.LossSpace, lambda word: simple("epsilon", space=word)),
-    "simple_loss of a norm": (names.Norm, lambda word: simple("epsilon", norm=word)),
-    "su_loss": (names.SuForm, lambda word: objectives.su_loss(LINEAR, X, X, X, X, X, T, "epsilon", word)),
+    "simple_term of a type": (names.PredictionType, lambda word: simple(word)),
+    "simple_term in a space": (names.LossSpace, lambda word: simple("epsilon", space=word)),
+    "simple_term of a norm": (names.Norm, lambda word: simple("epsilon", norm=word)),
+    "su_term": (names.SuForm, lambda word: objectives.su_term(LINEAR, X, NOISED, X, "epsilon", word)),
     "vlb_term of a decoder": (names.Decoder, lambda word: bound(decoder=word)),
     "vlb_term of a variance": (names.Variance, lambda word: bound(variance=word)),
     "ddpm_step": (
@@ -51,11 +52,11 @@ USES: dict[str, tuple[object, Callable[[Any], object]]] = {
 
 
 def simple(kind: Any, **settings: Any) -> object:
-    return objectives.simple_loss(LINEAR, OUTPUT, X, X, X, T, kind, **settings)
+    return objectives.simple_term(LINEAR, OUTPUT, NOISED, kind, **settings)
 
 
 def bound(**settings: Any) -> object:
-    return objectives.vlb_term(LINEAR, OUTPUT, X, X, T, "epsilon", **settings)
+    return objectives.vlb_term(LINEAR, OUTPUT, NOISED, "epsilon", **settings)
 
 
 @pytest.mark.parametrize("use", USES)
