@@ -4,6 +4,7 @@ Oracles: the same run by hand; a network that knows x0; diffusers' own scheduler
 they are not listed in golden/validation.md, section C.
 """
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,26 @@ def test_a_saved_scheduler_takes_the_same_steps(name: str, matched: bool, tmp_pa
     plain = made((name, {}), 5, schedule, "v_prediction")
     other = run(plain, bent, draw(*SHAPE) * plain.init_noise_sigma, torch.Generator().manual_seed(3))
     assert len(other) != len(paths[0]) or not torch.equal(torch.stack(other), paths[0])
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_constructor_begins_with_the_process_as_diffusers_own_do(name: str) -> None:
+    """By place or by name, in a class that a user derives too; what it does not know is refused."""
+    kind = type("Derived", (SCHEDULERS[name],), {})
+    process = [20, 0.01, 0.2, "scaled_linear", None, False, "v_prediction", list(range(0, 40, 2))]
+    names = [*list(inspect.signature(DPMSolverMultistepScheduler).parameters)[:5], "rescale_betas_zero_snr"]
+    parameters = inspect.signature(kind).parameters
+    assert list(parameters)[:8] == [*names, "prediction_type", "network_timesteps"]
+    assert set(parameters) - {"lookup", "corrector_norms"} == {*list(parameters)[:8], *SAMPLERS[name].settings}
+    by_name = kind(**dict(zip(parameters, process, strict=False)))
+    for one in (kind(*process), by_name, kind.from_config(by_name.config)):
+        expected = torch.linspace(0.01**0.5, 0.2**0.5, 20, dtype=torch.float64) ** 2
+        torch.testing.assert_close(one.schedule.betas, expected, rtol=1e-12, atol=0)
+        assert one.schedule.timesteps.tolist() == process[-1] and one.prediction_type == "v_prediction"
+        assert [one.config[key] for key in list(parameters)[:8]] == process
+        assert one.config["_class_name"] == "Derived"
+    with pytest.raises(TypeError, match="quack"):
+        kind(quack=1)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -1,5 +1,6 @@
 """What all schedulers share: the process and its configuration, the count of calls, dtypes, and noise."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -27,6 +29,38 @@ class StepOutput(BaseOutput):
 
     prev_sample: Tensor
     pred_original_sample: Tensor
+
+
+def _process_keys(
+    num_train_timesteps: int = 1000,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    beta_schedule: str = "linear",
+    trained_betas: list[float] | None = None,
+    rescale_betas_zero_snr: bool = False,
+    prediction_type: str = "epsilon",
+    network_timesteps: list[float] | None = None,
+) -> None:
+    """The arguments with which every constructor begins; diffusers' names, but for the last."""
+
+
+def with_process(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that states its own options alone: those of the process come first, are kept with them in the
+    configuration, and are read before it runs.
+    """
+    own, process = inspect.signature(init), inspect.signature(_process_keys)
+    me, *options = own.parameters.values()
+    signature = own.replace(parameters=[me, *process.parameters.values(), *options])
+
+    @functools.wraps(init)
+    def whole(self: "PixArtScheduler", *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        self._read_process()
+        init(self, **{option.name: given.arguments[option.name] for option in options})
+
+    cast(Any, whole).__signature__ = signature  # what diffusers, help and notebooks ask
+    return cast(Callable[..., None], register_to_config(whole))
 
 
 class PixArtScheduler(SchedulerMixin, ConfigMixin):
@@ -82,7 +116,7 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
         return super().from_config(dict(config), **kwargs)
 
     def _read_process(self) -> None:
-        """Build the tables that the configuration describes; the first thing that a constructor does."""
+        """Build the tables that the configuration describes."""
         cast(Any, self).register_to_config(_class_name=type(self).__name__)  # else only a saved one says it
         config = cast(Any, self).config
         schedule = NoiseSchedule.from_diffusers_config(config)

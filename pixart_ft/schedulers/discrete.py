@@ -7,7 +7,6 @@ from typing import get_args
 
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from pixart_ft.diffusion.names import FixedVariance, IndexSpacing, StepVariance, Variance, check
@@ -15,7 +14,7 @@ from pixart_ft.diffusion.process import Prediction, predict, promoted, to_eps, t
 from pixart_ft.diffusion.respacing import spaced_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import ddim_encode_step, ddim_step, ddpm_step
-from pixart_ft.schedulers.base import PixArtScheduler
+from pixart_ft.schedulers.base import PixArtScheduler, with_process
 
 
 class IndexScheduler(PixArtScheduler):
@@ -102,23 +101,14 @@ class RespacedDDPMScheduler(_Ancestral):
 
     sampler = "ddpm"
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: IndexSpacing = "iddpm",
         variance: FixedVariance = "beta_tilde",
     ) -> None:
         if variance not in get_args(FixedVariance):
             raise ValueError(f"DDPM's variance is beta_tilde or beta, got {variance!r}; iDDPM steps by the learned one")
-        self._read_process()
         self.spacing, self.variance = spacing, variance
 
 
@@ -127,20 +117,11 @@ class GreedyDDPMScheduler(_Ancestral):
 
     sampler = "ddpm_greedy"
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: IndexSpacing = "iddpm",
     ) -> None:
-        self._read_process()
         self.spacing, self.variance = spacing, "none"
 
 
@@ -153,22 +134,13 @@ class IDDPMScheduler(_Ancestral):
 
     sampler = "iddpm"
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: IndexSpacing = "iddpm",
         variance: Variance = "learned",
     ) -> None:
         check(variance, "variance", Variance)
-        self._read_process()
         self.spacing, self.variance = spacing, variance
 
     def _predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
@@ -190,23 +162,14 @@ class RespacedDDIMScheduler(IndexScheduler):
 
     sampler = "ddim"
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: IndexSpacing = "iddpm",
         eta: float = 0.0,
     ) -> None:
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be 0 (no noise) to 1 (as much as DDPM), got {eta:g}")
-        self._read_process()
         self.spacing, self.eta = spacing, eta
 
     def _down(self, prediction: Prediction, x: Tensor, t: Tensor, draw: Callable[[], Tensor] | None) -> Tensor:

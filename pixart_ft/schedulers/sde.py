@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from pixart_ft.diffusion.flow import solve_flow
@@ -12,6 +11,7 @@ from pixart_ft.diffusion.names import CorrectorNorms, IndexSpacing, Predictor, c
 from pixart_ft.diffusion.process import to_score
 from pixart_ft.diffusion.sigmas import eps_at_sigma, index_to_timestep, sigma_to_index
 from pixart_ft.diffusion.solvers import langevin_step, langevin_step_size, pf_ode_step, sde_step
+from pixart_ft.schedulers.base import with_process
 from pixart_ft.schedulers.discrete import IndexScheduler
 
 
@@ -25,17 +25,9 @@ class ScoreSDEScheduler(IndexScheduler):
 
     sampler = "score_sde"
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: IndexSpacing = "iddpm",
         predictor: Predictor = "reverse_diffusion",
         corrector_steps: int = 1,
@@ -49,7 +41,6 @@ class ScoreSDEScheduler(IndexScheduler):
                 f"corrector_steps must not be negative and corrector_snr positive, got {corrector_steps} and "
                 f"{corrector_snr:g}"
             )
-        self._read_process()
         self.spacing, self.predictor = spacing, predictor
         self.corrector_steps, self.corrector_snr = corrector_steps, corrector_snr
         self.corrector_first, self.corrector_norms = corrector_first, corrector_norms
@@ -92,23 +83,14 @@ class ProbabilityFlowScheduler(IndexScheduler):
 
     sampler = "pf_ode"
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: IndexSpacing = "iddpm",
         tolerance: float | None = None,
     ) -> None:
         if tolerance is not None and tolerance <= 0:
             raise ValueError(f"tolerance must be positive, got {tolerance:g}")
-        self._read_process()
         if tolerance is not None and self.prediction_type == "posterior_mean":
             raise ValueError("an adaptive ODE steps between the timesteps, where a posterior mean has no meaning")
         self.spacing, self.tolerance = spacing, tolerance

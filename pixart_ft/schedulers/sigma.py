@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
-from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from pixart_ft.diffusion.names import Lookup, SigmaSpacing, check, unknown
@@ -34,7 +33,7 @@ from pixart_ft.diffusion.solvers import (
     heun_step,
     langevin_step,
 )
-from pixart_ft.schedulers.base import PixArtScheduler
+from pixart_ft.schedulers.base import PixArtScheduler, with_process
 
 
 class SigmaScheduler(PixArtScheduler):
@@ -179,17 +178,9 @@ class EulerScheduler(SigmaScheduler):
 
     sampler = "euler"
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: SigmaSpacing = "karras",
         rho: float = 7.0,
         sigma_min: float | None = None,
@@ -200,7 +191,6 @@ class EulerScheduler(SigmaScheduler):
         s_noise: float = 1.0,
         lookup: Lookup = "interpolated",
     ) -> None:
-        self._read_process()
         self._read_grid(spacing, sigma_min, sigma_max, rho, lookup, (s_churn, s_min, s_max, s_noise))
 
     def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -214,17 +204,9 @@ class EulerAncestralScheduler(SigmaScheduler):
 
     sampler = "euler_ancestral"
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: SigmaSpacing = "karras",
         rho: float = 7.0,
         sigma_min: float | None = None,
@@ -234,7 +216,6 @@ class EulerAncestralScheduler(SigmaScheduler):
     ) -> None:
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be 0 (no noise) to 1 (as much as DDPM), got {eta:g}")
-        self._read_process()
         self._read_grid(spacing, sigma_min, sigma_max, rho, lookup)
         self.eta = eta
 
@@ -256,17 +237,9 @@ class EDMScheduler(SigmaScheduler):
     sampler = "edm"
     order = 2
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: SigmaSpacing = "karras",
         rho: float = 7.0,
         sigma_min: float | None = None,
@@ -277,7 +250,6 @@ class EDMScheduler(SigmaScheduler):
         s_noise: float = 1.0,
         lookup: Lookup = "interpolated",
     ) -> None:
-        self._read_process()
         self._read_grid(spacing, sigma_min, sigma_max, rho, lookup, (s_churn, s_min, s_max, s_noise))
         self._first: tuple[Tensor, Tensor] | None = None  # where the step began, and the slope there
 
@@ -310,17 +282,9 @@ class AnnealedLangevinScheduler(SigmaScheduler):
 
     sampler = "annealed_langevin"
 
-    @register_to_config
+    @with_process
     def __init__(
         self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: list[float] | None = None,
-        rescale_betas_zero_snr: bool = False,
-        prediction_type: str = "epsilon",
-        network_timesteps: list[float] | None = None,
         spacing: SigmaSpacing = "karras",
         rho: float = 7.0,
         sigma_min: float | None = None,
@@ -333,7 +297,6 @@ class AnnealedLangevinScheduler(SigmaScheduler):
                 "langevin_steps must be at least 1 and langevin_step_size between 0 and 2, where it diverges; got "
                 f"{langevin_steps} and {langevin_step_size:g}"
             )
-        self._read_process()
         self._read_grid(spacing, sigma_min, sigma_max, rho)
         self.langevin_steps, self.langevin_step_size = langevin_steps, langevin_step_size
         self.order = langevin_steps
