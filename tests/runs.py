@@ -85,16 +85,18 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert len(losses(one)) == STEPS
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Make the next run die without warning when it begins this step, as a lost machine would."""
+def cut_off(at: int, options: dict[str, object], **more: object) -> None:
+    """`train`, dying without warning when it begins step `at`, as with a lost machine."""
     whole = Trainer._optimizer_step
 
     def dying(self: Trainer) -> float:
-        if self.step == step:
+        if self.step == at:
             raise RuntimeError("the machine is gone")
         return whole(self)
 
-    monkeypatch.setattr(Trainer, "_optimizer_step", dying)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="the machine is gone"):
+        patch.setattr(Trainer, "_optimizer_step", dying)
+        train(options, **more)
 
 
 def command(options: dict[str, object], **more: object) -> list[str]:

@@ -18,16 +18,16 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
 from pixart_ft import models
-from pixart_ft.adapter_files import AdapterMetadata, LoraSettings, find_adapter
-from pixart_ft.adapters import attach, load_adapter, save_adapter
+from pixart_ft.adapter_files import find_adapter
+from pixart_ft.adapters import load_adapter
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.data.cache import TensorStore, component_id
-from pixart_ft.data.captions import TEXT_PREPARATION
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.errors import UserError
 from pixart_ft.own_pictures import check_own
 from pixart_ft.pictures import save_png
 from pixart_ft.recipes import RECIPE_KEY, read_recipe
+from tests.adapters import make_adapter
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 GARBAGE = bytes(range(256)) * 4
@@ -191,25 +191,7 @@ def test_a_tokenizer_without_words_is_refused(base: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformer = models.load_transformer(str(base), dtype=torch.float32)
-    fingerprint = models.fingerprint(transformer)
-    attach(transformer, LoraSettings(rank=2, alpha=2.0), seed=0)
-    metadata = AdapterMetadata(
-        base="tiny",
-        base_fingerprint=fingerprint,
-        prediction_type="epsilon",
-        schedule=models.schedule_config(str(base)),
-        variance="trained",
-        rank=2,
-        alpha=2.0,
-        max_tokens=300,
-        text_preparation=TEXT_PREPARATION,
-        weights="raw",
-        samples_seen=1,
-    )
-    folder = tmp_path_factory.mktemp("adapters") / "adapter"
-    save_adapter(folder, transformer, metadata, torch.zeros(1, 32))
-    return folder
+    return make_adapter(base, tmp_path_factory.mktemp("adapters") / "adapter")
 
 
 @pytest.mark.parametrize(

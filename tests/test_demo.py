@@ -9,14 +9,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from transformers import T5EncoderModel
 
-from pixart_ft import models, places
-from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
-from pixart_ft.adapters import attach, merge, save_adapter
-from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
+from pixart_ft import places
+from pixart_ft.adapters import merge
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.sampling import Guidance, sample_latents
 from pixart_ft.schedulers import build_scheduler
 from pixart_ft.text_to_image import TextToImage
+from tests.adapters import make_adapter
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,30 +23,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory) -> Path:
     """An adapter of the demo that changes its pictures: alpha is twice the rank, B drawn at random."""
-    transformer = models.load_transformer(places.resolve_base("demo"), dtype=torch.float32)
-    fingerprint = models.fingerprint(transformer)
-    attach(transformer, LoraSettings(rank=4, alpha=8.0), seed=0)
-    g = torch.Generator().manual_seed(0)
-    for name, parameter in transformer.named_parameters():
-        if ".lora_B." in name:
-            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=g))
-    tokenizer, text_encoder = models.load_text_encoder(places.resolve_base("demo"), dtype=torch.float32)
-    metadata = AdapterMetadata(
-        base="demo",
-        base_fingerprint=fingerprint,
-        prediction_type="epsilon",
-        schedule=models.schedule_config(places.resolve_base("demo")),
-        variance="trained",
-        rank=4,
-        alpha=8.0,
-        max_tokens=300,
-        text_preparation=TEXT_PREPARATION,
-        weights="raw",
-        samples_seen=0,
-    )
-    folder = tmp_path_factory.mktemp("adapter") / "demo"
-    save_adapter(folder, transformer, metadata, null_caption(text_encoder, tokenizer))
-    return folder
+    return make_adapter(places.resolve_base("demo"), tmp_path_factory.mktemp("adapter") / "demo", alpha=8.0, size=0.02)
 
 
 def test_is_a_small_genuine_pixart_sigma_in_the_standard_layout() -> None:

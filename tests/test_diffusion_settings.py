@@ -19,7 +19,7 @@ from pixart_ft.nested import load_nested
 from pixart_ft.objective import Objective
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
-from tests.test_training_run import losses, stop_at, train
+from tests.runs import cut_off, losses, train
 
 STEPS, BATCH, SEED = 9, 8, 3
 FEW = 3  # training timesteps of a base on which importance sampling knows enough within a few steps
@@ -205,12 +205,9 @@ def test_importance_sampling_by_hand(few, record) -> None:
     assert min(map(len, history)) > 10 and acts(record.laws[-1]), "the law must act for this test to see it"
 
 
-def test_importance_sampling_resumes_bit_for_bit(few, tmp_path, monkeypatch) -> None:
+def test_importance_sampling_resumes_bit_for_bit(few, tmp_path) -> None:
     straight = train(few)
-    with monkeypatch.context() as patch:
-        stop_at(patch, STEPS - 1)
-        with pytest.raises(RuntimeError):
-            train(few, run__folder=tmp_path / "cut")
+    cut_off(STEPS - 1, few, run__folder=tmp_path / "cut")
     name = f"step-{STEPS - 1:06d}"
     saved = load_nested(tmp_path / "cut" / "checkpoints" / name / "progress.safetensors")["history"]
     assert (saved["counts"] == 10).all() and acts(law_of(saved["losses"].tolist())), "or this test cannot see it"

@@ -9,25 +9,16 @@ import torch
 from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.draws import Plan, TrainingSet, draw_batch
 from pixart_ft.vae import LatentScale
+from tests.toy_run import PLAN as TOY_PLAN
 
-PLAN = Plan(
+PLAN = replace(
+    TOY_PLAN,
     steps=10,
-    batch_size=4,
-    accumulation=1,
-    seed=3,
     caption_dropout=0.5,
     timestep_law="uniform",
-    logit_mean=0.0,
-    logit_std=1.0,
     learning_rate=1.0,
     warmup_steps=4,
     decay="cosine",
-    clip_norm=1.0,
-    log_every=1,
-    validate_every=1,
-    samples_every=1,
-    checkpoint_every=1,
-    keep_checkpoints=1,
 )
 COUNT = 5
 

@@ -21,7 +21,7 @@ from pixart_ft.pictures import grid
 from pixart_ft.recipes import read_recipe
 from pixart_ft.samplers import EVERY_SAMPLER
 from pixart_ft.text_to_image import TextToImage
-from tests.test_text_to_image import make_adapter
+from tests.adapters import make_adapter
 
 PROMPTS = ("a red circle on grey", "Ein Käfer, über/unter ..\\" + " lang" * 30)
 

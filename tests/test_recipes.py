@@ -16,7 +16,7 @@ from pixart_ft import cli
 from pixart_ft.errors import UserError
 from pixart_ft.pictures import save_png
 from pixart_ft.recipes import config_of, parameters, read_recipe
-from tests.test_text_to_image import make_adapter
+from tests.adapters import make_adapter
 
 
 def draw(*words: object) -> int:

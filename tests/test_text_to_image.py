@@ -6,7 +6,6 @@ Oracles: the stock diffusers pipeline with the adapter merged into it, and the b
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,47 +16,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft import models
-from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
-from pixart_ft.adapters import attach, load_adapter, merge, save_adapter
-from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
+from pixart_ft.adapters import load_adapter, merge
 from pixart_ft.drawing import Settings
 from pixart_ft.errors import UserError
-from pixart_ft.models import fingerprint, load_text_encoder, load_transformer
+from pixart_ft.models import load_transformer
 from pixart_ft.samplers import SAMPLERS
 from pixart_ft.text_to_image import TextToImage
+from tests.adapters import make_adapter
 from tests.rounding import PICTURE, gap
 from tests.tiny import build_tiny_pipeline
 
 PROMPTS = ["a red circle on grey", "A photo of the black triangle on pink "]
 SCALING_FACTOR = 0.13025
-
-
-def make_adapter(base: Path, folder: Path, *, seed: int = 0, null_scale: float = 1.0, **changes: object) -> Path:
-    """Save an adapter with a large random effect on `base`; `changes` go into its metadata."""
-    transformer = load_transformer(str(base), dtype=torch.float32)
-    mark = fingerprint(transformer)
-    attach(transformer, LoraSettings(rank=4, alpha=6.0), seed=seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in transformer.named_parameters():
-        if ".lora_B." in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-    tokenizer, text_encoder = load_text_encoder(str(base), dtype=torch.float32)
-    metadata = AdapterMetadata(
-        base=str(base),
-        base_fingerprint=mark,
-        prediction_type="epsilon",
-        schedule={"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
-        variance="trained",
-        rank=4,
-        alpha=6.0,
-        max_tokens=300,
-        text_preparation=TEXT_PREPARATION,
-        weights="raw",
-        samples_seen=80,
-    )
-    metadata = replace(metadata, **changes)  # type: ignore[arg-type]
-    save_adapter(folder, transformer, metadata, null_scale * null_caption(text_encoder, tokenizer))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from pixart_ft.run_log import RunLog
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_start import dry_run, plan_of
-from tests.runs import STEPS, assert_same_end, command, losses, short_run, stop_at, train
+from tests.runs import STEPS, assert_same_end, command, cut_off, losses, short_run, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,22 +46,16 @@ def options(tiny, pictures, tmp_path, tmp_path_factory) -> dict[str, object]:
     return short_run(tiny, pictures, tmp_path / "run", tmp_path_factory.getbasetemp() / "cache")
 
 
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(options, tmp_path, monkeypatch) -> None:
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(options, tmp_path) -> None:
     straight = train(options)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)  # one step after the checkpoint of step 4: its log line must not stay
-        with pytest.raises(RuntimeError):
-            train(options, run__folder=tmp_path / "cut")
+    cut_off(5, options, run__folder=tmp_path / "cut")  # a step after the checkpoint of 4: its log line must not stay
     torch.manual_seed(123)  # whatever the new process has drawn so far
     assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
 
 
-def test_truncated_newest_checkpoint_is_passed_over(options, tmp_path, monkeypatch) -> None:
+def test_truncated_newest_checkpoint_is_passed_over(options, tmp_path) -> None:
     straight = train(options)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(RuntimeError):
-            train(options, run__folder=tmp_path / "cut")
+    cut_off(5, options, run__folder=tmp_path / "cut")
     newest = tmp_path / "cut" / "checkpoints" / "step-000004" / "optimizer.safetensors"
     os.truncate(newest, newest.stat().st_size // 2)
     with pytest.warns(UserWarning, match="optimizer.safetensors"):
@@ -363,12 +357,9 @@ def test_a_finished_run_may_go_on_and_logs_every_step_once(options) -> None:
     assert [r["step"] for r in records if "held_out" in r] == [0, 3, STEPS, STEPS + 2]
 
 
-def test_resuming_before_the_first_checkpoint_begins_again(options, tmp_path, monkeypatch) -> None:
+def test_resuming_before_the_first_checkpoint_begins_again(options, tmp_path) -> None:
     straight = train(options)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1)
-        with pytest.raises(RuntimeError):
-            train(options, run__folder=tmp_path / "cut")
+    cut_off(1, options, run__folder=tmp_path / "cut")
     assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
 
 
@@ -537,7 +528,7 @@ def kept(run: Path) -> dict[str, bytes]:
     return {f.name: (f / "adapter_model.safetensors").read_bytes() for f in sorted((run / "adapters").iterdir())}
 
 
-def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(options, tmp_path, monkeypatch, capsys) -> None:
+def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(options, tmp_path, capsys) -> None:
     """Oracles: the average in the checkpoint of the same step, and the lowest loss in the log."""
     often = {"validation__every": 1, "validation__samples_every": 4, "train__checkpoint_every": 4}
     run = train(options, **often)
@@ -567,10 +558,8 @@ def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(options,
     assert (f"loss {means[lowest]:.4f} after step {lowest} of {STEPS}" in printed) is (lowest != STEPS)
     assert (f"generate --lora {run}@{lowest} --prompt 'a red circle'" in printed) is (lowest != STEPS)
 
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)  # after the adapter of step 4 or 5, which the resumed run makes again
-        with pytest.raises(RuntimeError):
-            train(options, run__folder=tmp_path / "cut", **often)
+    # after the adapter of step 4 or 5, which the resumed run makes again
+    cut_off(5, options, run__folder=tmp_path / "cut", **often)
     assert kept(train(options, run__folder=tmp_path / "cut", resume="auto", **often)) == kept(run)
 
     begun = train(
@@ -580,11 +569,8 @@ def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(options,
     assert all(torch.allclose(start[name], value, atol=1e-7) for name, value in saved.items())
 
 
-def test_what_is_no_adapter_of_a_run_is_told_what_is(options, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, 5)
-        with pytest.raises(RuntimeError):
-            train(options, validation__samples_every=2, validation__every=0)
+def test_what_is_no_adapter_of_a_run_is_told_what_is(options) -> None:
+    cut_off(5, options, validation__samples_every=2, validation__every=0)
     run = options["run.folder"]
     has = re.escape(f"kept on the way: {run}@2, {run}@4")
     for path, message in {
@@ -599,15 +585,13 @@ def test_what_is_no_adapter_of_a_run_is_told_what_is(options, monkeypatch) -> No
             find_adapter(path)
     with pytest.raises(UserError, match=r"of step 2 the run .* kept only the averaged weights; use --weights ema"):
         find_adapter(f"{run}@2", weights="raw")
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(RuntimeError):
-            train(
-                options,
-                validation__samples_every=2,
-                validation__every=0,
-                resume=str(run / "checkpoints" / "step-000002"),
-            )
+    cut_off(
+        3,
+        options,
+        validation__samples_every=2,
+        validation__every=0,
+        resume=str(run / "checkpoints" / "step-000002"),
+    )
     assert list(kept(run)) == ["step-000002"]  # that of step 4 belonged to a course that was left
     train(options, validation__samples_every=2, validation__every=0, resume="auto")
     assert find_adapter(f"{run}@6", weights="raw") == run / "final" / "adapter_raw"
@@ -622,7 +606,7 @@ def test_the_lowest_held_out_loss_is_that_of_a_trained_step() -> None:
     assert lowest_step([record(2, float("nan")), record(3, 0.4), record(4, 0.4)]) == 3
 
 
-def test_a_dry_run_tells_what_would_run_and_writes_nothing(options, pictures, monkeypatch, capsys, tmp_path) -> None:
+def test_a_dry_run_tells_what_would_run_and_writes_nothing(options, pictures, capsys, tmp_path) -> None:
     """Oracles: the parameters that a real run trains, and the pictures in the folder."""
     tree = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     config = load_config({}, tree)
