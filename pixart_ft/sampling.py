@@ -109,7 +109,7 @@ def invert_latents(
 ) -> Tensor:
     """The noise that DDIM (eta 0, unguided) turns into the latents x0, to first order: x at kept step `calls`.
 
-    x0 (N, C, H, W) is taken for the sample at the least noise (Song et al. 2021, sec. 4.3); the scheduler must have its
+    x0 (N, C, H, W) is taken for the sample at the least noise (Song et al. 2021a, sec. 4.3); the scheduler has its
     timesteps. Raises ValueError for a network in training mode.
     """
     _check_mode(transformer)

@@ -50,7 +50,7 @@ ROWS = (
     Row("hybrid, Huber", {"error": "huber", "huber_delta": "0.1"}),
     Row("hybrid, min-SNR 5", {"weighting": "min_snr"}),
     Row("hybrid, debiased", {"weighting": "debiased"}),
-    Row("vlb, importance-sampled t", {"objective": "vlb", "timestep_law": "importance"}),
+    Row("vlb, uniform t", {"objective": "vlb", "timestep_law": "uniform"}),
     Row("vlb, variance beta tilde", {"objective": "vlb", "variance": "beta_tilde"}),
     Row("Su raw, su_linear", {"objective": "su_raw", "schedule": "su_linear", "time_conditioning": "snr_matched"}),
     Row("Su reduced, su_linear", {"objective": "su_reduced", "schedule": "su_linear"}),

@@ -1,5 +1,6 @@
 """What the guides say is what the code says. Oracle: the table of sampler facts."""
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pixart_ft import cli
 from pixart_ft.samplers import EVERY_SAMPLER, SAMPLERS, STOCK_SAMPLERS
 
 ROOT = Path(__file__).parent.parent
+CITED = re.compile(r"[A-Z]\w+ (?:et al\.|& [A-Z]\w+) \(?(?:19|20)\d\d[a-z]?")
 
 
 def sampler_table() -> str:
@@ -39,6 +41,15 @@ def stock_table() -> str:
 def test_the_guide_has_the_tables_of_facts() -> None:
     for table in (sampler_table(), stock_table()):
         assert table in (ROOT / "docs" / "samplers.md").read_text(), f"put this there:\n{table}"
+
+
+def test_every_source_that_is_cited_is_in_the_references() -> None:
+    """By name and year; Su and Kuppa are known by their names alone."""
+    known = (ROOT / "docs" / "references.md").read_text()
+    texts = [*(ROOT / "pixart_ft").rglob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "docs").glob("*.md")]
+    cited = {name for path in texts for name in CITED.findall(path.read_text())}
+    assert len(cited) > 20 and "Karras et al. 2022" in cited
+    assert [name for name in sorted(cited) if f"| {name.replace('(', '')} |" not in known] == []
 
 
 def test_the_readme_names_every_sampler() -> None:

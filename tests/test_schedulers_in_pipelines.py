@@ -1,7 +1,7 @@
 """The schedulers as pipelines use them: made from configs, saved, started late, in the stock PixArtSigmaPipeline.
 
-Oracles: the same run by hand; a network that knows x0; diffusers' own schedulers where they are right, the places where
-they are not listed in golden/validation.md, section C.
+Oracles: the same run by hand; a network that knows x0; diffusers' own schedulers where they are right; where they are
+not, the schedulers' docstrings say.
 """
 
 import inspect

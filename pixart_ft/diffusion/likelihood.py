@@ -117,7 +117,7 @@ def ode_likelihood(
 ) -> OdeLikelihood:
     """The density at x0 of the data smoothed by noise of the schedule's least sigma, by the probability-flow ODE.
 
-    Song et al. 2021, sec. 4.3, in Karras et al.'s variables: y = x_t / sqrt(alpha_bar) moves by
+    Song et al. 2021b, sec. 4.3, in Karras et al.'s variables: y = x_t / sqrt(alpha_bar) moves by
     dy / d(log sigma) = sigma eps, and log p changes along it by minus the divergence of that. The smoothing is not
     undone: at x0 this is the density of x0 + sigma_0 noise, not that of the data. The last level is taken for
     N(0, I). probe: (N, C, H, W) of +-1 for Hutchinson's unbiased estimate of the divergence; None for the exact one,

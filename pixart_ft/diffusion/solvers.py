@@ -24,7 +24,7 @@ def ddim_sigma(schedule: NoiseSchedule, eta: float) -> Tensor:
     """Standard deviation (T,) float64 of the noise that a DDIM step adds; 0 at t = 0.
 
     eta sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) sqrt(1 - alpha_bar / alpha_bar_prev), which is eta times
-    the square root of beta tilde (Song et al. 2021, eq. 16). Raises ValueError for an eta that asks for more
+    the square root of beta tilde (Song et al. 2021a, eq. 16). Raises ValueError for an eta that asks for more
     noise than x_{t-1} has.
     """
     sigma = eta * schedule.posterior_variance.sqrt()
@@ -44,7 +44,7 @@ def ddim_step(
 ) -> Tensor:
     """sqrt(alpha_bar_prev) x0 + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma noise.
 
-    Song et al. 2021, eq. 12, with sigma from `ddim_sigma`; eps is what x_t holds beside x0. eta = 0 is
+    Song et al. 2021a, eq. 12, with sigma from `ddim_sigma`; eps is what x_t holds beside x0. eta = 0 is
     deterministic, eta = 1 is DDPM with beta tilde. Raises ValueError when eta > 0 comes without noise.
     """
     sigma = ddim_sigma(schedule, eta)
@@ -57,7 +57,7 @@ def ddim_step(
 
 
 def ddim_encode_step(schedule: NoiseSchedule, prediction: Prediction, x_t: Tensor, t: Tensor) -> Tensor:
-    """The DDIM step backwards, from x_t to x_{t+1} (Song et al. 2021, sec. 4.3); from T-1 to pure noise.
+    """The DDIM step backwards, from x_t to x_{t+1} (Song et al. 2021a, sec. 4.3); from T-1 to pure noise.
 
     It undoes `ddim_step` with eta = 0, to first order in the size of the step.
     """

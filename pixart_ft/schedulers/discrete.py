@@ -85,7 +85,7 @@ class _Ancestral(IndexScheduler):
     """DDPM (Ho et al. 2020, Alg. 2) on a subset of the steps, whatever its variance.
 
     diffusers' DDPM, where its last step is not at t = 0 (trailing, or leading with an offset), adds noise there that
-    the algorithm does not have: 0.37 on unit latents with the variance beta (golden/validation.md, deviation 3).
+    the algorithm does not have: 0.37 on unit latents with the variance beta.
     """
 
     variance: StepVariance
@@ -154,10 +154,10 @@ class IDDPMScheduler(_Ancestral):
 
 
 class RespacedDDIMScheduler(IndexScheduler):
-    """DDIM (Song et al. 2021, eq. 12), any eta in 0..1.
+    """DDIM (Song et al. 2021a, eq. 12), any eta in 0..1.
 
     diffusers' DDIM takes t - T // N for the previous step, whatever the next one in the list is: 0.05 off with linspace
-    spacing, 0.008 with trailing where N does not divide T (golden/validation.md, deviation 5).
+    spacing, 0.008 with trailing where N does not divide T.
     """
 
     sampler = "ddim"

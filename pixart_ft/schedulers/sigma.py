@@ -172,8 +172,8 @@ class SigmaScheduler(PixArtScheduler):
 class EulerScheduler(SigmaScheduler):
     """Euler's method (Karras et al. 2022, Alg. 2 without its second order); with s_churn, stochastic.
 
-    diffusers' Euler adds churn's noise after the network call that should have seen it: 1.2 off on unit latents
-    (golden/validation.md, deviation 8), and looks sigma up linearly, not in its logarithm (deviation 9).
+    diffusers' Euler adds churn's noise after the network call that should have seen it: 1.2 off on unit latents, and
+    looks sigma up linearly, not in its logarithm.
     """
 
     sampler = "euler"
@@ -231,7 +231,7 @@ class EDMScheduler(SigmaScheduler):
 
     `timesteps` lists the raised level of each step, then the next step's level. The noise that raises a level is added
     at the end of the step before, and the first step's is in `init_noise_sigma`. diffusers' EDM schedulers are for
-    networks preconditioned for sigma_data 0.5, and its Heun has no churn (golden/validation.md, deviations 8 and 11).
+    networks preconditioned for sigma_data 0.5, and its Heun has no churn.
     """
 
     sampler = "edm"
