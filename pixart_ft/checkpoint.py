@@ -114,7 +114,7 @@ class RunFolder:
         for place in (self.path, self.checkpoints, self.samples, self.final, self.path / "tensorboard"):
             probe(place, "run.folder")
 
-    def save(self, step: int, write: Callable[[Path], None], *, keep: int = 2) -> Path:
+    def save(self, step: int, write: Callable[[Path], object], *, keep: int = 2) -> Path:
         """Save the state after `step` optimizer steps: `write` fills a folder, which appears whole or not.
 
         Then only the newest `keep` checkpoints stay. Ones of later steps go too: they belong to a course that

@@ -84,7 +84,7 @@ def sha256(content: Path | bytes) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder aside, flush it to disk, then give it its name; an earlier one is replaced.
 
     Whole or absent, permissions and refusals as with `write_file`; if `write` fails, the earlier folder stays.

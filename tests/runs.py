@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from pixart_ft.trainer import Trainer
 from pixart_ft.training_run import run_training
 
 STEPS = 6
+Options = dict[str, Any]  # dotted keys of a run
 STATE_FILES = ("trained.safetensors", "ema.safetensors", "optimizer.safetensors")
 
 
-def short_run(base: Path, pictures: Path, folder: Path, cache: Path) -> dict[str, object]:
+def short_run(base: Path, pictures: Path, folder: Path, cache: Path) -> Options:
     """Dotted keys of a short run with everything on."""
     return {
         "run.folder": folder,
@@ -47,7 +49,7 @@ def short_run(base: Path, pictures: Path, folder: Path, cache: Path) -> dict[str
     }
 
 
-def train(options: dict[str, object], **more: object) -> Path:
+def train(options: Options, **more: Any) -> Path:
     """Run with these options; keyword `run__folder` overrides run.folder.
 
     resume, init_from, accept_changes: as `run_training` takes them.
@@ -58,7 +60,7 @@ def train(options: dict[str, object], **more: object) -> Path:
     init_from = more.pop("init_from", None)
     accept_changes = bool(more.pop("accept_changes", False))
     given = options | {key.replace("__", "."): value for key, value in more.items()}
-    tree: dict[str, dict[str, object]] = {}
+    tree: dict[str, Options] = {}
     for key, value in given.items():
         section, name = key.split(".")
         tree.setdefault(section, {})[name] = str(value) if isinstance(value, Path) else value
@@ -79,13 +81,13 @@ def assert_same_end(one: Path, other: Path) -> None:
         a, b = (load_file(run / "final" / adapter / "adapter_model.safetensors") for run in (one, other))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for name in STATE_FILES:
-        a, b = ((run / "checkpoints" / f"step-{STEPS:06d}" / name).read_bytes() for run in (one, other))
-        assert a == b, name
+        last, others = ((run / "checkpoints" / f"step-{STEPS:06d}" / name).read_bytes() for run in (one, other))
+        assert last == others, name
     assert losses(one) == losses(other)
     assert len(losses(one)) == STEPS
 
 
-def cut_off(at: int, options: dict[str, object], **more: object) -> None:
+def cut_off(at: int, options: Options, **more: Any) -> None:
     """`train`, dying without warning when it begins step `at`, as with a lost machine."""
     whole = Trainer._optimizer_step
 
@@ -99,7 +101,7 @@ def cut_off(at: int, options: dict[str, object], **more: object) -> None:
         train(options, **more)
 
 
-def command(options: dict[str, object], **more: object) -> list[str]:
+def command(options: Options, **more: Any) -> list[str]:
     """The command line of a run: an empty configuration file and an override for every option."""
     given = options | {key.replace("__", "."): value for key, value in more.items()}
     empty = Path(str(options["run.folder"])).parent / "empty.yaml"

@@ -105,6 +105,7 @@ def ready(
     sampler: str = "ddim", steps: int = 5, prediction_type: str = "epsilon", **options: object
 ) -> PixArtScheduler:
     scheduler = build_scheduler(sampler, SCHEDULE, prediction_type, options)  # type: ignore[arg-type]
+    assert isinstance(scheduler, PixArtScheduler)
     scheduler.set_timesteps(steps)
     return scheduler
 

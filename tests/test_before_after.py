@@ -46,7 +46,7 @@ def boxes(sheet: Image.Image, colours: tuple[str, ...]) -> dict[str, tuple[int, 
     return found
 
 
-def test_the_real_picture_stands_below_its_prompt_under_what_it_is_to_the_run(rows) -> None:
+def test_the_real_picture_stands_below_its_prompt_under_what_it_is_to_the_run(rows: dict[str, list[Row]]) -> None:
     before = [plain("cyan"), plain("magenta"), plain("pink")]
     after = [plain("yellow"), plain("orange"), plain("navy")]
     sheet = before_after(["a duck", "a rocket", "a cat"], before, after, rows)
@@ -60,7 +60,7 @@ def test_the_real_picture_stands_below_its_prompt_under_what_it_is_to_the_run(ro
     assert {box[2] - box[0] for box in found.values()} == {box[3] - box[1] for box in found.values()} == {SIDE}
 
 
-def test_a_prompt_that_no_picture_has_stands_last_and_without_a_real_one(rows) -> None:
+def test_a_prompt_that_no_picture_has_stands_last_and_without_a_real_one(rows: dict[str, list[Row]]) -> None:
     sheet = before_after(["a car", "a duck"], [plain("cyan"), plain("magenta")], [plain("yellow")] * 2, rows)
     found = boxes(sheet, ("cyan", "magenta", "lime"))
     assert found["lime"][3] < found["cyan"][1]

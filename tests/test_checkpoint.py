@@ -301,7 +301,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["config.yaml"]
 
 
-def test_what_was_drawn_and_kept_after_a_step_goes_with_the_course_that_is_left(tmp_path) -> None:
+def test_what_was_drawn_and_kept_after_a_step_goes_with_the_course_that_is_left(tmp_path: Path) -> None:
     """An adapter that stayed would stand for that of the new course, which keeps what is there."""
     run = RunFolder(tmp_path)
     for step in (0, 4, 8):

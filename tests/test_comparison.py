@@ -104,7 +104,7 @@ def test_settings_that_samplers_share_reach_every_cell(
     shared: dict[str, Any] = {"guidance": 1.0, "image": pictures / "003.png", "strength": 0.5, "aspect_ratio": "2:1"}
     run_generation(config(tiny, tmp_path, prompts=PROMPTS[:1], compare_steps=(4,), **shared))
     (sheet,) = sheets
-    size = {"width": 96, "height": 48}
+    size: dict[str, Any] = {"width": 96, "height": 48}
     model = TextToImage.load(tiny)
     for name, (shown,), (caption,) in zip(ROWS, sheet["rows"], sheet["captions"], strict=True):
         settings = Settings(sampler=name, steps=4, guidance=1.0, image=shared["image"], strength=0.5, **size)

@@ -334,7 +334,7 @@ def test_the_package_list_is_complete() -> None:
 
 def numbers() -> list[tuple[type[Config], str]]:
     """Every key whose value is a number or numbers."""
-    found = []
+    found: list[tuple[type[Config], str]] = []
     for kind in (TrainConfig, GenerateConfig):
         words = {key: expected(field) for key, field in keys(kind).items()}
         found += [(kind, key) for key, word in words.items() if "integer" in word or "number" in word]

@@ -78,6 +78,7 @@ def retyped(path: Path, read: Callable[[], object]) -> None:
     whole = json.loads(text)
     try:
         for key in whole:
+            value: object
             for value in (None, [], "text", -0.5, 10**30):
                 path.write_text(json.dumps(whole | {key: value}))
                 with suppress(UserError):
@@ -123,6 +124,7 @@ def test_layers_that_no_network_has_are_refused_by_diffusers_in_our_words(base: 
     path = base / "transformer" / "config.json"
     assert survives(lambda: models.skeleton(str(base)), path) == ["object"]  # diffusers' own layers
     whole = json.loads(path.read_text())
+    wrong: dict[str, Any]
     for wrong in ({"activation_fn": 7}, {"norm_type": []}, {"attention_head_dim": 3}, {"norm_eps": "text"}):
         path.write_text(json.dumps(whole | wrong))
         with suppress(UserError):
@@ -280,7 +282,7 @@ def test_a_memo_of_hashes_that_is_damaged(base: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:passed over a broken checkpoint")
 def test_a_checkpoint_whose_manifest_is_damaged(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", resume=False)
-    path = run.save(1, lambda aside: (aside / "a").write_text("a") and None) / "manifest.json"
+    path = run.save(1, lambda aside: (aside / "a").write_text("a")) / "manifest.json"
     whole = path.read_bytes()
     for content in [*damages(whole).values(), b'{"a": 3}', b'{"a": [1]}', b'{"a": ["b", []]}']:
         put(path, content)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory) -> Path:
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the demo that changes its pictures: alpha is twice the rank, B drawn at random."""
     return make_adapter(places.resolve_base("demo"), tmp_path_factory.mktemp("adapter") / "demo", alpha=8.0, size=0.02)
 

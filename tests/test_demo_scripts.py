@@ -57,9 +57,9 @@ def test_the_hue_error_is_the_angle_between_saturated_colours(degrees: float) ->
     """Two colours, one of them turned to 350 degrees, and a grey, which counts for dB alone; the shorter way round."""
     picture = np.zeros((4, 4, 3), np.uint8)
     picture[:2], picture[2:, :2], picture[2:, 2:] = (200, 10, 200), (10, 90, 220), (77, 77, 77)
-    _, error = measure(Turned(degrees), picture[None], 50.0)  # type: ignore[arg-type]
+    _, error = measure(Turned(degrees), picture[None], 50.0)
     assert error == pytest.approx(min(degrees, 360 - degrees), abs=0.5)  # colours are rounded to 1/255
-    decibels, error = measure(Turned(0.0), picture[None])  # type: ignore[arg-type]
+    decibels, error = measure(Turned(0.0), picture[None])
     assert error < 1e-3 and decibels > 100
 
 

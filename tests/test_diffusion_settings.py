@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -19,14 +20,14 @@ from pixart_ft.nested import load_nested
 from pixart_ft.objective import Objective
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
-from tests.runs import cut_off, losses, train
+from tests.runs import Options, cut_off, losses, train
 
 STEPS, BATCH, SEED = 9, 8, 3
 FEW = 3  # training timesteps of a base on which importance sampling knows enough within a few steps
 
 
 @pytest.fixture
-def options(tiny, pictures, tmp_path, tmp_path_factory) -> dict[str, object]:
+def options(tiny: Path, pictures: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
     """Dotted keys of a short run that is measured and not watched; the cache is shared by the module's tests."""
     return {
         "run.folder": tmp_path / "run",
@@ -65,7 +66,7 @@ def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Objective]:
 
 
 COSINE, LINEAR = {"beta_schedule": "squaredcos_cap_v2"}, {"beta_schedule": "linear", "beta_end": 0.02}
-SETTINGS = {
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "cosine matched": ({"schedule": "cosine", "time_conditioning": "snr_matched"}, COSINE, "trained"),
     "zero SNR": (
         {"zero_snr": True, "prediction_type": "v_prediction", "objective": "simple"},
@@ -86,7 +87,7 @@ SETTINGS = {
 
 @pytest.mark.filterwarnings("ignore:the base predicts", "ignore:of 1000 noise levels")
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_was_trained_is_what_is_drawn(options, trained_on, name) -> None:
+def test_what_was_trained_is_what_is_drawn(options: Options, trained_on: list[Objective], name: str) -> None:
     diffusion, schedule, variance = SETTINGS[name]
     run = train(options | {f"diffusion.{key}": value for key, value in diffusion.items()})
     (objective,) = trained_on
@@ -133,20 +134,20 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
     seen = Record()
     draw_batch, terms, backward = trainer_module.draw_batch, Objective.terms, accelerate.Accelerator.backward
 
-    def drawing(*args, law, **more):
+    def drawing(*args: Any, law: Tensor, **more: Any) -> Batch:
         batch = draw_batch(*args, law=law, **more)
         if torch.is_grad_enabled():  # a look at the loss before a checkpoint is no step
             seen.laws.append(law)
             seen.batches.append(batch)
         return batch
 
-    def terms_of(self, *args, **more):
+    def terms_of(self: Objective, *args: Any, **more: Any) -> dict[str, Tensor]:
         found = terms(self, *args, **more)
         if torch.is_grad_enabled():  # the held-out loss is no part of the history
             seen.raw.append(found["loss"].detach().clone())
         return found
 
-    def minimising(self, loss, **more):
+    def minimising(self: accelerate.Accelerator, loss: Tensor, **more: Any) -> None:
         seen.minimised.append(loss.item())
         backward(self, loss, **more)
 
@@ -157,7 +158,7 @@ def record(monkeypatch: pytest.MonkeyPatch) -> Iterator[Record]:
 
 
 @pytest.fixture
-def few(tiny, options, tmp_path) -> dict[str, object]:
+def few(tiny: Path, options: Options, tmp_path: Path) -> Options:
     """Options of importance sampling over `FEW` timesteps."""
     base = Path(shutil.copytree(tiny, tmp_path / "few"))
     file = base / "scheduler" / "scheduler_config.json"
@@ -186,7 +187,7 @@ def acts(law: Tensor) -> bool:
     return bool(law.max() > 1.3 * law.min())
 
 
-def test_importance_sampling_by_hand(few, record) -> None:
+def test_importance_sampling_by_hand(few: Options, record: Record) -> None:
     """The law follows the losses of earlier steps, and what is minimised and logged undoes it."""
     logged = losses(train(few))
     assert len(record.laws) == len(logged) == STEPS
@@ -205,7 +206,7 @@ def test_importance_sampling_by_hand(few, record) -> None:
     assert min(map(len, history)) > 10 and acts(record.laws[-1]), "the law must act for this test to see it"
 
 
-def test_importance_sampling_resumes_bit_for_bit(few, tmp_path) -> None:
+def test_importance_sampling_resumes_bit_for_bit(few: Options, tmp_path: Path) -> None:
     straight = train(few)
     cut_off(STEPS - 1, few, run__folder=tmp_path / "cut")
     name = f"step-{STEPS - 1:06d}"
@@ -218,7 +219,7 @@ def test_importance_sampling_resumes_bit_for_bit(few, tmp_path) -> None:
         assert one.read_bytes() == other.read_bytes(), file
 
 
-def test_importance_sampling_is_the_same_in_parts(few, record, tmp_path) -> None:
+def test_importance_sampling_is_the_same_in_parts(few: Options, record: Record, tmp_path: Path) -> None:
     train(few)
     whole, parts = record.laws[:], record.batches[:]
     train(few, run__folder=tmp_path / "parts", train__batch_size=BATCH // 2, train__accumulation=2)
@@ -230,7 +231,7 @@ def test_importance_sampling_is_the_same_in_parts(few, record, tmp_path) -> None
         assert torch.equal(torch.cat([batches[2 * step].t, batches[2 * step + 1].t]), parts[step].t)
 
 
-def test_starting_from_weights_of_another_process_is_said_aloud(options, tmp_path) -> None:
+def test_starting_from_weights_of_another_process_is_said_aloud(options: Options, tmp_path: Path) -> None:
     first = train(options, train__steps=1)
     with pytest.warns(UserWarning, match="--init-from: these weights begin wrong .* they know another noise schedule"):
         train(options, run__folder=tmp_path / "second", init_from=str(first), diffusion__schedule="cosine")

@@ -3,7 +3,7 @@ noise levels, arithmetic, and expected messages."""
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ STALE, BARE = replace(ABLE, variance="stale"), replace(ABLE, variance="none")
 VELOCITY = replace(ABLE, schedule=NoiseSchedule.linear().zero_terminal_snr(), prediction_type="v_prediction")
 MEANS = replace(ABLE, prediction_type="posterior_mean")
 IMAGE = Path("a.png")  # never opened here
-NAMED = {
+NAMED: dict[str, Callable[..., NoiseSchedule]] = {
     "linear": NoiseSchedule.linear,
     "scaled_linear": NoiseSchedule.scaled_linear,
     "cosine": NoiseSchedule.cosine,

@@ -1,13 +1,16 @@
 """Training samples as functions of the draw index. Oracle: properties; the laws of `randomness` and `weighting` have
 their own tests."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pixart_ft.data.cache import CachedPictures, TensorStore
-from pixart_ft.draws import Plan, TrainingSet, draw_batch
+from pixart_ft.draws import Batch, Plan, TrainingSet, draw_batch
 from pixart_ft.vae import LatentScale
 from tests.toy_run import PLAN as TOY_PLAN
 
@@ -24,7 +27,7 @@ COUNT = 5
 
 
 @pytest.fixture
-def data(tmp_path) -> TrainingSet:
+def data(tmp_path: Path) -> TrainingSet:
     """Five pictures whose latent mean is 10 i with standard deviation 0, captions of i + 1 tokens filled with i + 1."""
     store = TensorStore(tmp_path)
     mean_and_std = [torch.stack([torch.full((4, 2, 2), 10.0 * i), torch.zeros(4, 2, 2)]) for i in range(COUNT)]
@@ -34,7 +37,7 @@ def data(tmp_path) -> TrainingSet:
     return TrainingSet(pictures, scale=LatentScale(0.1, 2.0), null_caption=torch.full((1, 3), -1.0))
 
 
-def draw(data: TrainingSet, draws, plan: Plan = PLAN, **more: object):
+def draw(data: TrainingSet, draws: Sequence[int], plan: Plan = PLAN, **more: Any) -> Batch:
     return draw_batch(data, list(draws), plan, global_batch=4, **{"num_steps": 1000} | more)
 
 
@@ -122,8 +125,9 @@ def test_a_second_noise_is_drawn_where_it_is_asked_for(data: TrainingSet) -> Non
     assert draw(data, range(8)).rest is None
     batch = draw(data, range(8), two_noises=True)
     assert torch.equal(batch.eps, draw(data, range(8)).eps)
-    assert torch.equal(batch.rest[5], draw(data, [5], two_noises=True).rest[0])
-    many = draw(data, range(500), two_noises=True)
+    alone, many = draw(data, [5], two_noises=True), draw(data, range(500), two_noises=True)
+    assert batch.rest is not None and alone.rest is not None and many.rest is not None
+    assert torch.equal(batch.rest[5], alone.rest[0])
     correlation = torch.corrcoef(torch.stack([many.eps.flatten(), many.rest.flatten()]))
     assert abs(correlation[0, 1].item()) < 4 / many.eps.numel() ** 0.5
     assert abs(many.rest.std().item() - 1) < 0.05

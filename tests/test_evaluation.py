@@ -1,9 +1,13 @@
 """The held-out loss. Oracle: closed form for the estimates, identities for the measurement."""
 
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
+from torch import nn
 
 from pixart_ft import models
 from pixart_ft.attention import use_plain_attention
@@ -25,7 +29,7 @@ OBJECTIVE = Objective(NoiseSchedule.linear(), "epsilon", "hybrid", 2.0)
 
 
 @pytest.fixture(scope="module")
-def transformer(tiny):
+def transformer(tiny: Path) -> PixArtTransformer2DModel:
     return models.load_transformer(str(tiny), dtype=torch.float32)
 
 
@@ -52,7 +56,9 @@ def test_estimates_are_those_of_the_textbook() -> None:
     assert change.standard_error == pytest.approx(0.04**0.5 / 3**0.5)
 
 
-def test_same_network_same_numbers_whatever_the_batch(transformer, held_out) -> None:
+def test_same_network_same_numbers_whatever_the_batch(
+    transformer: PixArtTransformer2DModel, held_out: HeldOutSet
+) -> None:
     one = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
     again = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
     small = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=5)
@@ -63,14 +69,16 @@ def test_same_network_same_numbers_whatever_the_batch(transformer, held_out) -> 
     assert torch.allclose(one["loss"], one["simple"] + 2.0 * one["vlb"], rtol=1e-6)
 
 
-def test_pictures_and_timesteps_meet_noise_of_their_own(transformer, held_out) -> None:
+def test_pictures_and_timesteps_meet_noise_of_their_own(
+    transformer: PixArtTransformer2DModel, held_out: HeldOutSet
+) -> None:
     twice = HeldOutSet(held_out.x0[[0, 0]], [held_out.texts[0]] * 2, timestep_count=2, seed=0)
     losses = held_out_loss(transformer, OBJECTIVE, twice, batch_size=4)["simple"]
     assert not torch.isclose(losses[0, 0], losses[1, 0])
 
 
 @torch.no_grad()
-def test_bound_is_that_of_each_picture_by_itself_without_dropout(tiny, held_out) -> None:
+def test_bound_is_that_of_each_picture_by_itself_without_dropout(tiny: Path, held_out: HeldOutSet) -> None:
     """Every picture with its own noise and no text but its own, by diffusers' transformer called as it documents."""
     transformer, schedule = models.load_transformer(str(tiny), dtype=torch.float32), NoiseSchedule.linear().respaced(5)
     for module in transformer.modules():
@@ -82,10 +90,10 @@ def test_bound_is_that_of_each_picture_by_itself_without_dropout(tiny, held_out)
     transformer.eval()
     for p, text in enumerate(held_out.texts):
 
-        def network(x, t, text=text):
+        def network(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor = text) -> torch.Tensor:
             return transformer(x, text[None], t, {"resolution": None, "aspect_ratio": None}).sample
 
-        def noise(index, p=p):
+        def noise(index: int, p: int = p) -> torch.Tensor:
             return normal(held_out.seed, [5 * p + index], "held-out bound", (4, 8, 8))
 
         alone = variational_bound(schedule, network, held_out.x0[[p]], "epsilon", noise=noise, variance="learned")
@@ -94,7 +102,7 @@ def test_bound_is_that_of_each_picture_by_itself_without_dropout(tiny, held_out)
             torch.testing.assert_close(ours[[p]], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout_is_off_while_the_loss_is_measured(tiny, held_out) -> None:
+def test_dropout_is_off_while_the_loss_is_measured(tiny: Path, held_out: HeldOutSet) -> None:
     transformer = models.load_transformer(str(tiny), dtype=torch.float32)
     expected = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
     for module in transformer.modules():
@@ -104,11 +112,22 @@ def test_dropout_is_off_while_the_loss_is_measured(tiny, held_out) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_loss_of_two_noises_is_given_two(transformer, held_out, monkeypatch) -> None:
+def test_a_loss_of_two_noises_is_given_two(
+    transformer: PixArtTransformer2DModel, held_out: HeldOutSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Su's raw form needs a second one, independent of the first, or it measures something else."""
     given, terms = [], Objective.terms
 
-    def recorded(self, network, x0, eps, t, embeds, mask, rest=None):
+    def recorded(
+        self: Objective,
+        network: nn.Module,
+        x0: torch.Tensor,
+        eps: torch.Tensor,
+        t: torch.Tensor,
+        embeds: torch.Tensor,
+        mask: torch.Tensor,
+        rest: torch.Tensor | None = None,
+    ) -> Any:
         given.append((eps, rest))
         return terms(self, network, x0, eps, t, embeds, mask, rest)
 
@@ -116,11 +135,12 @@ def test_a_loss_of_two_noises_is_given_two(transformer, held_out, monkeypatch) -
     su = Objective(NoiseSchedule.linear(), "epsilon", "su_raw")
     held_out_loss(transformer, su, held_out, batch_size=12)
     ((eps, rest),) = given
+    assert rest is not None
     correlation = torch.corrcoef(torch.stack([eps.flatten(), rest.flatten()]))[0, 1]
     assert abs(correlation) < 4 / eps.numel() ** 0.5 and abs(rest.std() - 1) < 0.1
 
 
-def test_modes_and_random_state_survive(transformer, held_out) -> None:
+def test_modes_and_random_state_survive(transformer: PixArtTransformer2DModel, held_out: HeldOutSet) -> None:
     transformer.train()
     frozen = transformer.transformer_blocks[0].eval()
     state = torch.get_rng_state()
@@ -130,7 +150,7 @@ def test_modes_and_random_state_survive(transformer, held_out) -> None:
     transformer.eval()
 
 
-def test_modes_come_back_after_an_error(transformer) -> None:
+def test_modes_come_back_after_an_error(transformer: PixArtTransformer2DModel) -> None:
     transformer.train()
     with pytest.raises(RuntimeError), evaluating(transformer):
         assert not transformer.training and not torch.is_grad_enabled()
@@ -139,7 +159,7 @@ def test_modes_come_back_after_an_error(transformer) -> None:
     transformer.eval()
 
 
-def test_timesteps_reach_the_network_as_integers(transformer, held_out) -> None:
+def test_timesteps_reach_the_network_as_integers(transformer: PixArtTransformer2DModel, held_out: HeldOutSet) -> None:
     seen = []
     handle = transformer.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
@@ -150,7 +170,7 @@ def test_timesteps_reach_the_network_as_integers(transformer, held_out) -> None:
     assert seen[0].dtype == torch.int64 and seen[0].tolist() == [125, 375, 625, 875] * 3
 
 
-def test_plain_attention_changes_nothing_beyond_rounding(tiny, held_out) -> None:
+def test_plain_attention_changes_nothing_beyond_rounding(tiny: Path, held_out: HeldOutSet) -> None:
     other = models.load_transformer(str(tiny), dtype=torch.float32)
     expected = held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"]
     use_plain_attention(other)

@@ -79,7 +79,7 @@ def test_the_full_disk_that_safetensors_reports_as_text_counts_too() -> None:
 
 def test_what_was_there_stays_when_writing_fails(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "before")
-    write_folder(tmp_path / "folder", lambda aside: (aside / "a").write_text("before") and None)
+    write_folder(tmp_path / "folder", lambda aside: (aside / "a").write_text("before"))
     for stop in (KeyboardInterrupt, UserError):
 
         def fail(aside: Path, stop: type[BaseException] = stop) -> None:

@@ -61,7 +61,7 @@ def test_pictures_grid_and_summary(tiny: Path, tmp_path: Path, capsys: pytest.Ca
     ]
     assert list(contents(tmp_path / "out")) == [*names, "grid.png"]
     pictures = [Image.open(path) for path in paths]
-    labels = {"row_labels": PROMPTS, "column_labels": ["seed 5", "seed 6"]}
+    labels: dict[str, Any] = {"row_labels": PROMPTS, "column_labels": ["seed 5", "seed 6"]}
     expected = grid([pictures[:2], pictures[2:]], cell=64, **labels)
     assert Image.open(tmp_path / "out" / "grid.png").tobytes() == expected.tobytes()
     printed = capsys.readouterr().out
@@ -295,5 +295,5 @@ def test_a_grid_has_no_more_cells_than_room(
         [Image.open(tmp_path / name).resize((32, 32), Image.Resampling.LANCZOS) for name in row]
         for row in (shown[:2], shown[2:])
     ]
-    labels = {"row_labels": ["a", "red"], "column_labels": ["seed 5", "seed 6"]}
+    labels: dict[str, Any] = {"row_labels": ["a", "red"], "column_labels": ["seed 5", "seed 6"]}
     assert Image.open(tmp_path / "grid.png").size == grid(cells, cell=32, **labels).size

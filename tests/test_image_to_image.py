@@ -98,7 +98,9 @@ def test_sampling_begins_with_the_picture_at_the_level_of_its_first_step(
     )
     with calls(model) as found:
         model.latents([("", 9), (PROMPT, SEED)], settings)
-    sigma = first_level(scheduler_for(settings, model.abilities))
+    scheduler = scheduler_for(settings, model.abilities)
+    assert isinstance(scheduler, PixArtScheduler)
+    sigma = first_level(scheduler)
     noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(SEED))
     expected = (encoded(tiny, Image.open(photo)) + sigma * noise) / math.sqrt(1 + sigma**2)
     torch.testing.assert_close(found[0][0][1], expected, rtol=1e-4, atol=1e-4)

@@ -1,16 +1,18 @@
 """The loss of one network call. Oracles: the functions of `diffusion` on the output of diffusers' own call of the
 tiny transformer, compared bit for bit, and closed forms for the weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from pixart_ft import models
 from pixart_ft.data.captions import pad_text
-from pixart_ft.diffusion.names import LossSpace, Weighting
+from pixart_ft.diffusion.names import LossSpace, ObjectiveKind, SuForm, Weighting
 from pixart_ft.diffusion.objectives import simple_term, su_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
@@ -21,7 +23,7 @@ T = torch.tensor([0, 100, 700, 999])
 
 
 @pytest.fixture(scope="module")
-def transformer(tiny: Path):
+def transformer(tiny: Path) -> PixArtTransformer2DModel:
     return models.load_transformer(str(tiny), dtype=torch.float32)
 
 
@@ -35,12 +37,14 @@ def given() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def terms(objective: Objective, transformer, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def terms(objective: Objective, transformer: PixArtTransformer2DModel, given: dict[str, Tensor]) -> dict[str, Tensor]:
     return objective.terms(transformer, **given)
 
 
 @torch.no_grad()
-def by_hand(schedule: NoiseSchedule, timesteps: Tensor, transformer, given: dict[str, Tensor]) -> tuple:
+def by_hand(
+    schedule: NoiseSchedule, timesteps: Tensor, transformer: PixArtTransformer2DModel, given: dict[str, Tensor]
+) -> Any:
     """The first arguments of every term: the network called as diffusers documents it, at `timesteps`."""
     noised = Noised.of(schedule, given["x0"], given["t"], given["eps"])
     dtype = next(transformer.parameters()).dtype
@@ -61,35 +65,42 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "posterior_mean"])
-def test_each_kind_is_its_function_of_the_networks_output(transformer, given, prediction_type) -> None:
-    schedule, output, noised = common = by_hand(COSINE, T, transformer, given)
-    how = {"space": "v_prediction", "norm": "huber", "huber_delta": 0.3}
+def test_each_kind_is_its_function_of_the_networks_output(
+    transformer: PixArtTransformer2DModel, given: dict[str, Tensor], prediction_type: Any
+) -> None:
+    schedule, output, noised = by_hand(COSINE, T, transformer, given)
+    how: dict[str, Any] = {"space": "v_prediction", "norm": "huber", "huber_delta": 0.3}
 
-    def found(kind: str, **settings: object) -> dict[str, Tensor]:
-        return terms(Objective(COSINE, prediction_type, kind, **settings), transformer, given)  # type: ignore[arg-type]
+    def found(kind: Any, **settings: Any) -> dict[str, Tensor]:
+        return terms(Objective(COSINE, prediction_type, kind, **settings), transformer, given)
 
-    simple, huber = simple_term(*common, prediction_type), simple_term(*common, prediction_type, **how)
+    simple, huber = (
+        simple_term(schedule, output, noised, prediction_type),
+        simple_term(schedule, output, noised, prediction_type, **how),
+    )
     vlb = vlb_term(schedule, variance_alone(output), noised, prediction_type)
     assert_same(found("simple"), {"simple": simple, "loss": simple})
     assert_same(found("simple", **how), {"simple": huber, "loss": huber})
     assert_same(found("hybrid", vlb_scale=3.0), {"simple": simple, "vlb": vlb, "loss": simple + 3 * vlb})
     assert_same(found("hybrid", vlb_scale=3.0, **how), {"simple": huber, "vlb": vlb, "loss": huber + 3 * vlb})
     for variance in ("learned", "beta_tilde", "beta"):
-        bound = vlb_term(*common, prediction_type, variance=variance)
+        bound = vlb_term(schedule, output, noised, prediction_type, variance=variance)
         assert_same(found("vlb", variance=variance), {"simple": simple, "vlb": bound, "loss": bound})
     for form in ("su_raw", "su_noises", "su_reduced"):
-        error = su_term(*common, given["rest"], prediction_type, form)
+        error = su_term(schedule, output, noised, given["rest"], prediction_type, form)
         assert_same(found(form), {"simple": error, "loss": error})
 
 
-def test_only_the_forms_with_two_noises_see_the_second(transformer, given) -> None:
+def test_only_the_forms_with_two_noises_see_the_second(
+    transformer: PixArtTransformer2DModel, given: dict[str, Tensor]
+) -> None:
     without = {name: x for name, x in given.items() if name != "rest"}
     for kind in ("hybrid", "simple", "vlb", "su_reduced"):
         objective = Objective(LINEAR, "epsilon", kind)
         assert not objective.draws_two_noises
         assert_same(terms(objective, transformer, without), terms(objective, transformer, given))
-    for kind in ("su_raw", "su_noises"):
-        objective = Objective(LINEAR, "epsilon", kind)
+    for form in get_args(SuForm)[:2]:
+        objective = Objective(LINEAR, "epsilon", form)
         assert objective.draws_two_noises
         other = terms(objective, transformer, given | {"rest": -given["rest"]})["loss"]
         assert (other != terms(objective, transformer, given)["loss"])[1:].all()  # at t = 0 there is no noise before
@@ -112,10 +123,16 @@ def test_which_objectives_train_the_variance() -> None:
         ({"weighting": "p2", "p2_gamma": 0.5}, lambda snr: 1 / (1 + snr).sqrt()),
     ],
 )
-def test_weights_multiply_the_simple_term_alone(transformer, given, settings, weight) -> None:
+def test_weights_multiply_the_simple_term_alone(
+    transformer: PixArtTransformer2DModel,
+    given: dict[str, Tensor],
+    settings: dict[str, Any],
+    weight: Callable[[Tensor], Tensor],
+) -> None:
     factor = weight(LINEAR.snr)[T].float()
     assert factor.max() > 10 * factor.min()
-    for kind, vlb_scale in (("simple", 0.0), ("hybrid", 3.0)):
+    kinds: list[tuple[ObjectiveKind, float]] = [("simple", 0.0), ("hybrid", 3.0)]
+    for kind, vlb_scale in kinds:
         plain = terms(Objective(LINEAR, "epsilon", kind, 3.0), transformer, given)
         weighted = terms(Objective(LINEAR, "epsilon", kind, 3.0, **settings), transformer, given)
         assert plain.keys() == weighted.keys()
@@ -125,7 +142,9 @@ def test_weights_multiply_the_simple_term_alone(transformer, given, settings, we
 
 
 @pytest.mark.parametrize("weighting", [name for name in get_args(Weighting) if name != "none"])
-def test_a_weighted_prediction_has_one_loss_in_every_space(tiny: Path, given, weighting) -> None:
+def test_a_weighted_prediction_has_one_loss_in_every_space(
+    tiny: Path, given: dict[str, Tensor], weighting: Any
+) -> None:
     transformer = models.load_transformer(str(tiny), dtype=torch.float32).double()
     exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
     found = {
@@ -139,7 +158,9 @@ def test_a_weighted_prediction_has_one_loss_in_every_space(tiny: Path, given, we
     assert torch.equal(unset["loss"], found["epsilon"]["loss"])  # by default it is the space of the prediction
 
 
-def test_fractional_timesteps_reach_the_network_in_float32(transformer, given) -> None:
+def test_fractional_timesteps_reach_the_network_in_float32(
+    transformer: PixArtTransformer2DModel, given: dict[str, Tensor]
+) -> None:
     with pytest.warns(UserWarning, match="lie above"):
         matched = COSINE.matched_to(LINEAR)
     seen: list[Tensor] = []
@@ -166,7 +187,9 @@ def test_fractional_timesteps_reach_the_network_in_float32(transformer, given) -
 
 @pytest.mark.parametrize("kind", ["hybrid", "vlb", "simple", "su_raw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_under_autocast_the_network_alone_is_in_half_precision(tiny: Path, given, kind, dtype) -> None:
+def test_under_autocast_the_network_alone_is_in_half_precision(
+    tiny: Path, given: dict[str, Tensor], kind: Any, dtype: torch.dtype
+) -> None:
     """On a float32 and on a bfloat16 base the terms are float32, those of the network's output made float32."""
     transformer = models.load_transformer(str(tiny), dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
@@ -192,7 +215,7 @@ def test_under_autocast_the_network_alone_is_in_half_precision(tiny: Path, given
 )
 def test_an_error_is_called_by_what_it_is_of(choice: dict[str, Any], title: str) -> None:
     words = {"kind": "hybrid"} | choice
-    assert Objective(schedule=NoiseSchedule.linear(10), **words).titles["simple"] == title  # type: ignore[arg-type]
+    assert Objective(schedule=NoiseSchedule.linear(10), **words).titles["simple"] == title
 
 
 def test_every_error_has_its_name() -> None:

@@ -60,7 +60,7 @@ def test_labels_fit_beside_and_above_the_pictures(side: int) -> None:
 def test_captions_are_one_line_below_their_own_picture(side: int) -> None:
     rows = [[plain("red", (side, side)), plain("blue", (side, side))]] * 2
     captions = [["3 calls, 0.1 s", "x" * 300], ["", "many words that go on"]]
-    labels = {"row_labels": ["one", "two"], "column_labels": ["a", "b"]}
+    labels: dict[str, Any] = {"row_labels": ["one", "two"], "column_labels": ["a", "b"]}
     sheet, bare = grid(rows, captions=captions, **labels), grid(rows, **labels)
     gap = max(4, side // 32)
     line = (sheet.height - bare.height) // 2
@@ -106,7 +106,7 @@ def test_samples_are_labelled_by_prompt_and_seed() -> None:
     samples = [
         Sample(*what, cell) for what, cell in zip([("a", 3), ("a", 10), ("b", 3), ("b", 10)], cells, strict=True)
     ]
-    labels = {"title": "mine, step 5", "row_labels": ["a", "b"], "column_labels": ["seed 3", "seed 10"]}
+    labels: dict[str, Any] = {"title": "mine, step 5", "row_labels": ["a", "b"], "column_labels": ["seed 3", "seed 10"]}
     assert sample_sheet(samples, "mine, step 5").tobytes() == grid([cells[:2], cells[2:]], **labels).tobytes()
 
 

@@ -309,7 +309,7 @@ def test_progress_bar_and_callback_count_calls(stock: Any, capsys: pytest.Captur
     pipeline, told = ours(stock, EDMScheduler.from_config(stock.scheduler.config)), []
     pipeline(PROMPTS[0], num_inference_steps=4)
     assert "7/7" in capsys.readouterr().err
-    note = {"callback_on_step_end": lambda _, call, *__: told.append(call)}
+    note: dict[str, Any] = {"callback_on_step_end": lambda _, call, *__: told.append(call)}
     pipeline(PROMPTS[0], num_inference_steps=4, image=picture(), strength=0.5, **note)
     assert "3/3" in capsys.readouterr().err
     latents(pipeline)
@@ -359,14 +359,16 @@ def test_what_would_be_ignored_is_refused(stock: PixArtSigmaPipeline, arguments:
 
 
 def test_output_and_sizes(stock: PixArtSigmaPipeline) -> None:
-    pipeline, size = ours(stock), {"width": 96, "height": 32}
+    pipeline = ours(stock)
+    size: dict[str, Any] = {"width": 96, "height": 32}
     (pictures,) = pipeline(PROMPTS, num_inference_steps=4, generator=seeded(7, 8), return_dict=False, **size)
     assert [picture.size for picture in pictures] == [(96, 32)] * 2
     wanted = decoded(stock.vae, latents(pipeline, PROMPTS, **size))
     assert (numpy.stack(pictures) != wanted).mean() < 1e-3  # roundings of a batch
     for name, side, near in (("width", 72, 64), ("height", -16, 16), ("height", 100, 96)):
+        wrong: dict[str, Any] = {name: side}
         with pytest.raises(ValueError, match=rf"{name} \({side}\) must be a multiple of 16 .*; try {near}"):
-            latents(pipeline, **{name: side})
+            latents(pipeline, **wrong)
 
 
 def test_float16_vae_is_run_in_float32_where_it_would_overflow(stock: PixArtSigmaPipeline) -> None:
@@ -396,7 +398,7 @@ def test_a_saved_pipeline_opens_as_a_stock_one_and_in_ours_as_it_was(stock: Any,
         assert type(opened) is PixArtSigmaPipeline and type(opened.scheduler).__module__.startswith("diffusers.")
     torch.testing.assert_close(opened.scheduler.betas, stock.scheduler.betas)
     assert not opened.scheduler.config.get("clip_sample")
-    plain = {"clean_caption": False, "use_resolution_binning": False}
+    plain: dict[str, Any] = {"clean_caption": False, "use_resolution_binning": False}
     drawn = latents(opened, **plain)
     if name in ("ddim", "ddpm"):  # what deviates there is the spacing alone
         assert difference(latents(ours(stock, opened.scheduler)), drawn) < 1e-5
@@ -481,7 +483,7 @@ def test_eta_reaches_the_schedulers_that_take_it(stock: PixArtSigmaPipeline, kin
 def test_arrays_and_tensors_of_pictures(stock: PixArtSigmaPipeline) -> None:
     pipeline = ours(stock)
     theirs = PixArtSigmaPipeline(**pipeline.components)
-    plain = {"clean_caption": False, "use_resolution_binning": False}
+    plain: dict[str, Any] = {"clean_caption": False, "use_resolution_binning": False}
     for kind in ("np", "pt"):
         found, wanted = (
             latents(pipeline, PROMPTS, output_type=kind),
@@ -500,7 +502,7 @@ def test_resolution_binning_draws_a_size_of_the_training_and_cuts_it(stock: PixA
     with torch.no_grad():
         pipeline = ours(stock, transformer=transformer)
         theirs = PixArtSigmaPipeline(**pipeline.components)
-        size = {"height": 200, "width": 300, "num_inference_steps": 1, "use_resolution_binning": True}
+        size: dict[str, Any] = {"height": 200, "width": 300, "num_inference_steps": 1, "use_resolution_binning": True}
         found = latents(pipeline, output_type="np", **size)
         wanted = latents(theirs, output_type="np", clean_caption=False, **size)
     assert found.shape == (1, 200, 300, 3) and abs(found - wanted).max() < 1e-3
@@ -517,7 +519,13 @@ def test_a_scheduler_of_another_family_is_refused(stock: PixArtSigmaPipeline, ki
 def test_all_that_is_wrong_is_named_at_once_and_before_the_text_is_read(stock: PixArtSigmaPipeline) -> None:
     vae = copy.deepcopy(stock.vae)
     vae.register_to_config(latents_mean=[0.1] * 4)
-    wrong = {"width": 72, "clean_caption": True, "eta": 1.0, "guidance_scale": 1.0, "guidance_interval": (0, 9)}
+    wrong: dict[str, Any] = {
+        "width": 72,
+        "clean_caption": True,
+        "eta": 1.0,
+        "guidance_scale": 1.0,
+        "guidance_interval": (0, 9),
+    }
     wrong |= {"num_inference_steps": 0, "num_images_per_prompt": 0, "prompt": None}
     with pytest.raises(ValueError, match="width") as caught:
         ours(stock, vae=vae)(**wrong)
@@ -533,6 +541,9 @@ def test_a_size_far_from_the_trainings_is_warned_of(stock: PixArtSigmaPipeline) 
 
 def test_callback_without_tensors(stock: PixArtSigmaPipeline) -> None:
     told: list[dict[str, Tensor]] = []
-    note = {"callback_on_step_end": lambda *given: told.append(given[3]), "callback_on_step_end_tensor_inputs": []}
+    note: dict[str, Any] = {
+        "callback_on_step_end": lambda *given: told.append(given[3]),
+        "callback_on_step_end_tensor_inputs": [],
+    }
     latents(ours(stock), **note)
     assert told == [{}] * 4

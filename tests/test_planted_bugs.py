@@ -1,8 +1,13 @@
 """The list of planted bugs stays one that can be planted. That each is seen is `make planted`'s to prove."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from scripts.planted_bugs import Bug, Outcome, chosen, faults, read_bugs
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+from planted_bugs import Bug, Outcome, chosen, faults, read_bugs
 
 BUGS = read_bugs()
 
@@ -14,7 +19,7 @@ def test_every_entry_can_be_planted() -> None:
     assert len(names) == len(set(names)) > 10, "a name is given twice"
 
 
-def test_a_bad_entry_is_named(tmp_path) -> None:
+def test_a_bad_entry_is_named(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("a = 1\nb = 1\n")
     (tmp_path / "test_code.py").write_text("def test_one() -> None: ...\n")
 

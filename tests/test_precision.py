@@ -17,7 +17,9 @@ from pixart_ft.training_start import with_precision
         (True, False, ("_is_amx_tile_supported",), "no"),  # the processor does not compute
     ],
 )
-def test_auto_goes_by_the_device_that_computes(monkeypatch, cuda, gpu_has_it, processor, expected):
+def test_auto_goes_by_the_device_that_computes(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, gpu_has_it: bool, processor: tuple[str, ...], expected: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or gpu_has_it
@@ -28,6 +30,6 @@ def test_auto_goes_by_the_device_that_computes(monkeypatch, cuda, gpu_has_it, pr
 
 
 @pytest.mark.parametrize("word", ["no", "bf16", "fp16"])
-def test_a_precision_that_is_named_is_kept(word):
+def test_a_precision_that_is_named_is_kept(word: str) -> None:
     config = load_config("quickstart", {"train.mixed_precision": word})
     assert with_precision(config) is config

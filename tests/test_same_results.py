@@ -29,7 +29,7 @@ def test_the_last_bit_a_type_and_a_missing_name_are_differences() -> None:
     assert differences({}, {}) == ["nothing came out on either side"]
 
 
-def test_files_are_compared_by_what_they_hold(tmp_path) -> None:
+def test_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     for name, value, time in (("before", 1.0, 5.0), ("after", 2.0, 6.0)):
         folder = tmp_path / name / "run"
         folder.mkdir(parents=True)

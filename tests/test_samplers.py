@@ -202,7 +202,7 @@ def test_final_variances_on_gaussian_data_are_the_closed_forms(steps: int, std: 
     # The same levels in y: the start has sigma^2 where it had 1, which is alpha_bar_T less.
     for name, eta, column in (("euler", None, 2), ("euler_ancestral", 0.5, 3), ("euler_ancestral", 1.0, 0)):
         scheduler = SCHEDULERS[name](**({} if eta is None else {"eta": eta}))
-        scheduler.set_timesteps(sigmas=kept.tolist())  # type: ignore[attr-defined]
+        scheduler.set_timesteps(sigmas=kept.tolist())
         scheduler.init_noise_sigma = math.hypot(1, scheduler.init_noise_sigma)
         assert final_variance(scheduler, network) == pytest.approx(VARIANCES[steps, std][column], abs=6e-9), name
 

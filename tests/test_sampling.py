@@ -101,7 +101,7 @@ def test_unguided_sampling_is_a_plain_loop_bit_for_bit(network: nn.Module, sampl
             given = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask, "timestep": t.expand(2)}
             nothing = {"resolution": None, "aspect_ratio": None}
             output = network(scheduler.scale_model_input(x, t), **given, added_cond_kwargs=nothing).sample
-            x = scheduler.step(output, t, x, generator=rng).prev_sample
+            x = scheduler.step(output, t, x, generator=rng)[0]
     assert torch.equal(sample(network, seeds, captions=captions, sampler=sampler, guidance=1.0), x)
 
 
@@ -128,7 +128,8 @@ def test_an_adaptive_solver_takes_each_picture_by_itself(network: nn.Module) -> 
 
     The third text is padded: its network rounds otherwise, which may move every step; both runs keep the tolerance.
     """
-    captions, nulls, settings = texts([4, 4, 2]), texts([3, 3, 1]), {"sampler": "pf_ode", "tolerance": 0.1}
+    captions, nulls = texts([4, 4, 2]), texts([3, 3, 1])
+    settings: dict[str, Any] = {"sampler": "pf_ode", "tolerance": 0.1}
     calls: list[int] = []
     loop = {"on_call": lambda call, x: calls.append(call)}
     together = sample(network, [5, 6, 7], captions=captions, null=nulls, loop=loop, **settings)
@@ -182,7 +183,7 @@ def test_the_first_noise_is_scaled_to_the_first_level(network: nn.Module, settin
 def test_every_option_of_every_sampler_moves_the_picture(network: nn.Module, sampler: str, option: str) -> None:
     spacings = {"spacing": {"spacing": SAMPLERS[sampler].spacings[-1]}}
     given = (OPTION_VALUES | spacings)[option]
-    without = {key: value for key, value in given.items() if key != option}
+    without: dict[str, Any] = {key: value for key, value in given.items() if key != option}
     moved = sample(network, sampler=sampler, guidance=1.0, **given)
     assert moved.isfinite().all()
     plain = sample(network, sampler=sampler, guidance=1.0, **without)
@@ -230,7 +231,7 @@ def test_refusals(network: nn.Module) -> None:
         sample(network, sampler="dim")
     with pytest.raises(ValueError, match="choose 1 to 1000"):
         sample(network, steps=1001)
-    fused = copy.deepcopy(network)
+    fused: Any = copy.deepcopy(network)
     fused.fuse_qkv_projections()  # new linear layers, which are in training mode and have none
     assert any(module.training for module in fused.modules()) and torch.equal(sample(fused), sample(network))
     embeds, mask = pad_text(texts([3]))
@@ -240,7 +241,7 @@ def test_refusals(network: nn.Module) -> None:
         with pytest.raises(ValueError, match="training mode"):
             sample(network)
         with pytest.raises(ValueError, match="training mode"):
-            invert_latents(network, ready(), torch.zeros(1, *SHAPE), embeds, mask, calls=1)  # type: ignore[arg-type]
+            invert_latents(network, ready(), torch.zeros(1, *SHAPE), embeds, mask, calls=1)
     finally:
         inner.eval()
 

@@ -49,7 +49,7 @@ ON_LEVELS: list[tuple[str, dict[str, Any]]] = [
     ("annealed_langevin", {"langevin_steps": 1}),
     ("score_sde", {"predictor": "ancestral"}),  # its last mean is the posterior's
 ]
-EVERY = [(name, {}) for name in SAMPLERS] + [
+EVERY: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in SAMPLERS] + [
     ("ddim", {"eta": 1.0}),
     ("edm", {"s_churn": 4.0}),
     ("euler", {"s_churn": 4.0}),
@@ -106,7 +106,7 @@ def run(
         timestep = scheduler.timesteps[call]
         output = network(scheduler.scale_model_input(path[-1], timestep), timestep)
         given = None if noise is None else noise(call)
-        path.append(scheduler.step(output, timestep, path[-1], generator, noise=given).prev_sample)
+        path.append(scheduler.step(output, timestep, path[-1], generator, noise=given)[0])
     return path
 
 
@@ -339,7 +339,7 @@ def test_heuns_slope_keeps_the_digits_of_float32() -> None:
     for dtype in (torch.float64, torch.float32):
         scheduler, output = made(("edm", {}), 3), torch.cat([eps, eps], dim=1).to(dtype)
         start = draw(*SHAPE).to(dtype) * scheduler.init_noise_sigma
-        ends.append(run(scheduler, lambda x, timestep, output=output: output, start)[-1])
+        ends.append(run(scheduler, lambda *_, output=output: output, start)[-1])
     assert gap(ends[1], ends[0]) < 32 * 2.0**-24
 
 

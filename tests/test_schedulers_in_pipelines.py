@@ -71,6 +71,7 @@ def test_a_saved_scheduler_takes_the_same_steps(name: str, matched: bool, tmp_pa
     settings |= {"spacing": "exponential"} if "rho" in settings else {}
     schedule = conditioned(SCHEDULES["scaled_linear"], LINEAR, "snr_matched" if matched else "index")
     scheduler = build_scheduler(name, schedule, "v_prediction", settings)
+    assert isinstance(scheduler, PixArtScheduler)
     scheduler.save_pretrained(tmp_path)
     loaded = SCHEDULERS[name].from_pretrained(tmp_path)
     again = SCHEDULERS[name].from_config(scheduler.config)
@@ -88,7 +89,7 @@ def test_a_saved_scheduler_takes_the_same_steps(name: str, matched: bool, tmp_pa
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_constructor_begins_with_the_process_as_diffusers_own_do(name: str) -> None:
     """By place or by name, in a class that a user derives too; what it does not know is refused."""
-    kind = type("Derived", (SCHEDULERS[name],), {})
+    kind: Any = type("Derived", (SCHEDULERS[name],), {})
     process = [20, 0.01, 0.2, "scaled_linear", None, False, "v_prediction", list(range(0, 40, 2))]
     names = [*list(inspect.signature(DPMSolverMultistepScheduler).parameters)[:5], "rescale_betas_zero_snr"]
     parameters = inspect.signature(kind).parameters

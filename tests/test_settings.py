@@ -270,7 +270,8 @@ def test_a_mapping_that_no_file_could_hold_is_refused() -> None:
     deep: dict[str, object] = {}
     for _ in range(100_000):
         deep = {"deeper": deep}
-    for values in (inside, deep, {(1, 2): 3}):
+    mappings: list[Any] = [inside, deep, {(1, 2): 3}]
+    for values in mappings:
         with pytest.raises(UserError, match=r"^cannot read the configuration: "):
             load(Baking, values)
 

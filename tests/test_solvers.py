@@ -241,9 +241,9 @@ def test_x0_is_read_from_every_kind_of_output_at_any_level(kind: PredictionType,
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda y: solvers.sde_step("heun", y, y, 0.1), "unknown predictor 'heun'; choose euler_maruyama"),
+        (lambda y: solvers.sde_step("heun", y, y, 0.1), "unknown predictor 'heun'; choose euler_maruyama"),  # type: ignore[arg-type]
         (lambda y: solvers.euler_ancestral_step(y, y, 2.0, 1.0, eta=0.5), r"eta 0\.5 adds noise .* pass noise"),
-        (lambda y: solvers.langevin_step_size(y, y, 1.0, 0.1, "mean"), "unknown norms 'mean'; choose per_sample"),
+        (lambda y: solvers.langevin_step_size(y, y, 1.0, 0.1, "mean"), "unknown norms 'mean'; choose per_sample"),  # type: ignore[arg-type]
         (lambda y: x0_at_sigma(y, y, 1.0, "posterior_mean"), "posterior_mean has no meaning between two steps"),
         (lambda y: x0_at_sigma(y[:, :3], y, 1.0, "epsilon"), "must give 4 or 8, got 3"),
     ],

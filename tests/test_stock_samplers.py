@@ -144,7 +144,7 @@ def test_another_schedule_is_told_to_the_network(name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="of .* noise levels")
         for how in ("index", "snr_matched"):
-            settings = settled(Settings(name, steps=9, schedule="cosine", time_conditioning=how), ABLE)  # type: ignore[arg-type]
+            settings = settled(Settings(name, steps=9, schedule="cosine", time_conditioning=how), ABLE)
             scheduler = scheduler_for(settings, ABLE)
             assert isinstance(scheduler, StockScheduler)
             torch.testing.assert_close(scheduler.inner.alphas_cumprod, cosine.alpha_bar.float(), rtol=1e-4, atol=1e-9)

@@ -141,7 +141,7 @@ def test_what_is_printed_fits_any_terminal(monkeypatch: pytest.MonkeyPatch, tmp_
     )
     print("日本")  # as a folder's name in the last lines of a run
     out.flush()
-    resolved, last = out.buffer.getvalue().decode(encoding).rsplit("\n", 2)[:2]  # type: ignore[attr-defined]
+    resolved, last = out.buffer.getvalue().decode(encoding).rsplit("\n", 2)[:2]
     assert last == ("日本" if encoding == "utf-8" else r"\u65e5\u672c")
     (tmp_path / "resolved.yaml").write_text(resolved, encoding=encoding)
     assert load(GenerateConfig, tmp_path / "resolved.yaml").prompts == tuple(prompts)

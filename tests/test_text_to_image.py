@@ -294,7 +294,8 @@ def test_prompts_known_at_loading_free_the_text_encoder_and_draw_the_same(
     monkeypatch.setattr(models, "load_transformer", after)
     model = TextToImage.load(tiny, lora=adapter, prompts=[*PROMPTS, "black"])
     assert model.text.encoder is None
-    for settings in ({}, {"negative_prompt": "black"}):
+    choices: list[dict[str, Any]] = [{}, {"negative_prompt": "black"}]
+    for settings in choices:
         ours, theirs = (m.generate(PROMPTS, steps=2, **settings) for m in (model, adapted))
         assert [picture.tobytes() for picture in ours] == [picture.tobytes() for picture in theirs]
     assert model.generate(f" {PROMPTS[0].upper()}", steps=1)  # the same text once prepared

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,13 @@ from pixart_ft.errors import UserError
 from pixart_ft.nested import load_nested
 from pixart_ft.run_log import RunLog
 from pixart_ft.trained_on import Part, TrainedOn, changes
-from tests.runs import STEPS, cut_off, short_run, train
+from tests.runs import STEPS, Options, cut_off, short_run, train
 from tests.tiny import build_picture_folder
 from tests.toy_run import PLAN as TOY_PLAN
 
 
 @pytest.fixture(scope="module")
-def trained(tiny, pictures, tmp_path_factory) -> dict[str, object]:
+def trained(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
     """The options of a finished run, with held-out pictures of its own; read only."""
     place = tmp_path_factory.mktemp("trained")
     held_out = build_picture_folder(place / "held_out", 3)
@@ -40,9 +41,9 @@ def trained(tiny, pictures, tmp_path_factory) -> dict[str, object]:
 
 
 @pytest.fixture
-def options(trained, tmp_path) -> dict[str, object]:
+def options(trained: Options, tmp_path: Path) -> Options:
     """The same run, and all that it was trained on, moved to another place: two steps are left to do."""
-    moved = {"train.steps": STEPS + 2}
+    moved: Options = {"train.steps": STEPS + 2}
     for key in ("run.folder", "model.base", "data.folder", "data.held_out"):
         moved[key] = shutil.copytree(trained[key], tmp_path / f"moved {key}")
     return trained | moved
@@ -101,7 +102,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_content_is_refused_by_its_name_and_touches_nothing(options, name: str) -> None:
+def test_another_content_is_refused_by_its_name_and_touches_nothing(options: Options, name: str) -> None:
     key, change, message = CHANGES[name]
     change(Path(str(options[key])))
     run = Path(str(options["run.folder"]))
@@ -115,14 +116,16 @@ def test_another_content_is_refused_by_its_name_and_touches_nothing(options, nam
     assert {path: content for path, content in before.items() if path.name != ".lock"} == after
 
 
-def test_a_moved_folder_of_the_same_content_goes_on(options, capsys) -> None:
+def test_a_moved_folder_of_the_same_content_goes_on(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     train(options, resume="auto")
     out = capsys.readouterr().out
     assert f"continuing {options['run.folder']} from step {STEPS} of {STEPS + 2}\n" in out
     assert f"changed: train.steps was {STEPS}, is {STEPS + 2}\n" in out and out.count("changed:") == 1
 
 
-def test_other_held_out_pictures_where_accepted_begin_the_comparison_anew(options, capsys) -> None:
+def test_other_held_out_pictures_where_accepted_begin_the_comparison_anew(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Their number too: what is measured at the end is compared with the same pictures."""
     add_picture(Path(str(options["data.held_out"])))
     run = train(options, resume="auto", accept_changes=True)
@@ -136,20 +139,22 @@ def test_other_held_out_pictures_where_accepted_begin_the_comparison_anew(option
     assert f"compared with step {STEPS}" in capsys.readouterr().out
 
 
-def test_other_training_pictures_where_accepted_keep_the_comparison(options, capsys) -> None:
+def test_other_training_pictures_where_accepted_keep_the_comparison(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
     add_picture(Path(str(options["data.folder"])))
     train(options, resume="auto", accept_changes=True)
     out = capsys.readouterr().out
     assert "changed: training pictures: 12 before, 13 now\n" in out and "anew" not in out
 
 
-def test_settings_are_checked_without_the_file_of_settings(options) -> None:
+def test_settings_are_checked_without_the_file_of_settings(options: Options) -> None:
     (Path(str(options["run.folder"])) / "config.yaml").unlink()
     with pytest.raises(UserError, match=r"lora\.alpha was 8\.0, is 64\.0"):
         train(options, lora__alpha=64, resume="auto")
 
 
-def test_words_that_mean_the_same_are_no_change(options, capsys) -> None:
+def test_words_that_mean_the_same_are_no_change(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     """The run goes on, and only its new length is announced."""
     train(
         options,
@@ -164,7 +169,9 @@ def test_words_that_mean_the_same_are_no_change(options, capsys) -> None:
     assert changes == ["  changed: train.steps was 6, is 8"]
 
 
-def test_a_checkpoint_of_an_earlier_version_has_to_be_accepted(options, capsys) -> None:
+def test_a_checkpoint_of_an_earlier_version_has_to_be_accepted(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder,) = (Path(str(options["run.folder"])) / "checkpoints").iterdir()
     (folder / "run.json").unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -175,7 +182,7 @@ def test_a_checkpoint_of_an_earlier_version_has_to_be_accepted(options, capsys) 
     train(options, resume="auto", accept_changes=True)
 
 
-def test_the_advice_after_a_divergence_can_be_followed(options, capsys) -> None:
+def test_the_advice_after_a_divergence_can_be_followed(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     """What diverged leaves the checkpoint and the result from before; a lower rate goes on from there."""
     run = Path(str(options["run.folder"]))
     adapter = (run / "final" / "adapter" / "adapter_model.safetensors").read_bytes()
@@ -198,18 +205,18 @@ def test_the_advice_after_a_divergence_can_be_followed(options, capsys) -> None:
     assert (run / "final" / "adapter" / "adapter_model.safetensors").read_bytes() != adapter
 
 
-def test_fewer_steps_than_done_are_refused(options) -> None:
+def test_fewer_steps_than_done_are_refused(options: Options) -> None:
     with pytest.raises(UserError, match=rf"train\.steps is 3, and this run has done {STEPS} steps already"):
         train(options, train__steps=3, resume="auto")
 
 
-def test_a_result_without_a_checkpoint_is_not_begun_again(options) -> None:
+def test_a_result_without_a_checkpoint_is_not_begun_again(options: Options) -> None:
     shutil.rmtree(Path(str(options["run.folder"])) / "checkpoints")
     with pytest.raises(UserError, match="has a result and no whole checkpoint"):
         train(options, resume="auto")
 
 
-def test_a_checkpoint_that_is_not_finite_is_refused(options) -> None:
+def test_a_checkpoint_that_is_not_finite_is_refused(options: Options) -> None:
     (folder,) = (Path(str(options["run.folder"])) / "checkpoints").iterdir()
     weights = load_file(folder / "trained.safetensors")
     with (folder / "trained.safetensors").open("r+b") as file:  # the last value becomes NaN; the manifest lets it be
@@ -221,7 +228,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(options) -> None:
         train(options, resume="auto")
 
 
-def test_init_from_is_not_forgotten_before_the_first_checkpoint(options, tmp_path) -> None:
+def test_init_from_is_not_forgotten_before_the_first_checkpoint(options: Options, tmp_path: Path) -> None:
     """A run that began with another's weights and dies in its first step goes on with them."""
     first, new = Path(str(options["run.folder"])), {"run.folder": tmp_path / "new", "train.steps": 1}
     cut_off(0, options | new, init_from=str(first))
@@ -237,12 +244,12 @@ def test_init_from_is_not_forgotten_before_the_first_checkpoint(options, tmp_pat
 PLAN = replace(TOY_PLAN, steps=100, timestep_law="uniform", learning_rate=1.0, decay="cosine", clip_norm=1.0)
 
 
-def settings(plan: Plan) -> dict[str, object]:
+def settings(plan: Plan) -> Options:
     optim = {f"optim.{name}": getattr(plan, name) for name in ("learning_rate", "warmup_steps", "decay")}
     return {"train.steps": plan.steps, **optim}
 
 
-def found(step: int = 100, **more: object) -> tuple[list[str], list[str]]:
+def found(step: int = 100, **more: Any) -> tuple[list[str], list[str]]:
     """Said and refused when PLAN, after `step` steps, goes on with these fields changed."""
     plan = replace(PLAN, **more)
     result = changes(TrainedOn({}, settings(PLAN)), TrainedOn({}, settings(plan)), plan, step)

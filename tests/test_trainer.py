@@ -82,8 +82,9 @@ def test_every_micro_batch_has_a_random_state_of_its_own(tmp_path: Path) -> None
     seeds: list[list[int]] = []
     for steps in ([0, 1, 2], [2]):
         trainer = toy_trainer(tmp_path / str(steps), tmp_path / "data", steps=3, batch_size=2, accumulation=2)
-        trainer.step, found = steps[0], []
-        trainer.transformer.layer.register_forward_hook(
+        found: list[int] = []
+        trainer.step = steps[0]
+        trainer.transformer.get_submodule("layer").register_forward_hook(
             lambda layer, *_, found=found: found.append(torch.initial_seed()) if torch.is_grad_enabled() else None
         )
         torch.manual_seed(len(steps))
@@ -98,11 +99,11 @@ def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(tmp_path: Path) -> 
     found: list[list[torch.Tensor]] = []
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        assert trainer.transformer.layer.bias.grad is None
+        assert trainer.transformer.get_parameter("layer.bias").grad is None
         found.append([x.detach().clone() for x in (*trainer.trained.values(), *trainer.ema.shadows.values())])
         return gradient * (math.nan if len(found) == 2 else 1.0)
 
-    trainer.transformer.layer.bias.register_hook(spoil)
+    trainer.transformer.get_parameter("layer.bias").register_hook(spoil)
     trainer.run()
     torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)
     assert not torch.equal(found[1][0], found[0][0]) and trainer.ema.num_updates == 2

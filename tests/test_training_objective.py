@@ -4,8 +4,10 @@ written down, and expected messages. The bases here have configurations and not 
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def change(base: Path, part: str, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def configured(base: Path, validation: dict[str, object] | None = None, **diffusion: object) -> TrainConfig:
+def configured(base: Path, validation: dict[str, Any] | None = None, **diffusion: Any) -> TrainConfig:
     return load_config(
         {
             "run": {"folder": str(base.parent / "run")},
@@ -47,11 +49,11 @@ def configured(base: Path, validation: dict[str, object] | None = None, **diffus
     )
 
 
-def built(base: Path, **diffusion: object) -> tuple[Objective, dict[str, object]]:
+def built(base: Path, **diffusion: Any) -> tuple[Objective, dict[str, Any]]:
     return build_objective(configured(base, **diffusion), str(base))
 
 
-def faults(base: Path, validation: dict[str, object] | None = None, **diffusion: object) -> list[str]:
+def faults(base: Path, validation: dict[str, Any] | None = None, **diffusion: Any) -> list[str]:
     """The refusals of a whole run, which must leave nothing behind."""
     with pytest.raises(UserError) as caught:
         run_training(configured(base, validation, **diffusion))
@@ -90,7 +92,9 @@ INFINITE = (
         (4, {"zero_snr": True, "weighting": "elbo"}, [HYBRID, ZERO_SNR, INFINITE]),
     ],
 )
-def test_what_makes_no_sense_is_refused_all_at_once(base: Path, channels, diffusion, expected) -> None:
+def test_what_makes_no_sense_is_refused_all_at_once(
+    base: Path, channels: int, diffusion: dict[str, Any], expected: list[str]
+) -> None:
     change(base, "transformer/config.json", out_channels=channels)
     assert faults(base, **diffusion) == expected
 
@@ -151,7 +155,7 @@ def test_a_sampler_that_cannot_walk_the_schedule_is_refused_before_any_weight(ba
     ],
 )
 @pytest.mark.filterwarnings("ignore:the base predicts")
-def test_the_remedies_work(base: Path, channels, diffusion) -> None:
+def test_the_remedies_work(base: Path, channels: int, diffusion: dict[str, Any]) -> None:
     change(base, "transformer/config.json", out_channels=channels)
     assert built(base, **diffusion)[0].schedule.num_steps == 1000
 
@@ -168,7 +172,9 @@ def test_the_remedies_work(base: Path, channels, diffusion) -> None:
     ],
 )
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_schedules_by_name(base: Path, name: str, make, num_steps: int, zero_snr: bool) -> None:
+def test_schedules_by_name(
+    base: Path, name: str, make: Callable[[int], NoiseSchedule], num_steps: int, zero_snr: bool
+) -> None:
     """Their tables, and what is written down: diffusers, too, makes this process of it."""
     ends = {"beta_start": 2e-4, "beta_end": 0.03}  # of the base, and no other schedule's
     change(base, "scheduler/scheduler_config.json", num_train_timesteps=num_steps, prediction_type="sample", **ends)
@@ -201,7 +207,7 @@ def test_the_base_keeps_betas_of_its_own(base: Path) -> None:
 
 @pytest.mark.parametrize("diffusion", [{"schedule": "cosine"}, {"zero_snr": True, "prediction_type": "v_prediction"}])
 @pytest.mark.filterwarnings("ignore:the base predicts", "ignore:of 1000 noise levels")
-def test_snr_matched_tells_the_network_where_the_base_saw_that_noise(base: Path, diffusion) -> None:
+def test_snr_matched_tells_the_network_where_the_base_saw_that_noise(base: Path, diffusion: dict[str, Any]) -> None:
     by_index, described = built(base, **diffusion)
     with pytest.warns(UserWarning, match=r"of 1000 noise levels, \d+ lie above and \d below"):
         matched, same = built(base, time_conditioning="snr_matched", **diffusion)

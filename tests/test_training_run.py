@@ -12,6 +12,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,25 +36,25 @@ from pixart_ft.run_log import RunLog
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_start import dry_run, plan_of
-from tests.runs import STEPS, assert_same_end, command, cut_off, losses, short_run, train
+from tests.runs import STEPS, Options, assert_same_end, command, cut_off, losses, short_run, train
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def options(tiny, pictures, tmp_path, tmp_path_factory) -> dict[str, object]:
+def options(tiny: Path, pictures: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
     """A short run of this test's own; the cache is shared by all tests."""
     return short_run(tiny, pictures, tmp_path / "run", tmp_path_factory.getbasetemp() / "cache")
 
 
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(options, tmp_path) -> None:
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(options: Options, tmp_path: Path) -> None:
     straight = train(options)
     cut_off(5, options, run__folder=tmp_path / "cut")  # a step after the checkpoint of 4: its log line must not stay
     torch.manual_seed(123)  # whatever the new process has drawn so far
     assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
 
 
-def test_truncated_newest_checkpoint_is_passed_over(options, tmp_path) -> None:
+def test_truncated_newest_checkpoint_is_passed_over(options: Options, tmp_path: Path) -> None:
     straight = train(options)
     cut_off(5, options, run__folder=tmp_path / "cut")
     newest = tmp_path / "cut" / "checkpoints" / "step-000004" / "optimizer.safetensors"
@@ -63,7 +64,9 @@ def test_truncated_newest_checkpoint_is_passed_over(options, tmp_path) -> None:
     assert_same_end(straight, resumed)
 
 
-def test_a_signal_saves_first_and_loses_nothing(options, tmp_path, monkeypatch) -> None:
+def test_a_signal_saves_first_and_loses_nothing(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     straight = train(options)
     whole = Trainer._optimizer_step
 
@@ -80,13 +83,13 @@ def test_a_signal_saves_first_and_loses_nothing(options, tmp_path, monkeypatch) 
     assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
 
 
-def test_a_run_may_be_trained_in_a_thread(options) -> None:
+def test_a_run_may_be_trained_in_a_thread(options: Options) -> None:
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(train, options, train__steps=1, optim__warmup_steps=0).result()
     assert (run / "final" / "adapter").is_dir()
 
 
-def test_two_trainings_of_one_run_at_a_time_are_refused(options) -> None:
+def test_two_trainings_of_one_run_at_a_time_are_refused(options: Options) -> None:
     run = train(options, train__steps=2)
     config = (run / "config.yaml").read_bytes()
     with RunLock(run) as lock:
@@ -96,7 +99,7 @@ def test_two_trainings_of_one_run_at_a_time_are_refused(options) -> None:
     assert (run / "config.yaml").read_bytes() == config
 
 
-def test_accumulation_sees_the_same_samples(options, tmp_path) -> None:
+def test_accumulation_sees_the_same_samples(options: Options, tmp_path: Path) -> None:
     options["lora.dropout"] = 0.0  # the one draw that goes by micro-batch
     whole = losses(train(options))
     parts = losses(train(options, run__folder=tmp_path / "parts", train__batch_size=2, train__accumulation=2))
@@ -104,14 +107,14 @@ def test_accumulation_sees_the_same_samples(options, tmp_path) -> None:
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def test_validation_and_samples_do_not_move_the_course(options, tmp_path) -> None:
+def test_validation_and_samples_do_not_move_the_course(options: Options, tmp_path: Path) -> None:
     often = train(options, validation__every=1, validation__samples_every=1)
     never = train(options, run__folder=tmp_path / "other", validation__prompts=[], data__held_out_fraction=0.3)
     assert losses(often) == losses(never)
 
 
 @pytest.mark.parametrize("sampler", ["iddpm", "edm"])
-def test_the_grid_is_drawn_as_generate_draws(options, tiny, sampler) -> None:
+def test_the_grid_is_drawn_as_generate_draws(options: Options, tiny: Path, sampler: str) -> None:
     """Before the first step the adapter adds nothing: the base's own pictures, by the sampler named."""
     run = train(
         options,
@@ -146,7 +149,7 @@ def test_the_grid_is_drawn_as_generate_draws(options, tiny, sampler) -> None:
         train(options, run__folder=run / "x", validation__sampler="iddpm", diffusion__objective="simple")
 
 
-def test_what_a_run_leaves(options, capsys) -> None:
+def test_what_a_run_leaves(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(options, logging__tensorboard=True)
     final = run / "final"
     assert {p.name for p in final.iterdir()} == {
@@ -170,7 +173,7 @@ def test_what_a_run_leaves(options, capsys) -> None:
     assert "held-out loss" in printed and "standard errors" in printed and str(final / "adapter") in printed
 
 
-def test_the_adapter_alone_is_trained(options, tiny) -> None:
+def test_the_adapter_alone_is_trained(options: Options, tiny: Path) -> None:
     before = models.load_transformer(str(tiny), dtype=torch.float32).state_dict()
     run = train(options)
     state = load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / "trained.safetensors")
@@ -180,7 +183,7 @@ def test_the_adapter_alone_is_trained(options, tiny) -> None:
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def test_training_lowers_the_loss_on_its_own_pictures(options, pictures, tmp_path) -> None:
+def test_training_lowers_the_loss_on_its_own_pictures(options: Options, pictures: Path, tmp_path: Path) -> None:
     same = shutil.copytree(pictures, tmp_path / "same")  # the folder itself is refused
     run = train(options, train__steps=40, data__held_out=same, data__held_out_fraction=0.0, train__ema_decay=0.0)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -188,7 +191,7 @@ def test_training_lowers_the_loss_on_its_own_pictures(options, pictures, tmp_pat
     assert held[-1] < 0.9 * held[0]
 
 
-def test_nothing_is_encoded_or_loaded_twice(options, tmp_path, monkeypatch) -> None:
+def test_nothing_is_encoded_or_loaded_twice(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train(options)
 
     def refuse(*args: object, **kwargs: object) -> None:
@@ -201,14 +204,14 @@ def test_nothing_is_encoded_or_loaded_twice(options, tmp_path, monkeypatch) -> N
         train(options, run__folder=tmp_path / "new", validation__prompts=["a caption nobody has encoded yet"])
 
 
-def test_epsilon_objective_marks_the_variance_stale(options) -> None:
+def test_epsilon_objective_marks_the_variance_stale(options: Options) -> None:
     run = train(options, diffusion__objective="simple", train__ema_decay=0.0)
     meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
     assert meta["variance"] == "stale" and meta["weights"] == "raw"
     assert not (run / "final" / "adapter_raw").exists()
 
 
-def test_cosine_schedule_is_trained_and_recorded(options, tmp_path) -> None:
+def test_cosine_schedule_is_trained_and_recorded(options: Options, tmp_path: Path) -> None:
     base = losses(train(options))
     run = train(options, run__folder=tmp_path / "cosine", diffusion__schedule="cosine")
     meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
@@ -216,12 +219,14 @@ def test_cosine_schedule_is_trained_and_recorded(options, tmp_path) -> None:
     assert losses(run)[0]["loss"] != base[0]["loss"]
 
 
-def test_gradient_checkpointing_changes_memory_alone(options, tmp_path, monkeypatch) -> None:
+def test_gradient_checkpointing_changes_memory_alone(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each block is run once more in every step, to the same losses."""
     options |= {"lora.dropout": 0.0, "data.held_out_fraction": 0.0, "validation.prompts": []}
     whole, runs = BasicTransformerBlock.forward, []
 
-    def counted(block, *args, **kwargs):
+    def counted(block: BasicTransformerBlock, *args: Any, **kwargs: Any) -> Any:
         runs.extend([block] * block.training)  # the check before a checkpoint trains nothing
         return whole(block, *args, **kwargs)
 
@@ -234,7 +239,9 @@ def test_gradient_checkpointing_changes_memory_alone(options, tmp_path, monkeypa
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def test_adapter_dropout_acts_in_training_and_not_before_there_is_something_to_drop(options, tmp_path) -> None:
+def test_adapter_dropout_acts_in_training_and_not_before_there_is_something_to_drop(
+    options: Options, tmp_path: Path
+) -> None:
     """B is zero in the first step, so that what A is given does not matter yet."""
     options |= {"train.steps": 3, "data.held_out_fraction": 0.0, "validation.prompts": []}
     never, often = (
@@ -245,11 +252,11 @@ def test_adapter_dropout_acts_in_training_and_not_before_there_is_something_to_d
     assert often[2] != pytest.approx(never[2], rel=1e-4)
 
 
-def test_bf16_trains_a_float32_adapter_on_a_bfloat16_base(options, monkeypatch) -> None:
+def test_bf16_trains_a_float32_adapter_on_a_bfloat16_base(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training, for the held-out loss and for the samples alike, under autocast."""
     whole, seen = BasicTransformerBlock.forward, set()
 
-    def recorded(block, *args, **kwargs):
+    def recorded(block: BasicTransformerBlock, *args: Any, **kwargs: Any) -> Any:
         seen.add((block.norm1.training, block.ff.net[2].weight.dtype, torch.is_autocast_enabled("cpu")))
         return whole(block, *args, **kwargs)
 
@@ -261,7 +268,7 @@ def test_bf16_trains_a_float32_adapter_on_a_bfloat16_base(options, monkeypatch) 
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in losses(run))
 
 
-def test_init_from_takes_weights_and_not_state(options, tmp_path) -> None:
+def test_init_from_takes_weights_and_not_state(options: Options, tmp_path: Path) -> None:
     first = train(options, train__ema_decay=0.0)
     second = train(options, run__folder=tmp_path / "second", init_from=str(first), train__ema_decay=0.0)
     records = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (first, second)]
@@ -270,7 +277,7 @@ def test_init_from_takes_weights_and_not_state(options, tmp_path) -> None:
     assert losses(second)[0] != losses(first)[0]
 
 
-def test_the_sheet_of_before_and_after_sets_the_real_pictures_beside(options) -> None:
+def test_the_sheet_of_before_and_after_sets_the_real_pictures_beside(options: Options) -> None:
     rows = read_folder(options["data.folder"])
     learned, held = split(rows, options["data.held_out_fraction"], 7)
     prompts = [held[0].caption, learned[0].caption, "a zebra"]
@@ -282,14 +289,16 @@ def test_the_sheet_of_before_and_after_sets_the_real_pictures_beside(options) ->
         assert sheet.convert("RGB") == expected
 
 
-def test_a_run_without_prompts_held_out_pictures_or_extras_ends_well(options, capsys) -> None:
+def test_a_run_without_prompts_held_out_pictures_or_extras_ends_well(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train(options, validation__prompts=[], data__held_out_fraction=0.0)
     assert (run / "final" / "adapter" / "adapter_model.safetensors").is_file()
     assert not (run / "final" / "before_after.png").exists()
     assert "bitsandbytes" not in sys.modules and "xformers" not in sys.modules
 
 
-def refused(options: dict[str, object], match: str, **more: object) -> None:
+def refused(options: Options, match: str, **more: object) -> None:
     """The run is refused with a message that matches, and leaves no run folder."""
     folder = Path(str((options | {k.replace("__", "."): v for k, v in more.items()})["run.folder"]))
     with warnings.catch_warnings(), pytest.raises(UserError, match=match):
@@ -298,7 +307,9 @@ def refused(options: dict[str, object], match: str, **more: object) -> None:
     assert not folder.exists()
 
 
-def test_places_that_cannot_be_written_are_refused_before_any_weights_are_loaded(options, tiny, tmp_path) -> None:
+def test_places_that_cannot_be_written_are_refused_before_any_weights_are_loaded(
+    options: Options, tiny: Path, tmp_path: Path
+) -> None:
     base = Path(shutil.copytree(tiny, tmp_path / "base"))
     for path in base.rglob("*.safetensors"):
         path.unlink()
@@ -316,7 +327,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_weights_are_loaded
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "file"]
 
 
-def test_bad_input_leaves_no_run_behind(options, tmp_path) -> None:
+def test_bad_input_leaves_no_run_behind(options: Options, tmp_path: Path) -> None:
     refused(options, r"absent does not exist.*data\.folder", data__folder=tmp_path / "absent")
     refused(options, r"data\.resolution is 88; expected .*multiple of 16", data__resolution=88)
     refused(options, "model.base", model__base=tmp_path / "nothing")
@@ -330,7 +341,7 @@ def test_bad_input_leaves_no_run_behind(options, tmp_path) -> None:
     refused(options, r"a\.png", data__folder=broken, data__held_out_fraction=0.0)
 
 
-def test_existing_run_is_never_overwritten(options) -> None:
+def test_existing_run_is_never_overwritten(options: Options) -> None:
     run = train(options)
     log = (run / "log.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"exists already.*--resume auto"):
@@ -338,7 +349,7 @@ def test_existing_run_is_never_overwritten(options) -> None:
     assert (run / "log.jsonl").read_bytes() == log
 
 
-def test_resume_under_other_settings_is_refused_and_touches_nothing(options) -> None:
+def test_resume_under_other_settings_is_refused_and_touches_nothing(options: Options) -> None:
     run = train(options)
     before = (run / "config.yaml").read_bytes()
     with pytest.raises(UserError, match=r"lora\.alpha was 8\.0, is 64\.0\n  - diffusion|diffusion.*\n  - lora\.alpha"):
@@ -348,7 +359,7 @@ def test_resume_under_other_settings_is_refused_and_touches_nothing(options) -> 
     assert (run / "config.yaml").read_bytes() == before
 
 
-def test_a_finished_run_may_go_on_and_logs_every_step_once(options) -> None:
+def test_a_finished_run_may_go_on_and_logs_every_step_once(options: Options) -> None:
     train(options, optim__decay="constant")
     train(options, optim__decay="constant", resume="auto")  # nothing left to do
     run = train(options, optim__decay="constant", train__steps=STEPS + 2, resume="auto")
@@ -357,13 +368,13 @@ def test_a_finished_run_may_go_on_and_logs_every_step_once(options) -> None:
     assert [r["step"] for r in records if "held_out" in r] == [0, 3, STEPS, STEPS + 2]
 
 
-def test_resuming_before_the_first_checkpoint_begins_again(options, tmp_path) -> None:
+def test_resuming_before_the_first_checkpoint_begins_again(options: Options, tmp_path: Path) -> None:
     straight = train(options)
     cut_off(1, options, run__folder=tmp_path / "cut")
     assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
 
 
-def test_training_gives_up_when_every_gradient_is_infinite(options) -> None:
+def test_training_gives_up_when_every_gradient_is_infinite(options: Options) -> None:
     wild = {"optim.clip_norm": 0, "optim.warmup_steps": 0, "train.checkpoint_every": 0}
     with pytest.raises(UserError, match="diverged: the gradient was not finite for 10 steps in a row"):
         train(options | wild, train__steps=40, rate=1e30)
@@ -372,7 +383,7 @@ def test_training_gives_up_when_every_gradient_is_infinite(options) -> None:
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("rate", [1e30, 1e12])  # weights that are infinite in the end, or finite and useless
-def test_what_diverged_is_neither_kept_nor_exported(options, rate, ema_decay) -> None:
+def test_what_diverged_is_neither_kept_nor_exported(options: Options, rate: float, ema_decay: float) -> None:
     """Whether in the last steps or at a checkpoint: the end of a run is not the end of the check."""
     wild = {"optim.clip_norm": 0, "optim.warmup_steps": 0, "train.ema_decay": ema_decay}
     for every in (0, 1):
@@ -384,7 +395,9 @@ def test_what_diverged_is_neither_kept_nor_exported(options, rate, ema_decay) ->
         assert not any((run / "checkpoints").iterdir())
 
 
-def test_the_state_is_saved_before_anything_is_drawn(options, tmp_path, monkeypatch) -> None:
+def test_the_state_is_saved_before_anything_is_drawn(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A grid that never ends loses nothing: its step is on the disk, and a request to stop ends it."""
     options |= {"train.checkpoint_every": 3, "validation.samples_every": 3}
     straight, cut = train(options), tmp_path / "cut"
@@ -407,10 +420,12 @@ def test_the_state_is_saved_before_anything_is_drawn(options, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("harm", ["samples", "held-out loss", "curve", "printing"])
-def test_the_adapter_is_there_whatever_a_report_does(options, harm, monkeypatch, capsys) -> None:
+def test_the_adapter_is_there_whatever_a_report_does(
+    options: Options, harm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Path(str(options["run.folder"]))
 
-    def fail(*given: object, **more: object) -> None:
+    def fail(*given: Any, **more: Any) -> Any:
         if harm == "held-out loss" and not (run / "final" / "adapter").exists():
             return whole(*given, **more)
         raise RuntimeError("a report that fails")
@@ -434,13 +449,13 @@ def test_the_adapter_is_there_whatever_a_report_does(options, harm, monkeypatch,
     assert str(run / "final" / "adapter") in capsys.readouterr().out
 
 
-def test_resume_with_another_global_batch_is_refused(options) -> None:
+def test_resume_with_another_global_batch_is_refused(options: Options) -> None:
     train(options)
     with pytest.raises(UserError, match=r"4 pictures per step, this run has 2"):
         train(options, train__batch_size=2, resume="auto")
 
 
-def test_hybrid_needs_a_variance_half(options, tmp_path) -> None:
+def test_hybrid_needs_a_variance_half(options: Options, tmp_path: Path) -> None:
     from tests.tiny import build_tiny_pipeline
 
     base = build_tiny_pipeline(tmp_path / "four", out_channels=4)
@@ -451,7 +466,7 @@ def test_hybrid_needs_a_variance_half(options, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_process_resumes_bit_for_bit(options, tmp_path) -> None:
+def test_killed_process_resumes_bit_for_bit(options: Options, tmp_path: Path) -> None:
     """kill -9 of the real program in the middle, then the same command with --resume auto."""
     straight = train(options)
     line = [sys.executable, str(ROOT / "scripts" / "train.py"), *command(options, run__folder=tmp_path / "cut")]
@@ -466,7 +481,7 @@ def test_killed_process_resumes_bit_for_bit(options, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(options, tmp_path) -> None:
+def test_two_processes_equal_one(options: Options, tmp_path: Path) -> None:
     """torchrun with two gloo processes at the same global batch: the same losses to rounding, one log."""
     options["lora.dropout"] = 0.0
     one = train(options)
@@ -476,19 +491,27 @@ def test_two_processes_equal_one(options, tmp_path) -> None:
     subprocess.run([*launcher, *script], check=True, env=environment, capture_output=True)
     for a, b in zip(losses(one), losses(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    a, b = (load_file(run / "final" / "adapter" / "adapter_model.safetensors") for run in (one, tmp_path / "two"))
-    for key in a:
-        assert torch.allclose(a[key], b[key], rtol=1e-4, atol=1e-6), key
+    ours, theirs = (
+        load_file(run / "final" / "adapter" / "adapter_model.safetensors") for run in (one, tmp_path / "two")
+    )
+    for key in ours:
+        assert torch.allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-6), key
 
 
-def test_command_line_and_function_are_the_same_program(options, tmp_path) -> None:
+def test_command_line_and_function_are_the_same_program(options: Options, tmp_path: Path) -> None:
     train(options)
     assert main(["train", *command(options, run__folder=tmp_path / "line")]) == 0
     assert_same_end(Path(str(options["run.folder"])), tmp_path / "line")
     assert main(["train", *command(options, run__folder=tmp_path / "line")]) == 2  # it exists now
 
 
-def test_what_was_trained_can_be_drawn(options, tiny, tmp_path, monkeypatch, capsys) -> None:
+def test_what_was_trained_can_be_drawn(
+    options: Options,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """From the end of a run to a picture through the command line, with and without naming the base."""
     with monkeypatch.context() as patch:
         patch.chdir(tiny.parent)
@@ -528,7 +551,9 @@ def kept(run: Path) -> dict[str, bytes]:
     return {f.name: (f / "adapter_model.safetensors").read_bytes() for f in sorted((run / "adapters").iterdir())}
 
 
-def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(options, tmp_path, capsys) -> None:
+def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Oracles: the average in the checkpoint of the same step, and the lowest loss in the log."""
     often = {"validation__every": 1, "validation__samples_every": 4, "train__checkpoint_every": 4}
     run = train(options, **often)
@@ -569,7 +594,7 @@ def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(options,
     assert all(torch.allclose(start[name], value, atol=1e-7) for name, value in saved.items())
 
 
-def test_what_is_no_adapter_of_a_run_is_told_what_is(options) -> None:
+def test_what_is_no_adapter_of_a_run_is_told_what_is(options: Options) -> None:
     cut_off(5, options, validation__samples_every=2, validation__every=0)
     run = options["run.folder"]
     has = re.escape(f"kept on the way: {run}@2, {run}@4")
@@ -598,7 +623,7 @@ def test_what_is_no_adapter_of_a_run_is_told_what_is(options) -> None:
 
 
 def test_the_lowest_held_out_loss_is_that_of_a_trained_step() -> None:
-    def record(step: int, loss: float) -> dict[str, object]:
+    def record(step: int, loss: float) -> Options:
         return {"step": step, "held_out": {"loss": {"mean": loss}}}
 
     assert lowest_step([]) is None and lowest_step([{"step": 1, "train": {}}, record(0, 0.1)]) is None
@@ -606,7 +631,9 @@ def test_the_lowest_held_out_loss_is_that_of_a_trained_step() -> None:
     assert lowest_step([record(2, float("nan")), record(3, 0.4), record(4, 0.4)]) == 3
 
 
-def test_a_dry_run_tells_what_would_run_and_writes_nothing(options, pictures, capsys, tmp_path) -> None:
+def test_a_dry_run_tells_what_would_run_and_writes_nothing(
+    options: Options, pictures: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """Oracles: the parameters that a real run trains, and the pictures in the folder."""
     tree = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     config = load_config({}, tree)

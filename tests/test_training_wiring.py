@@ -4,10 +4,13 @@ and the loss's formula, which have their own tests, are taken from the package."
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
 from pixart_ft import models, objective, prepared
@@ -32,13 +35,13 @@ ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny, tmp_path_factory) -> Path:
+def tiny(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a VAE that shifts its latents, which training must do as sampling does."""
     return shifted_copy(tiny, tmp_path_factory.mktemp("shifted") / "base")
 
 
 @pytest.fixture(scope="module")
-def options(tiny, pictures, tmp_path_factory) -> dict[str, dict[str, object]]:
+def options(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """A short run with every number of the first steps away from its default, and held-out pictures of its own."""
     folder = tmp_path_factory.mktemp("wiring")
     held_out = build_picture_folder(folder / "held_out", 3, size=80)
@@ -58,13 +61,13 @@ def options(tiny, pictures, tmp_path_factory) -> dict[str, dict[str, object]]:
     }
 
 
-def train(options: dict[str, dict[str, object]], **more: dict[str, object]) -> Path:
+def train(options: dict[str, dict[str, Any]], **more: dict[str, Any]) -> Path:
     """Run with these options; keyword `run={...}` overrides keys of that section."""
     return run_training(load_config({name: part | more.get(name, {}) for name, part in options.items()}))
 
 
 @pytest.fixture(scope="module")
-def run(options) -> Path:
+def run(options: dict[str, dict[str, Any]]) -> Path:
     """The finished run, shared by the tests that only read it."""
     return train(options)
 
@@ -87,7 +90,13 @@ def encoded(tiny: Path, folder: Path | str) -> tuple[torch.Tensor, torch.Tensor,
     return (given.mode() - 0.5) * factor, given.std * factor, text_of(tiny, [row.caption for row in rows])
 
 
-def losses(transformer, x0, eps, t, texts: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def losses(
+    transformer: PixArtTransformer2DModel,
+    x0: torch.Tensor,
+    eps: torch.Tensor,
+    t: torch.Tensor,
+    texts: list[torch.Tensor],
+) -> dict[str, torch.Tensor]:
     """Per-sample terms of the hybrid loss, the network called as diffusers documents it."""
     a = ALPHA_BAR[t].view(-1, 1, 1, 1)
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
@@ -100,7 +109,7 @@ def losses(transformer, x0, eps, t, texts: list[torch.Tensor]) -> dict[str, torc
     return {"simple": simple, "vlb": vlb, "loss": simple + VLB_SCALE * vlb}
 
 
-def test_first_steps_by_hand(run, tiny, pictures) -> None:
+def test_first_steps_by_hand(run: Path, tiny: Path, pictures: Path) -> None:
     mean, std, texts = encoded(tiny, pictures)
     null = text_of(tiny, [""])[0]
     transformer = models.load_transformer(str(tiny), dtype=torch.float32)
@@ -140,14 +149,14 @@ def test_first_steps_by_hand(run, tiny, pictures) -> None:
 
 
 @torch.no_grad()
-def test_held_out_loss_by_hand(run, tiny, options) -> None:
+def test_held_out_loss_by_hand(run: Path, tiny: Path, options: dict[str, dict[str, Any]]) -> None:
     """Before: of the bare base. After: of the averaged adapter as a user loads it."""
     x0, _, texts = encoded(tiny, options["data"]["held_out"])
     t = torch.tensor([166, 500, 833])  # the middles of thirds of 0..999
     each = torch.arange(len(x0)).repeat_interleave(GRID)
     eps = normal(SEED, range(len(each)), "held-out noise", x0.shape[1:])
 
-    def measured(transformer) -> dict[str, float]:
+    def measured(transformer: PixArtTransformer2DModel) -> dict[str, float]:
         terms = losses(transformer, x0[each], eps, t.repeat(len(x0)), [texts[p] for p in each])
         return {name: value.mean().item() for name, value in terms.items()}
 
@@ -161,12 +170,22 @@ def test_held_out_loss_by_hand(run, tiny, options) -> None:
     assert all(abs(by_hand[1]["loss"] - other) > 1e-3 for other in others), "they must differ to be told apart"
 
 
-def test_training_and_sampling_see_the_same_null_caption(options, tiny, tmp_path, monkeypatch) -> None:
+def test_training_and_sampling_see_the_same_null_caption(
+    options: dict[str, dict[str, Any]], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With every caption dropped, the network trains on what the unconditional branch is later given."""
     seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {"training": [], "sampling": []}
     for module, calls in ((objective, seen["training"]), (prepared, seen["sampling"])):
 
-        def recording(transformer, x_t, timesteps, embeds, mask, calls=calls, whole=module.denoise):
+        def recording(
+            transformer: PixArtTransformer2DModel,
+            x_t: torch.Tensor,
+            timesteps: torch.Tensor,
+            embeds: torch.Tensor,
+            mask: torch.Tensor,
+            calls: list[tuple[torch.Tensor, torch.Tensor]] = calls,
+            whole: Callable[..., Any] = module.denoise,
+        ) -> Any:
             calls.append((embeds.clone(), mask.clone()))
             return whole(transformer, x_t, timesteps, embeds, mask)
 
@@ -185,7 +204,9 @@ def test_training_and_sampling_see_the_same_null_caption(options, tiny, tmp_path
         assert embeds.dtype == null.dtype and torch.equal(embeds, expected_embeds) and torch.equal(mask, expected_mask)
 
 
-def test_every_number_of_the_configuration_arrives(options, tmp_path, monkeypatch) -> None:
+def test_every_number_of_the_configuration_arrives(
+    options: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The trainer gets each value of the configuration and no default; a new field of Plan must be added here."""
     caught: list[Trainer] = []
 
@@ -198,7 +219,7 @@ def test_every_number_of_the_configuration_arrives(options, tmp_path, monkeypatc
     optim = {"learning_rate": 3e-3, "warmup_steps": 5, "decay": "linear", "clip_norm": 0.7}
     noise = {"caption_dropout": 0.37, "timestep_law": "logit_normal", "logit_mean": 0.3, "logit_std": 0.8}
     often = {"every": 19, "samples_every": 23, "timesteps": 6, "pictures": 2}
-    other = {"run": {"folder": str(tmp_path / "run"), "seed": 17}, "logging": {"every": 29}}
+    other: dict[str, Any] = {"run": {"folder": str(tmp_path / "run"), "seed": 17}, "logging": {"every": 29}}
     with pytest.raises(StopIteration):
         train(options, diffusion=noise | {"vlb_scale": 2.5}, optim=optim, train=length, validation=often, **other)
     (trainer,) = caught
@@ -209,11 +230,14 @@ def test_every_number_of_the_configuration_arrives(options, tmp_path, monkeypatc
     assert {name: group[name] for name in expected} == expected
     assert (trainer.objective.kind, trainer.objective.vlb_scale, trainer.ema.decay) == ("hybrid", 2.5, EMA_DECAY)
     held_out = trainer.watch.held_out
+    assert held_out is not None
     assert (len(held_out.x0), held_out.timestep_count, held_out.seed) == (2, 6, 17)
 
 
 @pytest.mark.filterwarnings("ignore:different texts become the same tokens")
-def test_what_is_encoded_and_loaded_is_what_the_configuration_says(options, tmp_path, monkeypatch) -> None:
+def test_what_is_encoded_and_loaded_is_what_the_configuration_says(
+    options: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Size, length and precision, each unlike the base's own and the default."""
     caught: list[Trainer] = []
 
@@ -227,8 +251,10 @@ def test_what_is_encoded_and_loaded_is_what_the_configuration_says(options, tmp_
     with pytest.raises(StopIteration), pytest.warns(UserWarning, match="max_tokens 3"):
         train(options, run=place, data=data, model=model)
     (trainer,) = caught
-    texts = [*trainer.watch.held_out.texts, *trainer.data.pictures.texts([0, 1])]
+    held_out = trainer.watch.held_out
+    assert held_out is not None
+    texts = [*held_out.texts, *trainer.data.pictures.texts([0, 1])]
     assert {len(text) for text in texts} == {3} and {text.dtype for text in texts} == {torch.float16}
-    assert trainer.watch.held_out.x0.shape[2:] == trainer.data.pictures.latents([0])[0].shape[2:] == (4, 4)
+    assert held_out.x0.shape[2:] == trainer.data.pictures.latents([0])[0].shape[2:] == (4, 4)
     frozen = {p.dtype for p in trainer.transformer.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16}

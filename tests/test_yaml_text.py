@@ -1,6 +1,6 @@
 """The YAML dialect. Oracle: the core schema of YAML 1.2 (section 10.3), and round trips."""
 
-import functools
+import json
 
 import pytest
 
@@ -26,7 +26,7 @@ from pixart_ft import yaml_text
         ("[1, a b, null]", [1, "a b", None]),
         ("'&x *y !z'", "&x *y !z"),
         ("5 * 3 & !", "5 * 3 & !"),
-        ("[" * 19 + "]" * 19, functools.reduce(lambda inner, _: [inner], range(18), [])),
+        ("[" * 19 + "]" * 19, json.loads("[" * 19 + "]" * 19)),
     ],
 )
 def test_scalars_follow_the_core_schema(text: str, value: object) -> None:

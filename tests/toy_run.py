@@ -49,6 +49,7 @@ class Toy(nn.Module):
         with torch.no_grad():
             values = torch.linspace(-0.5, 0.5, 40)
             self.layer.weight.copy_(values[:32].view_as(self.layer.weight))
+            assert self.layer.bias is not None
             self.layer.bias.copy_(values[32:])
 
     def forward(self, x: Tensor, *, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:

@@ -7,6 +7,7 @@ the noise, so that Gauss-Hermite sums of three nodes each are their expectations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def gaussian_network(schedule: NoiseSchedule, kind: PredictionType) -> Network:
 
 
 @functools.cache
-def bound_of(name: str, count: int, variance: str = "learned", dtype: torch.dtype = torch.float64) -> Bound:
+def bound_of(name: str, count: int, variance: Any = "learned", dtype: torch.dtype = torch.float64) -> Bound:
     build, kind = SCHEDULES[name]
     schedule = build(count)
     x0, eps, network = X0.to(dtype), EPS.to(dtype), gaussian_network(schedule, kind)
@@ -187,7 +188,7 @@ def test_the_network_receives_every_timestep_once() -> None:
     reference = NoiseSchedule.linear()
     matched = NoiseSchedule.scaled_linear(30, beta_end=0.2).matched_to(reference)
     for schedule, dtype in ((reference.respaced(7), torch.int64), (matched, torch.float32)):
-        received = []
+        received: list[Tensor] = []
 
         def network(x: Tensor, timestep: Tensor, received: list[Tensor] = received) -> Tensor:
             received.append(timestep)
