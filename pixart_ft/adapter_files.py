@@ -9,16 +9,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import LARGEST_RANK
-from pixart_ft.diffusion.names import PredictionType, TimeConditioning
+from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
-
-if TYPE_CHECKING:
-    from pixart_ft.models import VarianceState
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -65,7 +62,7 @@ class AdapterMetadata:
     base_fingerprint: str
     prediction_type: "PredictionType"
     schedule: Mapping[str, object]
-    variance: "VarianceState"
+    variance: VarianceState
     rank: int
     alpha: float
     max_tokens: int

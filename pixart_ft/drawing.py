@@ -10,10 +10,9 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from pixart_ft.diffusion.names import PredictionType, ScheduleName, TimeConditioning
+from pixart_ft.diffusion.names import PredictionType, ScheduleName, TimeConditioning, VarianceState
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.errors import UserError
-from pixart_ft.models import VarianceState
 from pixart_ft.samplers import CONDITIONS, EVERY_SAMPLER
 from pixart_ft.schedulers import SCHEDULERS, build_scheduler
 from pixart_ft.schedulers.base import PixArtScheduler

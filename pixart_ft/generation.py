@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from pixart_ft.adapter_files import find_adapter, read_metadata
+from pixart_ft.base import Base
 from pixart_ft.comparison import Cells, comparison_sheets, run_comparison, settled_cells
 from pixart_ft.config import HUB_BASE, MOST_PICTURES
 from pixart_ft.drawing import Abilities, Settings, settled, size_of
@@ -20,7 +21,7 @@ from pixart_ft.pictures import grid, picture_name, save_png
 from pixart_ft.places import check_generation
 from pixart_ft.recipes import changes, read_recipe
 from pixart_ft.text import read_text
-from pixart_ft.text_to_image import TextToImage, read_abilities
+from pixart_ft.text_to_image import TextToImage, abilities_of
 
 GRID_PIXELS = 8192  # longest side of grid.png, labels not counted
 LEAST_CELL = 32  # pixels; rows and columns that would need smaller ones are left out
@@ -35,10 +36,10 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     again: the picture whose recipe `config` was read from; warns of what has changed since then.
     """
     started = time.perf_counter()
-    prompts, settings, cells = _look(config)
+    prompts, base, settings, cells = _look(config)
     if config.aspect_ratio is not None:
         print(f"aspect_ratio {config.aspect_ratio}: {settings.width} x {settings.height} pixels")
-    model = load_model(config, prompts)
+    model = _load_model(config, base, prompts)
     if config.compare:
         return run_comparison(config, model, prompts, cells)
     seeds = range(config.seed, config.seed + config.images_per_prompt)
@@ -68,7 +69,7 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
 
 def dry_run(config: GenerateConfig) -> list[str]:
     """What `run_generation` would draw; raises UserError as it does before it loads a weight. Writes nothing."""
-    prompts, settings, cells = _look(config)
+    prompts, base, settings, cells = _look(config)
     device = _device(config.device)
     dtype = str(_dtype(config.dtype, device)).removeprefix("torch.")
     if config.compare:
@@ -77,17 +78,19 @@ def dry_run(config: GenerateConfig) -> list[str]:
         drawn = f"{len(prompts) * config.images_per_prompt:,}, of {settings.steps} {settings.sampler} steps each"
     return [
         f"device             {device}, weights {dtype}",
-        f"model              {_base(config)}" + ("" if config.lora is None else f", with the adapter {config.lora}"),
+        f"model              {base.name}" + ("" if config.lora is None else f", with the adapter {config.lora}"),
         f"pictures           {drawn}, {settings.width} x {settings.height} pixels",
         f"folder             {config.out}",
     ]
 
 
-def _look(config: GenerateConfig) -> tuple[list[str], Settings, Cells]:
-    """Prompts, how to sample, the cells of a comparison: all that can be refused before weights are loaded."""
+def _look(config: GenerateConfig) -> tuple[list[str], Base, Settings, Cells]:
+    """Prompts, base, how to sample, the cells of a comparison: all that can be refused before weights are loaded."""
     check_generation(config)
     prompts = _prompts(config)
-    abilities = read_abilities(_base(config), lora=config.lora, weights=config.weights, revision=_revision(config))
+    base = Base.read(_base(config), _revision(config))
+    folder = _adapter(config)
+    abilities = abilities_of(base, None if folder is None else read_metadata(folder))
     adapter = None if config.lora is None else str(config.lora)
     settings = settled(_settings(config, abilities), abilities, adapter)
     cells = settled_cells(config, settings, abilities, adapter) if config.compare else {}
@@ -96,18 +99,17 @@ def _look(config: GenerateConfig) -> tuple[list[str], Settings, Cells]:
         check_own(comparison_sheets(config, prompts), "sampler")
     else:
         check_own([config.out / "grid.png"], "pictures")
-    return prompts, settings, cells
+    return prompts, base, settings, cells
 
 
-def load_model(config: GenerateConfig, prompts: Sequence[str]) -> TextToImage:
+def _load_model(config: GenerateConfig, base: Base, prompts: Sequence[str]) -> TextToImage:
     """The base and adapter that a configuration asks for, all texts encoded and the text encoder freed."""
     device = _device(config.device)
-    model = TextToImage.load(
-        _base(config),
-        lora=config.lora,
-        lora_scale=config.lora_scale,
-        weights=config.weights,
-        revision=_revision(config),
+    model = TextToImage.of(
+        base,
+        config.lora,
+        _adapter(config),
+        config.lora_scale,
         dtype=_dtype(config.dtype, device),
         device=device,
         prompts=[*prompts, config.negative_prompt],
@@ -147,6 +149,11 @@ def _cost(settings: Settings, calls: int | None, on_average: float | None) -> st
         spent = "" if on_average is None else f", about {on_average:.0f} network calls{both}"
         return f"each picture: {settings.sampler} to tolerance {settings.options['tolerance']}{spent}"
     return f"each batch: {settings.steps} {settings.sampler} steps, {calls} network calls{both}"
+
+
+def _adapter(config: GenerateConfig) -> Path | None:
+    """The folder of the adapter asked for."""
+    return None if config.lora is None else find_adapter(config.lora, weights=config.weights)
 
 
 def _base(config: GenerateConfig) -> str:

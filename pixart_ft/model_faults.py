@@ -82,3 +82,17 @@ def transformer_faults(config: Mapping[str, Any]) -> list[str]:
     if output not in (None, channels, 2 * channels):
         faults.append(f"out_channels {output} is neither in_channels ({channels}) nor twice that (learned variance)")
     return faults
+
+
+def fit_faults(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], text_encoder: Mapping[str, Any] | None
+) -> list[str]:
+    """What keeps the parts of a base, by their configurations, from working together."""
+    faults = []
+    channels, latent = transformer.get("in_channels", 4), vae.get("latent_channels", 4)
+    if channels != latent:
+        faults.append(f"the transformer takes {channels} latent channels and the VAE makes {latent}")
+    width, text = transformer.get("caption_channels"), (text_encoder or {}).get("d_model")
+    if text is not None and width != text:
+        faults.append(f"the transformer takes text of width {width} and the text encoder gives {text}")
+    return faults

@@ -3,17 +3,16 @@
 No torch: a wrong path is known in an instant, before the libraries are imported.
 """
 
-import re
 from pathlib import Path
 
 from pixart_ft.adapter_files import find_adapter
+from pixart_ft.base_place import resolve_base
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.datasets import check_folder
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.generate_config import GenerateConfig
 
-DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 DEMO_PICTURES = Path(__file__).parent / "demo" / "pictures"
 
 
@@ -73,21 +72,3 @@ def check_generation(config: GenerateConfig) -> None:
 def picture_folder(name: str, part: str) -> Path:
     """The folder that data.folder (part "train") or data.held_out (part "held_out") means."""
     return DEMO_PICTURES / part if name == "demo" else Path(name)
-
-
-def resolve_base(name: str) -> str:
-    """The folder or Hub id behind `model.base`: "demo", an existing diffusers folder, or "owner/name".
-
-    Raises UserError for anything else. A Hub id is taken at its word; loading from it asks the Hub.
-    """
-    remedy = 'set model.base to "demo", a folder in diffusers layout, or a Hub id such as "owner/name"'
-    folder = DEMO_FOLDER if name == "demo" else Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"model.base: {folder} has no model_index.json, so it is no diffusers model; {remedy}")
-        return str(folder)
-    if name == "demo":
-        raise UserError(f"model.base: this installation lacks the demo ({folder}); reinstall pixart_ft")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        raise UserError(f"model.base: there is no folder {name!r}; {remedy}")
-    return name

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft import models
+from pixart_ft.base import Base
 from pixart_ft.data.captions import encode_each, prepare_text, warn_of_losses
 
 
@@ -26,11 +27,9 @@ class TextEncoder:
     known: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def load(
-        cls, base: str, *, revision: str | None, dtype: torch.dtype, device: torch.device | str, max_tokens: int
-    ) -> Self:
-        """Of a resolved base."""
-        tokenizer, encoder = models.load_text_encoder(base, dtype=dtype, revision=revision)
+    def load(cls, base: Base, *, dtype: torch.dtype, device: torch.device | str, max_tokens: int) -> Self:
+        """That of a base."""
+        tokenizer, encoder = models.load_text_encoder(base, dtype=dtype)
         return cls(max_tokens, tokenizer, encoder.to(device))
 
     def __repr__(self) -> str:

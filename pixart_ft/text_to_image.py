@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pixart_ft import models, places
+from pixart_ft import models
 from pixart_ft.adapter_files import AdapterMetadata, find_adapter, read_metadata
 from pixart_ft.adapters import load_adapter, scale_adapter
+from pixart_ft.base import Base
 from pixart_ft.data.captions import pad_text
 from pixart_ft.data.datasets import load_picture, picture_pixels
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
@@ -23,7 +24,6 @@ from pixart_ft.drawing import Abilities, Settings, inversion_calls, recipe_of, s
 from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
 from pixart_ft.files import sha256
-from pixart_ft.models import VarianceState
 from pixart_ft.sampling import Guidance, invert_latents, sample_latents
 from pixart_ft.schedulers import RespacedDDIMScheduler
 from pixart_ft.text_encoder import TextEncoder
@@ -40,33 +40,14 @@ class Adapter:
     metadata: AdapterMetadata = field(repr=False)
 
 
-def read_abilities(
-    base: str | Path,
-    *,
-    lora: str | Path | None = None,
-    weights: Literal["ema", "raw"] = "ema",
-    revision: str | None = None,
-) -> Abilities:
-    """What a base, with an adapter, can draw; arguments as in `TextToImage.load`. Reads configurations, no weights.
-
-    Raises UserError for a base that is no PixArt-Sigma, and for an adapter that cannot be read.
-    """
-    place = places.resolve_base(str(base))
-    models.check_base(place, revision=revision)
-    schedule, prediction_type = models.load_schedule(place, revision=revision)
-    variance: VarianceState = "trained" if models.has_variance(place, revision=revision) else "none"
-    if lora is not None:
-        metadata = read_metadata(find_adapter(lora, weights=weights))
-        trained_on = NoiseSchedule.from_diffusers_config(metadata.schedule)
-        schedule = conditioned(trained_on, schedule, metadata.time_conditioning)
-        prediction_type, variance = metadata.prediction_type, metadata.variance
-    return Abilities(
-        schedule,
-        prediction_type,
-        variance,
-        size=models.native_size(place, revision=revision),
-        unit=models.size_unit(place, revision=revision),
-    )
+def abilities_of(base: Base, adapter: AdapterMetadata | None = None) -> Abilities:
+    """What a base, with an adapter, can draw."""
+    schedule, prediction_type, variance = base.schedule, base.prediction_type, base.variance
+    if adapter is not None:
+        trained_on = NoiseSchedule.from_diffusers_config(adapter.schedule)
+        schedule = conditioned(trained_on, schedule, adapter.time_conditioning)
+        prediction_type, variance = adapter.prediction_type, adapter.variance
+    return Abilities(schedule, prediction_type, variance, size=base.native_size, unit=base.size_unit)
 
 
 @dataclass(eq=False, repr=False)
@@ -77,8 +58,7 @@ class TextToImage:
     vae: AutoencoderKL
     text: TextEncoder
     abilities: Abilities
-    base: str
-    revision: str | None
+    base: Base
     fingerprint: str  # of the base's transformer
     adapter: Adapter | None
     dtype: torch.dtype
@@ -107,28 +87,40 @@ class TextToImage:
 
         Raises UserError when a part is missing, or the adapter is for another base or lacks a key.
         """
-        place = places.resolve_base(str(base))
-        abilities = read_abilities(base, lora=lora, weights=weights, revision=revision)
+        read = Base.read(base, revision)
         folder = None if lora is None else find_adapter(lora, weights=weights)
+        return cls.of(read, lora, folder, lora_scale, dtype=dtype, device=device, prompts=prompts)
+
+    @classmethod
+    def of(
+        cls,
+        base: Base,
+        lora: str | Path | None = None,
+        folder: Path | None = None,
+        lora_scale: float = 1.0,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        prompts: Sequence[str] | None = None,
+    ) -> Self:
+        """As `load` does, of a base that is read and an adapter that is found."""
         metadata = None if folder is None else read_metadata(folder)
-        text = TextEncoder.load(
-            place, revision=revision, dtype=dtype, device=device, max_tokens=metadata.max_tokens if metadata else 300
-        )
+        abilities = abilities_of(base, metadata)
+        text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=metadata.max_tokens if metadata else 300)
         if prompts is not None:
             text.encode_and_free(prompts)
         held = torch.float32 if dtype == torch.float16 else dtype
-        transformer = models.load_transformer(place, dtype=held, revision=revision)
+        transformer = models.load_transformer(base, dtype=held)
         adapter = None
         if folder is not None and metadata is not None:
             _, text.known[""] = load_adapter(transformer, folder, scale=lora_scale)
             adapter = Adapter(str(lora), lora_scale, sha256(folder / "adapter_model.safetensors"), metadata)
         return cls(
             transformer=transformer.to(device),
-            vae=models.load_vae(place, dtype=dtype, revision=revision).to(device),
+            vae=models.load_vae(base, dtype=dtype).to(device),
             text=text,
             abilities=abilities,
-            base=str(base),
-            revision=revision,
+            base=base,
             fingerprint=models.fingerprint(transformer),
             adapter=adapter,
             dtype=dtype,
@@ -138,7 +130,7 @@ class TextToImage:
         lora = "" if self.adapter is None else f", lora={self.adapter.path!r} at {self.adapter.scale:g}"
         place = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
         can = f"{self.abilities.size} px, predicts {self.abilities.prediction_type}, variance {self.abilities.variance}"
-        return f"TextToImage({self.base!r}{lora}, {can}, {place})"
+        return f"TextToImage({self.base.name!r}{lora}, {can}, {place})"
 
     @property
     def device(self) -> torch.device:
@@ -239,7 +231,7 @@ class TextToImage:
         """The latents (N, C, H, W) float32 of (prompt, seed) pairs, all at once; arguments as in `draw`."""
         assert settings.width is not None and settings.height is not None
         device = self.device
-        factor = models.vae_factor(self.vae)
+        factor = self.base.vae_factor
         shape = (self.transformer.config.in_channels, settings.height // factor, settings.width // factor)
         embeds, mask = (x.to(device) for x in pad_text([self.text.of(prompt) for prompt, _ in jobs]))
         generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
@@ -295,8 +287,8 @@ class TextToImage:
         adapter = None if self.adapter is None else asdict(self.adapter)
         values = {
             **recipe_of(settings),
-            "model": self.base,
-            "revision": self.revision,
+            "model": self.base.name,
+            "revision": self.base.revision,
             "fingerprint": self.fingerprint,
             "adapter": adapter,
             "dtype": str(self.dtype).removeprefix("torch."),

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pixart_ft import models
+from pixart_ft.base import Base
 from pixart_ft.checkpoint import RunFolder, step_of
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.captions import TEXT_PREPARATION, prepare_text
@@ -115,7 +116,7 @@ class TrainedOn:
 
 def trained_on(
     config: TrainConfig,
-    base: str,
+    base: Base,
     rows: Sequence[Row],
     held: Sequence[Row],
     digests: Sequence[str],
@@ -136,9 +137,8 @@ def trained_on(
     ):
         parts[f"{name} pictures"] = Part.of(pictures, str(len(part)))
         parts[f"{name} captions"] = Part.of((prepare_text(row.caption) for row in part), str(len(part)))
-    scale = models.latent_scale(base, revision=config.model.revision)
     parts["size of the pictures"] = Part.of([resolution, TRANSFORM], f"{resolution} pixels")
-    parts["VAE"] = Part.of([vae_id(config, base), scale])
+    parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])
     parts["text encoder"] = Part.of([text_encoder_id(config, base), config.data.max_tokens, TEXT_PREPARATION])
     parts["noise schedule"] = Part.of([schedule, prediction_type])
     return TrainedOn(parts, flat(config))

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft import models
+from pixart_ft.base import Base
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
 from pixart_ft.data.datasets import Row, read_folder, split
@@ -38,19 +39,19 @@ def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     return rows, held[: config.validation.pictures]
 
 
-def vae_id(config: TrainConfig, base: str) -> str:
+def vae_id(config: TrainConfig, base: Base) -> str:
     """Names the VAE by its content, see `component_id`."""
     return _component_id(config, base, "vae", dtype=torch.float32)
 
 
-def text_encoder_id(config: TrainConfig, base: str) -> str:
+def text_encoder_id(config: TrainConfig, base: Base) -> str:
     """Names the tokenizer, T5 and the dtype it runs in, see `component_id`."""
     return _component_id(config, base, "tokenizer", "text_encoder", dtype=_text_dtype(config))
 
 
-def _component_id(config: TrainConfig, base: str, *subfolders: str, dtype: torch.dtype) -> str:
+def _component_id(config: TrainConfig, base: Base, *subfolders: str, dtype: torch.dtype) -> str:
     memo = config.data.cache / "files.json"
-    return component_id(base, *subfolders, dtype=dtype, revision=config.model.revision, memo=memo)
+    return component_id(base.place, *subfolders, dtype=dtype, revision=base.revision, memo=memo)
 
 
 def _text_dtype(config: TrainConfig) -> torch.dtype:
@@ -70,7 +71,7 @@ class Encoded:
 
 def encode_once(
     config: TrainConfig,
-    base: str,
+    base: Base,
     rows: list[Row],
     held: list[Row],
     resolution: int,
@@ -82,14 +83,14 @@ def encode_once(
     Pictures go first, since one that cannot be read should be known before T5 is even downloaded. `digests` are those
     of the pictures of `rows`, then of `held`, where they are known.
     """
-    revision, device = config.model.revision, accelerator.device
+    device = accelerator.device
 
     def text_encoder() -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
-        tokenizer, encoder = models.load_text_encoder(base, dtype=_text_dtype(config), revision=revision)
+        tokenizer, encoder = models.load_text_encoder(base, dtype=_text_dtype(config))
         return tokenizer, encoder.to(device)
 
     def vae() -> AutoencoderKL:
-        return models.load_vae(base, dtype=torch.float32, revision=revision).to(device)
+        return models.load_vae(base, dtype=torch.float32).to(device)
 
     def fill() -> tuple[TensorStore, list[str], list[str]]:
         show = accelerator.is_main_process
@@ -117,13 +118,12 @@ def encode_once(
     with accelerator.main_process_first():
         store, text_keys, picture_keys = fill()
     count = len(rows)
-    scale = models.latent_scale(base, revision=revision)
     measured = CachedPictures(store, picture_keys[count:], text_keys[count : len(rows + held)])
     held_out = None
     if held:
         everything = list(range(len(held)))
         held_out = HeldOutSet(
-            x0=scale.scaled(measured.latents(everything)[0]),
+            x0=base.latent_scale.scaled(measured.latents(everything)[0]),
             texts=measured.texts(everything),
             timestep_count=config.validation.timesteps,
             seed=config.run.seed,
@@ -133,5 +133,5 @@ def encode_once(
         held_out=held_out,
         null_caption=store.get(text_keys[-1]),
         prompts=[store.get(key) for key in text_keys[len(rows + held) : -1]],
-        scale=scale,
+        scale=base.latent_scale,
     )

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 
 import torch
 
-from pixart_ft import models
 from pixart_ft.adapter_files import AdapterMetadata
+from pixart_ft.base import Base
 from pixart_ft.config import Diffusion, TrainConfig, Validation
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
@@ -18,14 +18,13 @@ from pixart_ft.objective import Objective
 from pixart_ft.schedulers import build_scheduler
 
 
-def build_objective(config: TrainConfig, base: str) -> tuple[Objective, dict[str, object]]:
+def build_objective(config: TrainConfig, base: Base) -> tuple[Objective, dict[str, object]]:
     """The loss, and the noise schedule of its process in the words of a diffusers scheduler config.
 
     Raises UserError with everything that does not fit the base or itself.
     """
-    choice, revision = config.diffusion, config.model.revision
-    native, native_prediction = models.load_schedule(base, revision=revision)
-    described = _described(choice, models.schedule_config(base, revision=revision), native.num_steps)
+    choice, native, native_prediction = config.diffusion, base.schedule, base.prediction_type
+    described = _described(choice, base.schedule_config, native.num_steps)
     try:
         schedule = conditioned(NoiseSchedule.from_diffusers_config(described), native, choice.time_conditioning)
     except ValueError as error:
@@ -44,7 +43,7 @@ def build_objective(config: TrainConfig, base: str) -> tuple[Objective, dict[str
         p2_gamma=choice.p2_gamma,
         variance=choice.variance,
     )
-    faults = _faults(objective, learned_variance=models.has_variance(base, revision=revision))
+    faults = _faults(objective, learned_variance=base.variance != "none")
     if config.validation.prompts:
         faults += _sampling_faults(config.validation, objective)
     if faults:

@@ -17,11 +17,13 @@ from pixart_ft import models
 from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
 from pixart_ft.adapters import attach, fill_adapter
 from pixart_ft.attention import use_plain_attention
+from pixart_ft.base import Base
 from pixart_ft.before_after import HELD_OUT, LEARNED
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.cache import picture_digests
 from pixart_ft.data.captions import TEXT_PREPARATION, pad_text
+from pixart_ft.diffusion.names import VarianceState
 from pixart_ft.draws import TrainingSet
 from pixart_ft.ema import Ema
 from pixart_ft.environment import versions
@@ -84,9 +86,9 @@ def _run(
         check_continues(folder, checkpoint, about, plan, accept_changes)
     encoded = encode_once(config, base, rows, held_rows, resolution, accelerator, digests)
 
-    transformer = models.load_transformer(base, dtype=_weights_dtype(config), revision=config.model.revision)
+    transformer = models.load_transformer(base, dtype=_weights_dtype(config))
     fingerprint = models.fingerprint(transformer)
-    about = about.with_base(transformer, config.model.base)
+    about = about.with_base(transformer, base.name)
     found = Changes([], [], [])
     if checkpoint is not None:
         found = check_continues(folder, checkpoint, about, plan, accept_changes)
@@ -103,19 +105,19 @@ def _run(
     ema = Ema(trained, config.train.ema_decay) if config.train.ema_decay else Ema.off()
 
     metadata = AdapterMetadata(
-        base=_base_to_find(config.model.base),
+        base=_base_to_find(base.name),
         base_fingerprint=fingerprint,
         prediction_type=objective.prediction_type,
         schedule=schedule_config,
         time_conditioning=config.diffusion.time_conditioning,
-        variance=_variance_after(objective, transformer),
+        variance=_variance_after(objective, base),
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         max_tokens=config.data.max_tokens,
         text_preparation=TEXT_PREPARATION,
         weights="raw",
         samples_seen=0,
-        revision=config.model.revision,
+        revision=base.revision,
     )
     keeper = Keeper(folder, transformer, ema, metadata, encoded.null_caption, config.validation.samples_every)
     trainer = Trainer(
@@ -168,9 +170,9 @@ def _base_to_find(base: str) -> str:
     return str(folder.absolute()) if base != "demo" and folder.is_dir() else base
 
 
-def _variance_after(objective: Objective, transformer: torch.nn.Module) -> models.VarianceState:
+def _variance_after(objective: Objective, base: Base) -> VarianceState:
     """The learned variance after training: an objective without it leaves it to a network that has moved on."""
-    if models.variance_of(transformer) == "none":
+    if base.variance == "none":
         return "none"
     return "trained" if objective.trains_variance else "stale"
 
@@ -198,7 +200,7 @@ def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> tor
 def _sampler(
     config: TrainConfig,
     encoded: Encoded,
-    base: str,
+    base: Base,
     resolution: int,
     transformer: torch.nn.Module,
     objective: Objective,
@@ -208,8 +210,8 @@ def _sampler(
     if not encoded.prompts or not accelerator.is_main_process:
         return None if not encoded.prompts else list
     choice, device = config.validation, accelerator.device
-    vae = models.decoder_only(models.load_vae(base, dtype=torch.float32, revision=config.model.revision)).to(device)
-    side = resolution // models.vae_factor(vae)
+    vae = models.decoder_only(models.load_vae(base, dtype=torch.float32)).to(device)
+    side = resolution // base.vae_factor
     half = None if config.train.mixed_precision == "no" else compute_dtype(config)
     scheduler = build_scheduler(choice.sampler, objective.schedule, objective.prediction_type)
 

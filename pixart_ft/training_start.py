@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from pixart_ft import models, places
+from pixart_ft.base import Base
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.datasets import Row, verify_pictures
@@ -27,7 +28,7 @@ from pixart_ft.training_objective import build_objective
 class Start:
     """What a training begins with."""
 
-    base: str
+    base: Base
     resolution: int
     objective: Objective
     schedule_config: dict[str, object]
@@ -68,11 +69,10 @@ def dry_run(config: TrainConfig, resume: str | None = None, init_from: str | Non
 def look(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Start:
     """Check all that can be checked without weights; arguments as of `run_training`. Raises UserError."""
     places.check_training(config, resume, init_from)
-    base, revision = places.resolve_base(config.model.base), config.model.revision
-    models.check_base(base, revision=revision)
+    base = Base.read(config.model.base, config.model.revision)
     resolution = _resolution(config, base)
     objective, schedule_config = build_objective(config, base)
-    skeleton = models.skeleton(base, revision=revision)
+    skeleton = models.skeleton(base)
     check_targets(skeleton, config.lora.targets)
     check_rank(skeleton, config.lora.rank, config.lora.targets)
     checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
@@ -124,9 +124,8 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _resolution(config: TrainConfig, base: str) -> int:
-    resolution = config.data.resolution or models.native_size(base, revision=config.model.revision)
-    unit = models.size_unit(base, revision=config.model.revision)
+def _resolution(config: TrainConfig, base: Base) -> int:
+    resolution, unit = config.data.resolution or base.native_size, base.size_unit
     if resolution % unit:
         near = max(unit, round(resolution / unit) * unit)
         raise UserError(

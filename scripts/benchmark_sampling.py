@@ -22,7 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
-from pixart_ft import places
+from pixart_ft.base_place import resolve_base
 from pixart_ft.pipeline import PixArtPipeline
 from pixart_ft.vae import decode_to_pictures
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--prompt-words", type=int, default=3, help="length of the prompt")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
-    folder = places.resolve_base(args.model)
+    folder = resolve_base(args.model)
     stock = PixArtSigmaPipeline.from_pretrained(folder)
     stock.scheduler = DDIMScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="trailing", clip_sample=False

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
-from pixart_ft import models, places
+from pixart_ft import models
 from pixart_ft.adapter_files import find_adapter
 from pixart_ft.adapters import load_adapter
+from pixart_ft.base import Base
 from pixart_ft.config import TrainConfig, load_config
 from pixart_ft.diffusion.likelihood import Bound
 from pixart_ft.diffusion.schedules import NoiseSchedule
@@ -89,7 +90,7 @@ def at_common_levels(schedule: NoiseSchedule) -> NoiseSchedule:
 
 def measured(objective: Objective, held_out: HeldOutSet, adapter: Path | None) -> dict[str, Bound]:
     """The bound with the learned and with the fixed variance, of the base or of an adapter on it."""
-    transformer = models.load_transformer(places.resolve_base("demo"), dtype=torch.float32)
+    transformer = models.load_transformer(Base.read("demo"), dtype=torch.float32)
     if adapter is not None:
         load_adapter(transformer, adapter)
     schedule = at_common_levels(objective.schedule)
@@ -108,7 +109,7 @@ def result(row: Row, number: int, work: Path, steps: int) -> dict[str, object]:
         found: dict[str, object] = json.loads(file.read_text())
         return found
     config = configuration(row, number, work, steps)
-    base = places.resolve_base("demo")
+    base = Base.read("demo")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the rows ask for what is warned of
         objective, _ = build_objective(config, base)
@@ -138,7 +139,7 @@ def variance_effect(work: Path) -> str:
     file = work / "variance-effect.md"
     if file.is_file():
         return file.read_text()
-    config, base = configuration(ROWS[0], 0, work, 300), places.resolve_base("demo")
+    config, base = configuration(ROWS[0], 0, work, 300), Base.read("demo")
     objective, _ = build_objective(config, base)
     encoded = encode_once(config, base, *read_rows(config), 256, accelerator_for(config))
     assert encoded.held_out is not None

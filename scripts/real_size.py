@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
-from pixart_ft import places
+from pixart_ft.base_place import DEMO_FOLDER
 from pixart_ft.cli import main as pixart_ft
 
 
@@ -47,7 +47,7 @@ def build_model(folder: Path) -> None:
     )
     torch.set_default_dtype(torch.float32)
     print(f"transformer: {sum(p.numel() for p in transformer.parameters()):,} parameters")
-    tokenizer = AutoTokenizer.from_pretrained(str(places.DEMO_FOLDER / "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(str(DEMO_FOLDER / "tokenizer"))
     text_encoder = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -63,7 +63,7 @@ def build_model(folder: Path) -> None:
     PixArtSigmaPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder.to(torch.bfloat16),
-        vae=AutoencoderKL.from_pretrained(str(places.DEMO_FOLDER / "vae")),
+        vae=AutoencoderKL.from_pretrained(str(DEMO_FOLDER / "vae")),
         transformer=transformer,
         scheduler=DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear"),
     ).save_pretrained(str(folder))

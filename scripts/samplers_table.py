@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 from demo_pictures import fetch, rendered, styled_emoji
 
 from pixart_ft import models, places
+from pixart_ft.base import Base
 from pixart_ft.data.datasets import load_picture, picture_pixels, read_folder
 from pixart_ft.drawing import Settings
 from pixart_ft.pictures import grid
@@ -98,7 +99,7 @@ def main() -> None:
     work = args.work / name
     work.mkdir(parents=True, exist_ok=True)
     model = TextToImage.load("demo", lora=args.lora, dtype=torch.bfloat16)
-    vae = models.load_vae(places.resolve_base("demo"), dtype=torch.float32)
+    vae = models.load_vae(Base.read("demo"), dtype=torch.float32)
     captions, real, others = real_pictures(args.noto, args.count)
     target = features(vae, real)
     through = [p for picture in real for p in _round_trip(vae, picture)]

@@ -8,6 +8,7 @@ import torch
 
 from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
 from pixart_ft.adapters import attach, save_adapter
+from pixart_ft.base import Base
 from pixart_ft.data.captions import TEXT_PREPARATION, null_caption
 from pixart_ft.models import fingerprint, load_text_encoder, load_transformer
 
@@ -23,14 +24,15 @@ def make_adapter(
     **changes: Any,
 ) -> Path:
     """Save an adapter whose B is random, of this standard deviation; `changes` go into its metadata."""
-    transformer = load_transformer(str(base), dtype=torch.float32)
+    read = Base.read(base)
+    transformer = load_transformer(read, dtype=torch.float32)
     mark = fingerprint(transformer)
     attach(transformer, LoraSettings(rank=4, alpha=alpha), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in transformer.named_parameters():
         if ".lora_B." in name:
             parameter.data = size * torch.randn(parameter.shape, generator=generator)
-    tokenizer, text_encoder = load_text_encoder(str(base), dtype=torch.float32)
+    tokenizer, text_encoder = load_text_encoder(read, dtype=torch.float32)
     metadata = AdapterMetadata(
         base=str(base),
         base_fingerprint=mark,

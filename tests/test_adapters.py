@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pixart_ft.adapter_files import FINAL_ADAPTERS, AdapterMetadata, LoraSettings, find_adapter, read_metadata
 from pixart_ft.adapters import attach, fill_adapter, load_adapter, merge, save_adapter
+from pixart_ft.base import Base
 from pixart_ft.data.captions import TEXT_PREPARATION
 from pixart_ft.errors import UserError
 from pixart_ft.models import fingerprint, load_transformer
@@ -30,7 +31,7 @@ def lora(transformer: PixArtTransformer2DModel) -> dict[str, Tensor]:
 
 
 def base(tiny: Path, dtype: torch.dtype = torch.float32) -> PixArtTransformer2DModel:
-    return load_transformer(str(tiny), dtype=dtype)
+    return load_transformer(Base.read(tiny), dtype=dtype)
 
 
 def trained(tiny: Path, settings: LoraSettings = SETTINGS) -> PixArtTransformer2DModel:
@@ -222,7 +223,7 @@ def test_merged_transformer_saves_in_a_stock_pipeline_and_reloads(tiny: Path, sa
 
 
 def test_another_base_is_refused_by_name(saved: Path, tmp_path: Path) -> None:
-    other = load_transformer(str(build_tiny_pipeline(tmp_path / "other", seed=9)), dtype=torch.float32)
+    other = load_transformer(Base.read(build_tiny_pipeline(tmp_path / "other", seed=9)), dtype=torch.float32)
     with pytest.raises(
         UserError, match=r"trained on the base demo \(\w{16}\), not on .*other \(\w{16}\); use --model demo"
     ):
@@ -329,4 +330,4 @@ def test_captions_prepared_in_another_way_are_refused(tiny: Path, saved: Path) -
     content = json.loads((saved / "pixart_ft.json").read_text())
     (saved / "pixart_ft.json").write_text(json.dumps(content | {"text_preparation": "as it came"}))
     with pytest.raises(UserError, match="prepared by as it came"):
-        load_adapter(load_transformer(str(tiny), dtype=torch.float32), saved)
+        load_adapter(load_transformer(Base.read(tiny), dtype=torch.float32), saved)

@@ -11,6 +11,7 @@ from transformers import T5EncoderModel
 
 from pixart_ft import places
 from pixart_ft.adapters import merge
+from pixart_ft.base_place import DEMO_FOLDER
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.sampling import Guidance, sample_latents
 from pixart_ft.schedulers import build_scheduler
@@ -23,23 +24,23 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of the demo that changes its pictures: alpha is twice the rank, B drawn at random."""
-    return make_adapter(places.resolve_base("demo"), tmp_path_factory.mktemp("adapter") / "demo", alpha=8.0, size=0.02)
+    return make_adapter("demo", tmp_path_factory.mktemp("adapter") / "demo", alpha=8.0, size=0.02)
 
 
 def test_is_a_small_genuine_pixart_sigma_in_the_standard_layout() -> None:
-    pipeline = PixArtSigmaPipeline.from_pretrained(str(places.DEMO_FOLDER))
+    pipeline = PixArtSigmaPipeline.from_pretrained(str(DEMO_FOLDER))
     assert isinstance(pipeline.transformer, PixArtTransformer2DModel)
     assert isinstance(pipeline.vae, AutoencoderKL) and isinstance(pipeline.text_encoder, T5EncoderModel)
     config = pipeline.transformer.config
     assert (config.out_channels, config.sample_size, config.interpolation_scale) == (8, 32, 0.5)
     assert config.use_additional_conditions is False
-    files = [path for path in places.DEMO_FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in DEMO_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 30e6
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".model"}
 
 
 def test_a_plain_stock_call_runs() -> None:
-    pipeline = PixArtSigmaPipeline.from_pretrained(str(places.DEMO_FOLDER))
+    pipeline = PixArtSigmaPipeline.from_pretrained(str(DEMO_FOLDER))
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("red apple", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert image.size == (256, 256)
@@ -72,7 +73,7 @@ def test_stock_pipeline_with_the_merged_adapter_draws_the_same(adapter: Path, gu
         shape=(4, 32, 32),
     )
     merge(ours.transformer)
-    stock = PixArtSigmaPipeline.from_pretrained(str(places.DEMO_FOLDER), transformer=ours.transformer)
+    stock = PixArtSigmaPipeline.from_pretrained(str(DEMO_FOLDER), transformer=ours.transformer)
     config = {"timestep_spacing": "trailing", "clip_sample": False, "beta_schedule": "linear"}
     stock.scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, **config)
     stock.set_progress_bar_config(disable=True)

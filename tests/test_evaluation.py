@@ -11,6 +11,7 @@ from torch import nn
 
 from pixart_ft import models
 from pixart_ft.attention import use_plain_attention
+from pixart_ft.base import Base
 from pixart_ft.diffusion.likelihood import Bound, variational_bound
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.evaluation import (
@@ -30,7 +31,7 @@ OBJECTIVE = Objective(NoiseSchedule.linear(), "epsilon", "hybrid", 2.0)
 
 @pytest.fixture(scope="module")
 def transformer(tiny: Path) -> PixArtTransformer2DModel:
-    return models.load_transformer(str(tiny), dtype=torch.float32)
+    return models.load_transformer(Base.read(tiny), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,10 @@ def test_pictures_and_timesteps_meet_noise_of_their_own(
 @torch.no_grad()
 def test_bound_is_that_of_each_picture_by_itself_without_dropout(tiny: Path, held_out: HeldOutSet) -> None:
     """Every picture with its own noise and no text but its own, by diffusers' transformer called as it documents."""
-    transformer, schedule = models.load_transformer(str(tiny), dtype=torch.float32), NoiseSchedule.linear().respaced(5)
+    transformer, schedule = (
+        models.load_transformer(Base.read(tiny), dtype=torch.float32),
+        NoiseSchedule.linear().respaced(5),
+    )
     for module in transformer.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
@@ -103,7 +107,7 @@ def test_bound_is_that_of_each_picture_by_itself_without_dropout(tiny: Path, hel
 
 
 def test_dropout_is_off_while_the_loss_is_measured(tiny: Path, held_out: HeldOutSet) -> None:
-    transformer = models.load_transformer(str(tiny), dtype=torch.float32)
+    transformer = models.load_transformer(Base.read(tiny), dtype=torch.float32)
     expected = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
     for module in transformer.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -171,7 +175,7 @@ def test_timesteps_reach_the_network_as_integers(transformer: PixArtTransformer2
 
 
 def test_plain_attention_changes_nothing_beyond_rounding(tiny: Path, held_out: HeldOutSet) -> None:
-    other = models.load_transformer(str(tiny), dtype=torch.float32)
+    other = models.load_transformer(Base.read(tiny), dtype=torch.float32)
     expected = held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"]
     use_plain_attention(other)
     assert torch.allclose(held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"], expected, rtol=1e-5)

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor, nn
 
+from pixart_ft.base import Base
 from pixart_ft.data.captions import drop_captions, pad_text
 from pixart_ft.models import load_transformer
 from pixart_ft.sampling import _guide
@@ -20,7 +21,7 @@ from tests.sampling_by_hand import NULL, WithVariance, ready, sample, seen, text
 
 @pytest.fixture(scope="module")
 def network(tiny: Path) -> nn.Module:
-    network: nn.Module = load_transformer(str(tiny), dtype=torch.float32)
+    network: nn.Module = load_transformer(Base.read(tiny), dtype=torch.float32)
     return network
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from diffusers import PixArtSigmaPipeline
 
-from pixart_ft import models, places
+from pixart_ft import base_place, models
+from pixart_ft.base import Base
+from pixart_ft.base_place import resolve_base
 from pixart_ft.errors import UserError
 from pixart_ft.vae import LatentScale
 from tests.tiny import build_tiny_pipeline
@@ -30,18 +32,18 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_loads_what_the_stock_pipeline_loads_frozen_and_in_the_dtype_asked_for(tiny: Path) -> None:
     stock = PixArtSigmaPipeline.from_pretrained(str(tiny))
-    transformer = models.load_transformer(str(tiny), dtype=torch.bfloat16)
-    vae = models.load_vae(str(tiny), dtype=torch.float32)
-    tokenizer, encoder = models.load_text_encoder(str(tiny), dtype=torch.float32)
+    transformer = models.load_transformer(Base.read(tiny), dtype=torch.bfloat16)
+    vae = models.load_vae(Base.read(tiny), dtype=torch.float32)
+    tokenizer, encoder = models.load_text_encoder(Base.read(tiny), dtype=torch.float32)
     for ours, theirs in ((transformer, stock.transformer), (vae, stock.vae), (encoder, stock.text_encoder)):
         assert not ours.training and not any(p.requires_grad for p in ours.parameters())
         for name, parameter in ours.named_parameters():
             torch.testing.assert_close(parameter, theirs.get_parameter(name).to(parameter.dtype), rtol=0, atol=0)
     assert {p.dtype for p in transformer.parameters()} == {torch.bfloat16}
     assert tokenizer("SKS a red dog").input_ids == stock.tokenizer("SKS a red dog").input_ids
-    schedule, prediction_type = models.load_schedule(str(tiny))
-    assert prediction_type == "epsilon"
-    torch.testing.assert_close(schedule.alpha_bar.float(), stock.scheduler.alphas_cumprod, rtol=1e-5, atol=0)
+    base = Base.read(tiny)
+    assert base.prediction_type == "epsilon"
+    torch.testing.assert_close(base.schedule.alpha_bar.float(), stock.scheduler.alphas_cumprod, rtol=1e-5, atol=0)
 
 
 def test_loading_makes_no_noise_and_leaves_the_libraries_settings(
@@ -56,31 +58,31 @@ def test_loading_makes_no_noise_and_leaves_the_libraries_settings(
     before = settings()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        models.load_transformer(str(tiny), dtype=torch.float32)
-        models.load_text_encoder(str(tiny), dtype=torch.float32)
+        models.load_transformer(Base.read(tiny), dtype=torch.float32)
+        models.load_text_encoder(Base.read(tiny), dtype=torch.float32)
     assert capfd.readouterr() == ("", "")
     assert settings() == before
 
 
 def test_base_names(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert places.resolve_base(str(tiny)) == str(tiny)
-    assert places.resolve_base("PixArt-alpha/PixArt-Sigma-XL-2-512-MS") == "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
-    monkeypatch.setattr(places, "DEMO_FOLDER", tiny)
-    assert places.resolve_base("demo") == str(tiny)
-    monkeypatch.setattr(places, "DEMO_FOLDER", tmp_path / "absent")
+    assert resolve_base(str(tiny)) == str(tiny)
+    assert resolve_base("PixArt-alpha/PixArt-Sigma-XL-2-512-MS") == "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
+    monkeypatch.setattr(base_place, "DEMO_FOLDER", tiny)
+    assert resolve_base("demo") == str(tiny)
+    monkeypatch.setattr(base_place, "DEMO_FOLDER", tmp_path / "absent")
     with pytest.raises(UserError, match=r"lacks the demo \(.*absent\); reinstall"):
-        places.resolve_base("demo")
+        resolve_base("demo")
     for name in ("nowhere", "./no/where", "/no/where", "a/b/c", ""):
         with pytest.raises(UserError, match=r"model\.base: .*set model.base to \"demo\", a folder"):
-            places.resolve_base(name)
+            resolve_base(name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty has no model_index\.json"):
-        places.resolve_base(str(tmp_path / "empty"))
+        resolve_base(str(tmp_path / "empty"))
 
 
 def test_a_hub_base_that_is_not_here_gives_one_message_offline() -> None:
     with pytest.raises(UserError, match=r"cannot load model_index\.json of someone/some-model; check the name and the"):
-        models.load_transformer("someone/some-model", dtype=torch.float32)
+        models.load_transformer(Base.read("someone/some-model"), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +113,10 @@ def test_a_hub_base_that_is_not_here_gives_one_message_offline() -> None:
 def test_transformer_configurations(base: Path, changes: dict[str, Any], message: str | None) -> None:
     edit(base / "transformer" / "config.json", **changes)
     if message is None:
-        models.check_base(str(base))
+        Base.read(base)
     else:
         with pytest.raises(UserError, match=message):
-            models.load_transformer(str(base), dtype=torch.float32)
+            models.load_transformer(Base.read(base), dtype=torch.float32)
 
 
 def test_all_faults_of_a_base_come_in_one_report(base: Path) -> None:
@@ -125,55 +127,55 @@ def test_all_faults_of_a_base_come_in_one_report(base: Path) -> None:
         caption_channels=4096,
     )
     with pytest.raises(UserError) as caught:
-        models.check_base(str(base))
+        Base.read(base)
     assert [line[:8] for line in str(caught.value).splitlines()[1:]] == ["  - use_", "  - inte", "  - the "]
 
 
 def test_other_pipelines_and_incomplete_folders_are_refused(base: Path) -> None:
     edit(base / "model_index.json", _class_name="PixArtAlphaPipeline")
     with pytest.raises(UserError, match="it is PixArt-alpha"):
-        models.load_transformer(str(base), dtype=torch.float32)
+        models.load_transformer(Base.read(base), dtype=torch.float32)
     edit(base / "model_index.json", _class_name="FluxPipeline")
     with pytest.raises(UserError, match="says FluxPipeline, not PixArtSigmaPipeline"):
-        models.load_transformer(str(base), dtype=torch.float32)
+        models.load_transformer(Base.read(base), dtype=torch.float32)
     edit(base / "model_index.json", _class_name="PixArtSigmaPipeline")
     shutil.rmtree(base / "vae")
     with pytest.raises(UserError, match=r"vae/config\.json is missing \(the folder holds model_index.json, sched"):
-        models.load_vae(str(base), dtype=torch.float32)
+        models.load_vae(Base.read(base), dtype=torch.float32)
 
 
 def test_missing_unknown_and_truncated_weights_are_refused(base: Path) -> None:
     edit(base / "transformer" / "config.json", num_layers=3)
     with pytest.raises(UserError, match=r"\d+ weights missing, such as transformer_blocks\.2\."):
-        models.load_transformer(str(base), dtype=torch.float32)
+        models.load_transformer(Base.read(base), dtype=torch.float32)
     edit(base / "transformer" / "config.json", num_layers=1)
     with pytest.raises(UserError, match=r"\d+ unknown weights, such as transformer_blocks\.1\."):
-        models.load_transformer(str(base), dtype=torch.float32)
+        models.load_transformer(Base.read(base), dtype=torch.float32)
     edit(base / "text_encoder" / "config.json", num_layers=3)
     with pytest.raises(UserError, match=r"weights missing, such as encoder\.block\.2\."):
-        models.load_text_encoder(str(base), dtype=torch.float32)
+        models.load_text_encoder(Base.read(base), dtype=torch.float32)
     file = base / "vae" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"cannot load vae of .*copy or download the model again"):
-        models.load_vae(str(base), dtype=torch.float32)
+        models.load_vae(Base.read(base), dtype=torch.float32)
 
 
 def test_schedule_of_another_kind_is_refused_by_name(base: Path) -> None:
     edit(base / "scheduler" / "scheduler_config.json", beta_schedule="sigmoid")
     with pytest.raises(UserError, match=r"scheduler_config\.json: .*sigmoid"):
-        models.load_schedule(str(base))
+        Base.read(base)
     edit(base / "scheduler" / "scheduler_config.json", beta_schedule="linear", prediction_type="flow")
     with pytest.raises(UserError, match="unknown prediction_type 'flow'"):
-        models.load_schedule(str(base))
+        Base.read(base)
 
 
 def test_facts_read_without_weights(base: Path) -> None:
-    assert models.size_unit(str(base)) == 16
-    assert models.vae_factor(models.load_vae(str(base), dtype=torch.float32)) == 8
-    assert models.latent_scale(str(base)) == LatentScale(0.13025, 0.0)
-    assert models.schedule_config(str(base))["beta_end"] == 0.02
+    assert Base.read(base).size_unit == 16
+    assert (Base.read(base).vae_factor, Base.read(base).native_size) == (8, 64)
+    assert Base.read(base).latent_scale == LatentScale(0.13025, 0.0)
+    assert Base.read(base).schedule_config["beta_end"] == 0.02
     edit(base / "vae" / "config.json", shift_factor=0.5)
-    assert models.latent_scale(str(base)) == LatentScale(0.13025, 0.5)
+    assert Base.read(base).latent_scale == LatentScale(0.13025, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -189,27 +191,27 @@ def test_facts_read_without_weights(base: Path) -> None:
 def test_a_vae_that_does_not_say_how_its_latents_are_scaled_is_refused(base: Path, vae: Any, message: str) -> None:
     edit(base / "vae" / "config.json", **vae)
     with pytest.raises(UserError, match=message):
-        models.check_base(str(base))
+        Base.read(base)
 
 
 def test_float16_where_it_is_safe(base: Path) -> None:
     with pytest.raises(UserError, match="float16 arithmetic use float32 weights under autocast"):
-        models.load_transformer(str(base), dtype=torch.float16)
+        models.load_transformer(Base.read(base), dtype=torch.float16)
     with pytest.warns(UserWarning, match="overflows in float16"):
-        assert models.load_vae(str(base), dtype=torch.float16).dtype == torch.float32
+        assert models.load_vae(Base.read(base), dtype=torch.float16).dtype == torch.float32
     edit(base / "vae" / "config.json", force_upcast=False)
-    assert models.load_vae(str(base), dtype=torch.float16).dtype == torch.float16
+    assert models.load_vae(Base.read(base), dtype=torch.float16).dtype == torch.float16
 
 
 def test_t5_whose_wo_overflows_float16_encodes_like_float32(base: Path) -> None:
     # The hidden activations of the feed-forward layers exceed 65504 here; only `wo` in float32 survives that.
-    _, encoder = models.load_text_encoder(str(base), dtype=torch.float32)
+    _, encoder = models.load_text_encoder(Base.read(base), dtype=torch.float32)
     with torch.no_grad():
         for block in encoder.encoder.block:
             block.layer[1].DenseReluDense.wo.weight.mul_(3e5)
             block.layer[1].DenseReluDense.wi_1.weight.mul_(10)
     encoder.save_pretrained(str(base / "text_encoder"))
-    _, half = models.load_text_encoder(str(base), dtype=torch.float16)
+    _, half = models.load_text_encoder(Base.read(base), dtype=torch.float16)
     ids, mask = torch.tensor([[98, 104, 112, 1]]), torch.ones(1, 4, dtype=torch.int64)
     with torch.no_grad():
         expected = encoder(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -224,7 +226,7 @@ def test_t5_whose_wo_overflows_float16_encodes_like_float32(base: Path) -> None:
 
 
 def test_decoder_only_decodes_the_same_without_the_encoder(tiny: Path) -> None:
-    vae = models.load_vae(str(tiny), dtype=torch.float32)
+    vae = models.load_vae(Base.read(tiny), dtype=torch.float32)
     count = sum(p.numel() for p in vae.parameters())
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = vae.decode(latents).sample
@@ -235,25 +237,25 @@ def test_decoder_only_decodes_the_same_without_the_encoder(tiny: Path) -> None:
 
 
 def test_fingerprint_names_the_weights_and_not_the_dtype_or_the_place(base: Path, tmp_path: Path) -> None:
-    transformer = models.load_transformer(str(base), dtype=torch.float32)
+    transformer = models.load_transformer(Base.read(base), dtype=torch.float32)
     print_of_base = models.fingerprint(transformer)
     assert len(print_of_base) == 16 and int(print_of_base, 16) >= 0
-    assert models.fingerprint(models.load_transformer(str(base), dtype=torch.bfloat16)) == print_of_base
+    assert models.fingerprint(models.load_transformer(Base.read(base), dtype=torch.bfloat16)) == print_of_base
     edit(base / "transformer" / "config.json", _name_or_path="elsewhere", _diffusers_version="0.1.0")
-    assert models.fingerprint(models.load_transformer(str(base), dtype=torch.float32)) == print_of_base
+    assert models.fingerprint(models.load_transformer(Base.read(base), dtype=torch.float32)) == print_of_base
     other = build_tiny_pipeline(tmp_path / "other", seed=1)
-    assert models.fingerprint(models.load_transformer(str(other), dtype=torch.float32)) != print_of_base
+    assert models.fingerprint(models.load_transformer(Base.read(other), dtype=torch.float32)) != print_of_base
     with torch.no_grad():
         transformer.transformer_blocks[1].attn2.to_k.bias.add_(0.01)
     assert models.fingerprint(transformer) != print_of_base
     edit(base / "transformer" / "config.json", interpolation_scale=1)
-    assert models.fingerprint(models.load_transformer(str(base), dtype=torch.float32)) != print_of_base
+    assert models.fingerprint(models.load_transformer(Base.read(base), dtype=torch.float32)) != print_of_base
 
 
 def test_variance_of_a_stock_base(tiny: Path, tmp_path: Path) -> None:
-    assert models.variance_of(models.load_transformer(str(tiny), dtype=torch.float32)) == "trained"
+    assert Base.read(tiny).variance == "trained"
     four = build_tiny_pipeline(tmp_path / "four", out_channels=4)
-    assert models.variance_of(models.load_transformer(str(four), dtype=torch.float32)) == "none"
+    assert Base.read(four).variance == "none"
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -263,12 +265,12 @@ def test_a_base_saved_as_a_variant_is_the_same_base(tiny: Path, tmp_path: Path, 
     PixArtSigmaPipeline.from_pretrained(str(tiny)).save_pretrained(str(folder), variant="fp16", **more)
     names = [path.name for path in folder.rglob("*.safetensors")]
     assert all("fp16" in name for name in names) and (len(names) > 6) == sharded
-    models.check_base(str(folder))
+    Base.read(folder)
     pairs = [
         (
-            models.load_transformer(str(place), dtype=torch.float32),
-            models.load_vae(str(place), dtype=torch.float32),
-            models.load_text_encoder(str(place), dtype=torch.float32)[1],
+            models.load_transformer(Base.read(place), dtype=torch.float32),
+            models.load_vae(Base.read(place), dtype=torch.float32),
+            models.load_text_encoder(Base.read(place), dtype=torch.float32)[1],
         )
         for place in (folder, tiny)
     ]
@@ -279,12 +281,12 @@ def test_a_base_saved_as_a_variant_is_the_same_base(tiny: Path, tmp_path: Path, 
 def test_two_variants_are_refused_and_a_plain_file_is_taken_first(base: Path) -> None:
     plain = base / "vae" / "diffusion_pytorch_model.safetensors"
     shutil.copy(plain, plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    models.load_vae(str(base), dtype=torch.float32)
+    models.load_vae(Base.read(base), dtype=torch.float32)
     plain.rename(plain.with_name("diffusion_pytorch_model.bf16.safetensors"))
     with pytest.raises(UserError, match="vae holds its weights as bf16, fp16, none of them plain; keep one"):
-        models.load_vae(str(base), dtype=torch.float32)
+        models.load_vae(Base.read(base), dtype=torch.float32)
 
 
 def test_a_revision_of_a_folder_is_refused(base: Path) -> None:
     with pytest.raises(UserError, match=r"model\.revision 'v1' chooses among the versions of a Hub model, and .* is a"):
-        models.check_base(str(base), revision="v1")
+        Base.read(base, revision="v1")

@@ -11,6 +11,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
 from pixart_ft import models
+from pixart_ft.base import Base
 from pixart_ft.data.captions import pad_text
 from pixart_ft.diffusion.names import LossSpace, ObjectiveKind, SuForm, Weighting
 from pixart_ft.diffusion.objectives import simple_term, su_term, variance_alone, vlb_term
@@ -24,7 +25,7 @@ T = torch.tensor([0, 100, 700, 999])
 
 @pytest.fixture(scope="module")
 def transformer(tiny: Path) -> PixArtTransformer2DModel:
-    return models.load_transformer(str(tiny), dtype=torch.float32)
+    return models.load_transformer(Base.read(tiny), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_weights_multiply_the_simple_term_alone(
 def test_a_weighted_prediction_has_one_loss_in_every_space(
     tiny: Path, given: dict[str, Tensor], weighting: Any
 ) -> None:
-    transformer = models.load_transformer(str(tiny), dtype=torch.float32).double()
+    transformer = models.load_transformer(Base.read(tiny), dtype=torch.float32).double()
     exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
     found = {
         space: terms(Objective(LINEAR, "epsilon", "simple", space=space, weighting=weighting), transformer, exact)
@@ -191,7 +192,7 @@ def test_under_autocast_the_network_alone_is_in_half_precision(
     tiny: Path, given: dict[str, Tensor], kind: Any, dtype: torch.dtype
 ) -> None:
     """On a float32 and on a bfloat16 base the terms are float32, those of the network's output made float32."""
-    transformer = models.load_transformer(str(tiny), dtype=dtype)
+    transformer = models.load_transformer(Base.read(tiny), dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         found = terms(Objective(LINEAR, "epsilon", kind), transformer, given)
         _, output, noised = by_hand(LINEAR, T, transformer, given)

@@ -23,7 +23,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from pixart_ft import models
+from pixart_ft.base import Base
 from pixart_ft.errors import UserError
 from pixart_ft.pipeline import PixArtPipeline
 from pixart_ft.schedulers import SCHEDULERS, EDMScheduler, IDDPMScheduler, RespacedDDIMScheduler
@@ -409,7 +409,7 @@ def test_a_saved_pipeline_opens_as_a_stock_one_and_in_ours_as_it_was(stock: Any,
     )
     assert [loaded.scheduler.config[key] for key in more] == list(more.values())
     assert torch.equal(latents(loaded), latents(pipeline))
-    assert models.load_schedule(str(tmp_path))[0].num_steps == 1000  # a base like any other
+    assert Base.read(tmp_path).schedule.num_steps == 1000  # a base like any other
 
 
 def test_what_was_saved_over_a_pipeline_counts(stock: Any, tmp_path: Path) -> None:

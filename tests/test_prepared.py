@@ -19,6 +19,7 @@ from pixart_ft import prepared as module
 from pixart_ft.adapter_files import DEFAULT_TARGETS, LoraSettings
 from pixart_ft.adapters import attach, merge
 from pixart_ft.attention import use_plain_attention
+from pixart_ft.base import Base
 from pixart_ft.data.captions import pad_text
 from pixart_ft.denoiser import denoise
 from pixart_ft.models import load_transformer
@@ -99,18 +100,18 @@ def with_lora(transformer: PixArtTransformer2DModel) -> None:
 
 @pytest.mark.parametrize("size", [NATIVE, (12, 16)])
 def test_output_is_the_plain_networks_to_the_bit(tiny: Path, precision: Precision, size: tuple[int, int]) -> None:
-    transformer = load_transformer(str(tiny), dtype=torch.float32).to(precision.weights)  # its positions too
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32).to(precision.weights)  # its positions too
     check_same(transformer, precision, size)
 
 
 @pytest.mark.parametrize("size", SIZES[2:])
 def test_other_sizes(tiny: Path, size: tuple[int, int]) -> None:
-    check_same(load_transformer(str(tiny), dtype=torch.float32), PRECISIONS["float32"], size)
+    check_same(load_transformer(Base.read(tiny), dtype=torch.float32), PRECISIONS["float32"], size)
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_with_a_lora(tiny: Path, precision: Precision, merged: bool) -> None:
-    transformer = load_transformer(str(tiny), dtype=precision.weights)
+    transformer = load_transformer(Base.read(tiny), dtype=precision.weights)
     call, plain = calls(NATIVE)[0], plainly(transformer, *texts())
     with torch.no_grad():
         base = plain(*call)
@@ -122,7 +123,7 @@ def test_with_a_lora(tiny: Path, precision: Precision, merged: bool) -> None:
 
 
 def test_with_the_processors_of_training(tiny: Path, precision: Precision) -> None:
-    transformer = load_transformer(str(tiny), dtype=precision.weights)
+    transformer = load_transformer(Base.read(tiny), dtype=precision.weights)
     use_plain_attention(transformer)
     check_same(transformer, precision, NATIVE)
 
@@ -146,7 +147,7 @@ def test_network_without_a_caption_projection() -> None:
 
 
 def test_the_next_texts_are_not_the_last_ones(tiny: Path) -> None:
-    transformer = load_transformer(str(tiny), dtype=torch.float32)
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
     call = calls(NATIVE)[0]
     outputs = []
     with torch.no_grad():
@@ -179,7 +180,7 @@ def run_counts(transformer: PixArtTransformer2DModel, run: Callable[[], object])
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_text_layers_run_once_for_each_number_of_rows(tiny: Path, lora: bool) -> None:
-    transformer = load_transformer(str(tiny), dtype=torch.float32)
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
     if lora:
         with_lora(transformer)
     embeds, mask = texts()
@@ -200,7 +201,7 @@ def test_text_layers_run_once_for_each_number_of_rows(tiny: Path, lora: bool) ->
 
 @pytest.mark.parametrize("size", SIZES)
 def test_positions_are_computed_once(tiny: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
-    transformer = load_transformer(str(tiny), dtype=torch.float32)
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
     computed: list[object] = []
     compute = embeddings.get_2d_sincos_pos_embed
 
@@ -259,7 +260,7 @@ class Parts(NamedTuple):
 @pytest.mark.parametrize("fault", [None, "between", "in the network"])
 @pytest.mark.parametrize("size", [NATIVE, (12, 16)])
 def test_transformer_is_as_it_was(tiny: Path, size: tuple[int, int], fault: str | None) -> None:
-    transformer = load_transformer(str(tiny), dtype=torch.float32)
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
     if size == NATIVE:  # with processors of its own, or diffusers'
         use_plain_attention(transformer)
     embeds, mask = texts()
@@ -307,7 +308,7 @@ class Wrapped(nn.Module):
 
 @pytest.mark.parametrize("size", [NATIVE, (12, 16)])
 def test_any_other_module_is_called_plainly(tiny: Path, size: tuple[int, int]) -> None:
-    transformer = load_transformer(str(tiny), dtype=torch.float32)
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
     wrapped, before = Wrapped(transformer), Parts.of(transformer)
     embeds, mask = texts()
     arguments = calls(size)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pixart_ft.base import Base
 from pixart_ft.data.captions import pad_text
 from pixart_ft.denoiser import denoise
 from pixart_ft.models import load_transformer
@@ -28,7 +29,7 @@ MOVED = 1e-4  # far above float32's own errors, far below what would bend the ne
 
 @pytest.fixture(scope="module")
 def network(tiny: Path) -> nn.Module:
-    network: nn.Module = load_transformer(str(tiny), dtype=torch.float32)
+    network: nn.Module = load_transformer(Base.read(tiny), dtype=torch.float32)
     return network
 
 
@@ -66,7 +67,7 @@ def test_no_sampler_makes_more_of_an_error_than_the_bound_allows(network: nn.Mod
 
 
 def test_a_call_in_float32_is_within_half_its_bound(network: nn.Module, tiny: Path) -> None:
-    exact = load_transformer(str(tiny), dtype=torch.float32).double()
+    exact = load_transformer(Base.read(tiny), dtype=torch.float32).double()
     x, times = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(8) * 142
     embeds, mask = pad_text(texts(range(1, 9)))
     with torch.no_grad():

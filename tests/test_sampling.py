@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from pixart_ft.base import Base
 from pixart_ft.data.captions import pad_text
 from pixart_ft.models import load_transformer
 from pixart_ft.samplers import SAMPLERS
@@ -38,13 +39,13 @@ USES = [(name, option) for name, facts in SAMPLERS.items() for option in facts.s
 
 @pytest.fixture(scope="module")
 def network(tiny: Path) -> nn.Module:
-    network: nn.Module = load_transformer(str(tiny), dtype=torch.float32)
+    network: nn.Module = load_transformer(Base.read(tiny), dtype=torch.float32)
     return network
 
 
 @pytest.fixture(scope="module")
 def exact(tiny: Path) -> nn.Module:
-    return load_transformer(str(tiny), dtype=torch.float32).double()
+    return load_transformer(Base.read(tiny), dtype=torch.float32).double()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 
-from pixart_ft import models
+from pixart_ft.base import Base
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.scheduler_config import process_of
@@ -74,15 +74,15 @@ def test_a_base_with_another_familys_scheduler_is_refused(base: Path) -> None:
     path = base / "scheduler" / "scheduler_config.json"
     path.write_text(diffusers.EDMEulerScheduler().to_json_string())
     with pytest.raises(UserError, match=r"scheduler_config\.json: a scheduler of class EDMEulerScheduler says no beta"):
-        models.load_schedule(str(base))
+        Base.read(base)
     path.write_text(diffusers.HeunDiscreteScheduler().to_json_string())
     edit(path, beta_start=..., beta_end=...)
-    schedule, _ = models.load_schedule(str(base))
+    schedule = Base.read(base).schedule
     assert schedule.betas[0].item() == pytest.approx(0.00085) and schedule.betas[-1].item() == pytest.approx(0.012)
-    assert models.schedule_config(str(base))["beta_end"] == 0.012
+    assert Base.read(base).schedule_config["beta_end"] == 0.012
     edit(path, network_timesteps=[0.5] * 1000)
     with pytest.raises(UserError, match="network_timesteps"):
-        models.load_schedule(str(base))
+        Base.read(base)
 
 
 @pytest.mark.parametrize("kind", [list, tuple, numpy.array, torch.tensor])

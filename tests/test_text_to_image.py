@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from pixart_ft import models
 from pixart_ft.adapters import load_adapter, merge
+from pixart_ft.base import Base
 from pixart_ft.drawing import Settings
 from pixart_ft.errors import UserError
 from pixart_ft.models import load_transformer
@@ -69,7 +70,7 @@ def sampled(model: TextToImage, *args: object, **settings: object) -> Tensor:
 def test_stock_pipeline_with_the_adapter_merged_draws_the_same(
     tiny: Path, adapter: Path, adapted: TextToImage, guidance: float, negative: str
 ) -> None:
-    transformer = load_transformer(str(tiny), dtype=torch.float32)
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
     load_adapter(transformer, adapter)
     merge(transformer)
     pipeline = PixArtSigmaPipeline.from_pretrained(str(tiny), transformer=transformer)

@@ -14,6 +14,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from pixart_ft.adapter_files import AdapterMetadata
+from pixart_ft.base import Base
 from pixart_ft.config import TrainConfig, load_config
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
@@ -50,7 +51,7 @@ def configured(base: Path, validation: dict[str, Any] | None = None, **diffusion
 
 
 def built(base: Path, **diffusion: Any) -> tuple[Objective, dict[str, Any]]:
-    return build_objective(configured(base, **diffusion), str(base))
+    return build_objective(configured(base, **diffusion), Base.read(base))
 
 
 def faults(base: Path, validation: dict[str, Any] | None = None, **diffusion: Any) -> list[str]:
@@ -104,7 +105,7 @@ def test_more_sampling_steps_than_the_process_has_are_refused(base: Path) -> Non
     refusal = "validation.sampler ddim with validation.steps 4: cannot take 4 steps of a process of 3; choose 1 to 3"
     assert faults(base, {"prompts": ["a"], "steps": 4}) == [refusal]
     for allowed in ({"prompts": ["a"], "steps": 3}, {"steps": 4}):
-        assert build_objective(configured(base, allowed), str(base))[0].schedule.num_steps == 3
+        assert build_objective(configured(base, allowed), Base.read(base))[0].schedule.num_steps == 3
 
 
 @pytest.mark.parametrize("objective", ["simple", "su_noises", "vlb"])
@@ -117,9 +118,9 @@ def test_the_learned_variance_is_not_sampled_with_unless_it_is_trained(base: Pat
     drawn = {"prompts": ["a"], "sampler": "iddpm"}
     assert faults(base, drawn, objective=objective, **fixed) == [refusal]
     for allowed in ({"sampler": "iddpm"}, drawn | {"sampler": "ddpm"}):  # no prompts, no grid
-        build_objective(configured(base, allowed, objective=objective, **fixed), str(base))
+        build_objective(configured(base, allowed, objective=objective, **fixed), Base.read(base))
     for trains in ("hybrid", "vlb"):
-        build_objective(configured(base, drawn, objective=trains), str(base))
+        build_objective(configured(base, drawn, objective=trains), Base.read(base))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -130,7 +131,7 @@ def test_a_sampler_that_cannot_walk_the_schedule_is_refused_before_any_weight(ba
     mean = {"prediction_type": "posterior_mean"}
     space, with_steps = SAMPLERS[sampler].space, f"validation.sampler {sampler} with validation.steps 25"
     if space == "index":
-        build_objective(configured(base, drawn, **zero), str(base))
+        build_objective(configured(base, drawn, **zero), Base.read(base))
     else:
         assert faults(base, drawn, **zero) == [
             f"{with_steps}: sampler {sampler} divides by the signal, and this schedule has zero terminal SNR (no "
@@ -141,7 +142,7 @@ def test_a_sampler_that_cannot_walk_the_schedule_is_refused_before_any_weight(ba
             f"{with_steps}: sampler {sampler} steps between the timesteps, where a posterior mean has no meaning"
         ]
     else:
-        build_objective(configured(base, drawn, **mean), str(base))
+        build_objective(configured(base, drawn, **mean), Base.read(base))
 
 
 @pytest.mark.parametrize(

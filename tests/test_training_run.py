@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from pixart_ft import models, report, watching
 from pixart_ft.adapter_files import find_adapter, read_metadata
+from pixart_ft.base import Base
 from pixart_ft.before_after import HELD_OUT, LEARNED, before_after
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.cli import main
@@ -174,12 +175,12 @@ def test_what_a_run_leaves(options: Options, capsys: pytest.CaptureFixture[str])
 
 
 def test_the_adapter_alone_is_trained(options: Options, tiny: Path) -> None:
-    before = models.load_transformer(str(tiny), dtype=torch.float32).state_dict()
+    before = models.load_transformer(Base.read(tiny), dtype=torch.float32).state_dict()
     run = train(options)
     state = load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / "trained.safetensors")
     assert state and all(".lora_" in name for name in state)
     assert all(value.abs().max() > 0 for name, value in state.items() if ".lora_B." in name)  # B began at zero
-    after = models.load_transformer(str(tiny), dtype=torch.float32).state_dict()
+    after = models.load_transformer(Base.read(tiny), dtype=torch.float32).state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 

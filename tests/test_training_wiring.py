@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from pixart_ft import models, objective, prepared
 from pixart_ft.adapter_files import LoraSettings
 from pixart_ft.adapters import attach, load_adapter
+from pixart_ft.base import Base
 from pixart_ft.config import load_config
 from pixart_ft.data.captions import encode_captions, pad_text
 from pixart_ft.data.datasets import load_picture, read_folder
@@ -77,14 +78,14 @@ def log(run: Path, kind: str) -> list[dict]:
 
 
 def text_of(tiny: Path, captions: list[str]) -> list[torch.Tensor]:
-    tokenizer, encoder = models.load_text_encoder(str(tiny), dtype=torch.float32)
+    tokenizer, encoder = models.load_text_encoder(Base.read(tiny), dtype=torch.float32)
     return encode_captions(encoder, tokenizer, captions)
 
 
 @torch.no_grad()
 def encoded(tiny: Path, folder: Path | str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Mean and standard deviation of each picture's latents, shifted and scaled, and the captions' embeddings."""
-    rows, vae = read_folder(folder), models.load_vae(str(tiny), dtype=torch.float32)
+    rows, vae = read_folder(folder), models.load_vae(Base.read(tiny), dtype=torch.float32)
     given = vae.encode(torch.stack([load_picture(row.path, 64) for row in rows])).latent_dist
     factor = vae.config.scaling_factor
     return (given.mode() - 0.5) * factor, given.std * factor, text_of(tiny, [row.caption for row in rows])
@@ -112,7 +113,7 @@ def losses(
 def test_first_steps_by_hand(run: Path, tiny: Path, pictures: Path) -> None:
     mean, std, texts = encoded(tiny, pictures)
     null = text_of(tiny, [""])[0]
-    transformer = models.load_transformer(str(tiny), dtype=torch.float32)
+    transformer = models.load_transformer(Base.read(tiny), dtype=torch.float32)
     attach(transformer, LORA, seed=SEED)
     own = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     trained = {"base_model.model." + name.replace(".default.", "."): p for name, p in own.items()}  # as in the file
@@ -160,7 +161,7 @@ def test_held_out_loss_by_hand(run: Path, tiny: Path, options: dict[str, dict[st
         terms = losses(transformer, x0[each], eps, t.repeat(len(x0)), [texts[p] for p in each])
         return {name: value.mean().item() for name, value in terms.items()}
 
-    base, averaged, last = (models.load_transformer(str(tiny), dtype=torch.float32) for _ in range(3))
+    base, averaged, last = (models.load_transformer(Base.read(tiny), dtype=torch.float32) for _ in range(3))
     load_adapter(averaged, run)
     load_adapter(last, run, weights="raw")
     by_hand = [measured(base), measured(averaged)]

@@ -9,11 +9,12 @@ import torch
 from diffusers import AutoencoderKL, PixArtSigmaPipeline
 from torch import Tensor
 
+from pixart_ft.base import Base
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_pictures
 from pixart_ft.data.datasets import load_picture, read_folder
 from pixart_ft.draws import TrainingSet, draw_batch
 from pixart_ft.errors import UserError
-from pixart_ft.models import latent_scale, load_vae
+from pixart_ft.models import load_vae
 from pixart_ft.randomness import normal
 from pixart_ft.vae import decode_to_pictures, decode_to_pixels, encode_moments, encode_pixels
 from tests.rounding import CALL, check_same_picture, gap
@@ -23,7 +24,7 @@ from tests.toy_run import PLAN
 
 @pytest.fixture
 def vae(tiny: Path) -> AutoencoderKL:
-    return load_vae(str(tiny), dtype=torch.float32)
+    return load_vae(Base.read(tiny), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,11 @@ def pixels(count: int = 1) -> Tensor:
 
 def test_training_and_sampling_have_the_same_latents(shifted: Path, pictures: Path, tmp_path: Path) -> None:
     """A training sample, less what the posterior's noise adds to it, is what image to image starts from."""
-    vae, store, seed = load_vae(str(shifted), dtype=torch.float32), TensorStore(tmp_path), PLAN.seed
+    vae, store, seed = load_vae(Base.read(shifted), dtype=torch.float32), TensorStore(tmp_path), PLAN.seed
     row = read_folder(pictures)[0]
     keys = cache_pictures(store, [row], load_vae=lambda: vae, vae_id="vae", size=64, progress=False)
     store.add({"text": torch.zeros(1, 3)})
-    data = TrainingSet(CachedPictures(store, keys, ["text"]), latent_scale(str(shifted)), torch.zeros(1, 3))
+    data = TrainingSet(CachedPictures(store, keys, ["text"]), Base.read(shifted).latent_scale, torch.zeros(1, 3))
     x0 = draw_batch(data, [0], replace(PLAN, timestep_law="uniform"), global_batch=1, num_steps=10).x0
     picture = load_picture(row.path, 64)[None]
     with torch.no_grad():
@@ -58,7 +59,7 @@ def test_training_and_sampling_have_the_same_latents(shifted: Path, pictures: Pa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_the_vaes_own_round_trip(shifted: Path, dtype: torch.dtype) -> None:
     """The shift and scale cancel; latents stay in float32, whatever the VAE computes in."""
-    vae, picture = load_vae(str(shifted), dtype=dtype), pixels(2)
+    vae, picture = load_vae(Base.read(shifted), dtype=dtype), pixels(2)
     latents = encode_pixels(vae, picture)
     with torch.no_grad():
         there = vae.encode(picture.to(dtype)).latent_dist.mean
@@ -88,7 +89,7 @@ def test_decoding_is_the_stock_pipelines(tiny: Path, vae: AutoencoderKL) -> None
 
 def test_decoding_adds_the_shift_and_refuses_what_is_not_finite(tiny: Path, vae: AutoencoderKL) -> None:
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    shifted = load_vae(str(tiny), dtype=torch.float32)
+    shifted = load_vae(Base.read(tiny), dtype=torch.float32)
     shifted.register_to_config(shift_factor=0.5)
     expected = decode_to_pictures(vae, latents + 0.5 * 0.13025)[0]
     check_same_picture(decode_to_pictures(shifted, latents)[0], expected)

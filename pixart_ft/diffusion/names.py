@@ -17,6 +17,7 @@ ScheduleName = Literal["linear", "scaled_linear", "cosine", "su_linear"]
 TimeConditioning = Literal["index", "snr_matched"]  # what another schedule than its own tells a network
 FixedVariance = Literal["beta_tilde", "beta"]
 Variance = Literal["learned", FixedVariance]  # p's, that of x_{t-1} given x_t
+VarianceState = Literal["trained", "stale", "none"]  # of a network's learned variance: fit to use, left behind, absent
 
 # Losses.
 SuForm = Literal["su_raw", "su_noises", "su_reduced"]
