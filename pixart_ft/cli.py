@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from pixart_ft.config import TrainConfig
-from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
-from pixart_ft.files import reason_of
+from pixart_ft.files import reason_of, versions
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.key_types import expected, is_empty
 from pixart_ft.settings import Config, add_unknown, default, keys, load, shipped_configs, to_yaml

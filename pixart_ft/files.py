@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent, and one message for each thing that the system may refuse.
+"""Files and folders that are whole or absent, one message for each thing that the system may refuse, and versions.
 
 What is being written stands aside under a name that says whose it is, `.pixart_ft-HOST-PROCESS-NUMBER.part`, so that
 `sweep` can tell what a killed process left from what another one is writing.
@@ -14,10 +14,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from pixart_ft import __version__
 from pixart_ft.errors import UserError
 
 _REASONS = {
@@ -196,6 +199,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package and of the libraries that its numbers depend on."""
+    return dict(_versions())
+
+
+@cache  # every picture's recipe asks, and each answer takes milliseconds
+def _versions() -> dict[str, str]:
+    found = {"pixart_ft": __version__}
+    for name in ("torch", "diffusers", "transformers", "accelerate", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a vendored build without metadata
+            found[name] = "unknown"
+    return found
 
 
 @contextmanager

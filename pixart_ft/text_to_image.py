@@ -21,9 +21,8 @@ from pixart_ft.data.captions import pad_text
 from pixart_ft.data.datasets import load_picture, picture_pixels
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.drawing import Abilities, Settings, inversion_calls, recipe_of, scheduler_for, settled
-from pixart_ft.environment import versions
 from pixart_ft.errors import UserError
-from pixart_ft.files import sha256
+from pixart_ft.files import sha256, versions
 from pixart_ft.sampling import Guidance, invert_latents, sample_latents
 from pixart_ft.schedulers import RespacedDDIMScheduler
 from pixart_ft.text_encoder import TextEncoder

@@ -26,8 +26,7 @@ from pixart_ft.data.captions import TEXT_PREPARATION, pad_text
 from pixart_ft.diffusion.names import VarianceState
 from pixart_ft.draws import TrainingSet
 from pixart_ft.ema import Ema
-from pixart_ft.environment import versions
-from pixart_ft.files import write_text
+from pixart_ft.files import versions, write_text
 from pixart_ft.keeping import Keeper
 from pixart_ft.objective import Objective
 from pixart_ft.pictures import Sample

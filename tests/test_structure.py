@@ -20,7 +20,6 @@ LEVELS = {
     "randomness": 0,
     "yaml_text": 0,
     "files": 1,
-    "environment": 0,
     "shell": 0,
     "key_types": 1,
     "samplers": 0,
