@@ -6,38 +6,82 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pixart_ft.diffusion.names import PredictionType
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.diffusion.sigmas import eps_at_sigma, index_to_timestep, sigma_to_index, signal_and_noise
 
-def solve_flow(
-    eps: Callable[[Tensor, float], Tensor],
-    y: Tensor,
-    sigma: float,
-    next_sigma: float,
+# (x (N, C, H, W) of unit variance, what the time embedding receives (N,)) -> output (N, C or 2C, H, W)
+Network = Callable[[Tensor, Tensor], Tensor]
+Eps = Callable[[Tensor, float], Tensor]  # (y = x0 + sigma eps (N, C, H, W), sigma) -> eps
+
+
+def eps_of(schedule: NoiseSchedule, network: Network, prediction_type: PredictionType) -> Eps:
+    """What a network says is noise at y = x0 + sigma eps, at any sigma of the schedule, between its levels too.
+
+    It receives y / sqrt(1 + sigma^2) and a fractional timestep in float32. Raises ValueError when called if the
+    network predicts the posterior's mean, which has no meaning between two steps.
+    """
+
+    def eps(y: Tensor, sigma: float) -> Tensor:
+        index = sigma_to_index(schedule, torch.tensor([sigma], dtype=torch.float64))
+        timestep = index_to_timestep(schedule, index).to(torch.float32).to(y.device)
+        x = y * signal_and_noise(sigma)[0]
+        return eps_at_sigma(network(x, timestep.expand(len(y))), x, sigma, prediction_type)
+
+    return eps
+
+
+def drift(eps: Eps, y: Tensor, log_sigma: float) -> Tensor:
+    """dy / d(log sigma) = sigma eps(y, sigma): Song et al. 2021b, sec. 4.3, in Karras et al.'s variables.
+
+    Raises ValueError when it is not finite: an integrator would go on to a sigma of NaN.
+    """
+    sigma = math.exp(log_sigma)
+    moved = sigma * eps(y, sigma)
+    if not bool(moved.isfinite().all()):
+        raise ValueError(f"the network's output is not finite at sigma {sigma:g}")
+    return moved
+
+
+def integrate(
+    change: Callable[[float, Tensor], Tensor],
+    start: Tensor,
+    span: tuple[float, float],
     *,
     rtol: float,
     atol: float,
-    method: str = "RK45",
+    method: str,
 ) -> tuple[Tensor, int]:
-    """y at next_sigma, and the number of calls of `eps`, along dy / d(log sigma) = sigma eps(y, sigma).
+    """The state (M,) at the end of a span of log sigma, float64 on the CPU, and the calls of `change`, its derivative.
 
-    Song et al. 2021b, sec. 4.3, in Karras et al.'s variables, y = x_t / sqrt(alpha_bar) (N, C, H, W) in its own dtype;
-    the integrator (scipy's `solve_ivp`: rtol, atol, method) works in float64 and takes the same steps for all of y.
-    Raises ValueError when it fails or `eps` is not finite.
+    By scipy's `solve_ivp`, which works in float64 and takes the same steps for all of it. ValueError when it fails.
     """
     from scipy.integrate import solve_ivp  # type: ignore[import-untyped]
 
-    def drift(log_sigma: float, state: object) -> object:
-        level = math.exp(log_sigma)
-        moved = level * eps(torch.as_tensor(state).view(y.shape).to(y), level)
-        if not bool(moved.isfinite().all()):  # else the integrator goes on to a sigma of NaN
-            raise ValueError(f"the network's output is not finite at sigma {level:g}")
-        return moved.flatten().to("cpu", torch.float64).numpy()
+    def derivative(log_sigma: float, state: object) -> object:
+        return change(log_sigma, torch.as_tensor(state)).detach().to("cpu", torch.float64).numpy()
 
-    span = (math.log(sigma), math.log(next_sigma))
-    start = y.flatten().to("cpu", torch.float64).numpy()
-    solution = solve_ivp(drift, span, start, method=method, rtol=rtol, atol=atol, t_eval=span[1:])
+    first = start.to("cpu", torch.float64).numpy()
+    solution = solve_ivp(derivative, span, first, method=method, rtol=rtol, atol=atol, t_eval=span[1:])
     if not solution.success:
         raise ValueError(f"the probability-flow ODE was not solved: {solution.message}")
-    return torch.from_numpy(solution.y[:, -1].copy()).view(y.shape).to(y), int(solution.nfev)
+    return torch.from_numpy(solution.y[:, -1].copy()), int(solution.nfev)
+
+
+def solve_flow(
+    eps: Eps, y: Tensor, sigma: float, next_sigma: float, *, rtol: float, atol: float, method: str = "RK45"
+) -> tuple[Tensor, int]:
+    """y (N, C, H, W) at next_sigma, in its own dtype, and the number of calls of `eps`, along the flow.
+
+    Raises ValueError as `drift` and `integrate` do.
+    """
+
+    def change(log_sigma: float, state: Tensor) -> Tensor:
+        return drift(eps, state.view(y.shape).to(y), log_sigma).flatten()
+
+    span = (math.log(sigma), math.log(next_sigma))
+    end, calls = integrate(change, y.flatten(), span, rtol=rtol, atol=atol, method=method)
+    return end.view(y.shape).to(y), calls
 
 
 def vp_signal(time: Tensor, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:

@@ -11,14 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pixart_ft.diffusion.flow import Network, drift, eps_of, integrate
 from pixart_ft.diffusion.names import Decoder, PredictionType, Variance
 from pixart_ft.diffusion.objectives import log_variance_of, vlb_term
 from pixart_ft.diffusion.process import Noised, network_timesteps, predict, promoted, q_posterior
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.diffusion.sigmas import eps_at_sigma, index_to_timestep, sigma_to_index
-
-# (x_t (N, C, H, W), what the time embedding receives (N,)) -> output (N, C or 2C, H, W)
-Network = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -126,40 +123,34 @@ def ode_likelihood(
     Raises ValueError at zero terminal SNR, for posterior-mean prediction, which has no meaning between two steps, and
     for a network whose output is not finite or cannot be differentiated.
     """
-    from scipy.integrate import solve_ivp  # type: ignore[import-untyped]
-
     if schedule.has_zero_snr:
         raise ValueError("the probability-flow likelihood ends at the schedule's last sigma, which is infinite here")
     x0 = promoted(x0)
     count, size = len(x0), x0[0].numel()
 
-    @torch.enable_grad()
-    def drift_and_divergence(log_sigma: float, state: object) -> object:
-        sigma = math.exp(log_sigma)
-        index = sigma_to_index(schedule, torch.tensor([sigma], dtype=torch.float64))
-        timestep = index_to_timestep(schedule, index).to(torch.float32).to(x0.device)
-        y = torch.as_tensor(state)[: count * size].view(x0.shape).to(x0).requires_grad_()
-        x = y / math.sqrt(1 + sigma**2)
-        output = network(x, timestep.expand(count))
+    def differentiable(x: Tensor, timesteps: Tensor) -> Tensor:
+        output = network(x, timesteps)
         if not output.requires_grad:
             raise ValueError("the divergence needs the network's gradient; call it without torch.no_grad")
-        drift = sigma * eps_at_sigma(output, x, sigma, prediction_type)
-        if not bool(drift.isfinite().all()):  # else the integrator goes on to a sigma of NaN
-            raise ValueError(f"the network's output is not finite at sigma {sigma:g}")
-        divergence = _trace(drift, y) if probe is None else _probed_trace(drift, y, probe.to(x0))
-        return torch.cat([drift.flatten(), divergence]).detach().to("cpu", torch.float64).numpy()
+        return output
 
-    start = torch.cat([x0.flatten(), x0.new_zeros(count)]).to("cpu", torch.float64).numpy()
+    eps = eps_of(schedule, differentiable, prediction_type)
+
+    @torch.enable_grad()
+    def change(log_sigma: float, state: Tensor) -> Tensor:
+        y = state[: count * size].view(x0.shape).to(x0).requires_grad_()
+        moved = drift(eps, y, log_sigma)
+        divergence = _trace(moved, y) if probe is None else _probed_trace(moved, y, probe.to(x0))
+        return torch.cat([moved.flatten(), divergence])
+
+    start = torch.cat([x0.flatten(), x0.new_zeros(count)])
     span = (schedule.log_sigmas[0].item(), schedule.log_sigmas[-1].item())
-    solution = solve_ivp(drift_and_divergence, span, start, method=method, rtol=rtol, atol=atol, t_eval=span[1:])
-    if not solution.success:
-        raise ValueError(f"the probability-flow ODE was not solved: {solution.message}")
-    end = torch.from_numpy(solution.y[:, -1].copy())
+    end, calls = integrate(change, start, span, rtol=rtol, atol=atol, method=method)
     log_a = 0.5 * math.log(schedule.alpha_bar[-1].item())
     latent = end[: count * size].view(x0.shape) * math.exp(log_a)
     log_prior = -0.5 * (latent**2 + math.log(2 * math.pi)).flatten(1).sum(dim=1)
     log_density = log_prior + size * log_a + end[count * size :]
-    return OdeLikelihood(log_density, -log_density / (size * math.log(2)), latent, int(solution.nfev))
+    return OdeLikelihood(log_density, -log_density / (size * math.log(2)), latent, calls)
 
 
 def _probed_trace(drift: Tensor, y: Tensor, probe: Tensor) -> Tensor:

@@ -116,42 +116,46 @@ def network_timesteps(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return (timesteps if timesteps.dtype == torch.int64 else timesteps.to(torch.float32)).to(t.device)[t]
 
 
+def x0_from(value: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, kind: PredictionType) -> Tensor:
+    """x0 from eps, v or x0 itself at x = a x0 + s eps, in any scale (for v, a^2 + s^2 = 1); else ValueError."""
+    match kind:
+        case "sample":
+            return value
+        case "v_prediction":
+            return a * x - s * value
+        case "epsilon":
+            return (x - s * value) / a
+    raise _needs_step(kind)
+
+
+def eps_from(value: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, kind: PredictionType) -> Tensor:
+    """The noise eps, likewise."""
+    match kind:
+        case "epsilon":
+            return value
+        case "v_prediction":
+            return a * value + s * x
+        case "sample":
+            return (x - a * value) / s
+    raise _needs_step(kind)
+
+
 def to_x0(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """x0 from `value`, a quantity of the given kind at x_t."""
-    value = promoted(value)
-    if kind == "sample":
-        return value
-    a, s = _signal_and_noise(schedule, t, x_t)
-    if kind == "v_prediction":
-        return a * x_t - s * value
-    if kind == "posterior_mean":
-        weight_x0, weight_xt = _posterior_weights(schedule, t, x_t)
-        return (value - weight_xt * x_t) / weight_x0
+    value, plain = _stepless(schedule, value, x_t, t, kind)
     # Only such schedules are looked into: on a GPU, reading t waits for everything queued before.
-    if schedule.has_zero_snr and bool((t == schedule.num_steps - 1).any()):
+    if plain == "epsilon" and schedule.has_zero_snr and bool((t == schedule.num_steps - 1).any()):
         raise ValueError(
             f"{kind} cannot determine x0 at t = {schedule.num_steps - 1}, where this schedule leaves "
             "no signal; use v_prediction or sample"
         )
-    return (x_t - s * to_eps(schedule, value, x_t, t, kind)) / a
+    return x0_from(value, x_t, *_signal_and_noise(schedule, t, x_t), plain)
 
 
 def to_eps(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """The accumulated noise eps from `value`, a quantity of the given kind at x_t."""
-    value = promoted(value)
-    a, s = _signal_and_noise(schedule, t, x_t)
-    match kind:
-        case "epsilon":
-            return value
-        case "score":
-            return -s * value
-        case "step_noise":
-            return value * s / at(schedule.betas.sqrt(), t, x_t)
-        case "v_prediction":
-            return a * value + s * x_t
-        case "sample" | "posterior_mean":
-            return (x_t - a * to_x0(schedule, value, x_t, t, kind)) / s
-    raise unknown(kind, "kind", Quantity)
+    value, plain = _stepless(schedule, value, x_t, t, kind)
+    return eps_from(value, x_t, *_signal_and_noise(schedule, t, x_t), plain)
 
 
 def to_v(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
@@ -256,6 +260,28 @@ def posterior_x0_weight(schedule: NoiseSchedule) -> Tensor:
 
 def _signal_and_noise(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return at(schedule.alpha_bar.sqrt(), t, like), at((1 - schedule.alpha_bar).sqrt(), t, like)
+
+
+def _stepless(
+    schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity
+) -> tuple[Tensor, PredictionType]:
+    """The same as eps, v or x0, which need no step but a level of noise alone, and which of them it is."""
+    value = promoted(value)
+    match kind:
+        case "epsilon" | "v_prediction" | "sample":
+            return value, kind
+        case "score":
+            return -_signal_and_noise(schedule, t, x_t)[1] * value, "epsilon"
+        case "step_noise":
+            return value * _signal_and_noise(schedule, t, x_t)[1] / at(schedule.betas.sqrt(), t, x_t), "epsilon"
+        case "posterior_mean":
+            weight_x0, weight_xt = _posterior_weights(schedule, t, x_t)
+            return (value - weight_xt * x_t) / weight_x0, "sample"
+    raise unknown(kind, "kind", Quantity)
+
+
+def _needs_step(kind: str) -> ValueError:
+    return ValueError(f"{kind} has no meaning between two steps; only epsilon, v_prediction and sample do")
 
 
 def _posterior_weights(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

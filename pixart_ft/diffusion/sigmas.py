@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion.names import Lookup, PredictionType, unknown
-from pixart_ft.diffusion.process import promoted, split_output
+from pixart_ft.diffusion.process import eps_from, promoted, split_output, x0_from
 from pixart_ft.diffusion.respacing import spaced_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule, interpolate
 
@@ -63,23 +63,20 @@ def index_to_timestep(schedule: NoiseSchedule, index: Tensor) -> Tensor:
     return interpolate(index.to(torch.float64), indices, schedule.timesteps.to(torch.float64))
 
 
+def signal_and_noise(sigma: float) -> tuple[float, float]:
+    """a = 1 / sqrt(1 + sigma^2) and s = sigma a: what of the unit-variance x = a x0 + s eps is which."""
+    a = (1 + sigma**2) ** -0.5
+    return a, sigma * a
+
+
 def eps_at_sigma(model_output: Tensor, x: Tensor, sigma: float, prediction_type: PredictionType) -> Tensor:
     """The noise eps that a network's output (N, C or 2C, H, W) at x says, at any sigma, on a schedule's level or not.
 
     x = (x0 + sigma eps) / sqrt(1 + sigma^2) is what the network received. Raises ValueError for posterior_mean, which
     has no meaning between two steps.
     """
-    mean_half, _ = split_output(model_output, x.shape[1])
-    value, x = promoted(mean_half), promoted(x)
-    a = (1 + sigma**2) ** -0.5
-    s = sigma * a
-    if prediction_type == "epsilon":
-        return value
-    if prediction_type == "v_prediction":
-        return a * value + s * x
-    if prediction_type == "sample":
-        return (x - a * value) / s
-    raise ValueError(f"{prediction_type} has no meaning between two steps; only epsilon, v_prediction and sample do")
+    value = promoted(split_output(model_output, x.shape[1])[0])
+    return eps_from(value, promoted(x), *signal_and_noise(sigma), prediction_type)
 
 
 def x0_at_sigma(model_output: Tensor, y: Tensor, sigma: float, prediction_type: PredictionType) -> Tensor:
@@ -87,13 +84,11 @@ def x0_at_sigma(model_output: Tensor, y: Tensor, sigma: float, prediction_type: 
 
     The network received y / sqrt(1 + sigma^2). Raises ValueError for posterior_mean, as `eps_at_sigma`.
     """
-    if prediction_type == "sample":
-        return promoted(split_output(model_output, y.shape[1])[0])
-    y = promoted(y)
-    a = (1 + sigma**2) ** -0.5
-    if prediction_type == "v_prediction":
-        return a * (a * y - sigma * promoted(split_output(model_output, y.shape[1])[0]))
-    return y - sigma * eps_at_sigma(model_output, a * y, sigma, prediction_type)
+    value, y = promoted(split_output(model_output, y.shape[1])[0]), promoted(y)
+    if prediction_type != "v_prediction":
+        return x0_from(value, y, 1, sigma, prediction_type)
+    a, s = signal_and_noise(sigma)
+    return x0_from(value, a * y, a, s, prediction_type)
 
 
 def karras_sigmas(count: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:

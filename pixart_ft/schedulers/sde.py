@@ -6,10 +6,9 @@ import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
 from torch import Tensor
 
-from pixart_ft.diffusion.flow import solve_flow
+from pixart_ft.diffusion.flow import Network, eps_of, solve_flow
 from pixart_ft.diffusion.names import CorrectorNorms, IndexSpacing, Predictor, check
 from pixart_ft.diffusion.process import to_score
-from pixart_ft.diffusion.sigmas import eps_at_sigma, index_to_timestep, sigma_to_index
 from pixart_ft.diffusion.solvers import langevin_step, langevin_step_size, pf_ode_step, sde_step
 from pixart_ft.schedulers.base import with_process
 from pixart_ft.schedulers.discrete import IndexScheduler
@@ -102,7 +101,7 @@ class ProbabilityFlowScheduler(IndexScheduler):
         score = to_score(self.process, prediction.eps, x, t, "epsilon")
         return pf_ode_step(x, score, -torch.log1p(-self.process.betas[index]).item()), prediction.x0
 
-    def solve(self, network: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> tuple[Tensor, int]:
+    def solve(self, network: Network, x: Tensor) -> tuple[Tensor, int]:
         """x0 from one x_T (1, C, H, W) of unit variance, and the network calls it took, as the tolerance wants.
 
         network: (x_t, timesteps (1,) float32) -> output. The last step, from the schedule's least noise, is the guess
@@ -111,13 +110,7 @@ class ProbabilityFlowScheduler(IndexScheduler):
         if self.tolerance is None:
             raise ValueError("solve chooses its steps by the tolerance: give one")
         assert len(x) == 1, "one picture at a time: another's error would change the steps"
-
-        def eps(y: Tensor, sigma: float) -> Tensor:
-            index = sigma_to_index(self.schedule, torch.tensor([sigma], dtype=torch.float64))
-            timestep = index_to_timestep(self.schedule, index).to(torch.float32).to(y.device)
-            scaled = y * (1 + sigma**2) ** -0.5
-            return eps_at_sigma(network(scaled, timestep), scaled, sigma, self.prediction_type)
-
+        eps = eps_of(self.schedule, network, self.prediction_type)
         first, last = self.schedule.sigmas[0].item(), self.schedule.sigmas[-1].item()
         y = x * (1 + last**2) ** 0.5
         y, calls = solve_flow(eps, y, last, first, rtol=self.tolerance, atol=self.tolerance)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.likelihood import Bound, Network, ode_likelihood, prior_bits, variational_bound
+from pixart_ft.diffusion.flow import Network
+from pixart_ft.diffusion.likelihood import Bound, ode_likelihood, prior_bits, variational_bound
 from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
