@@ -45,8 +45,8 @@ def scheduled_traj_value(golden: Golden, name: str) -> Tensor | None:
     if method is None:
         tables = {
             "timesteps": scheduler.timesteps.flip(0),
-            "respaced_betas": scheduler.process.betas,
-            "respaced_posterior_log_variance_clipped": scheduler.process.posterior_log_variance,
+            "respaced_betas": scheduler.respaced.betas,
+            "respaced_posterior_log_variance_clipped": scheduler.respaced.posterior_log_variance,
         }
         return tables.get(array)
     if method[2] == "encode":

@@ -77,7 +77,7 @@ def first_level(scheduler: PixArtScheduler) -> float:
         return scheduler.calls[scheduler.begin_index]
     assert isinstance(scheduler, IndexScheduler)
     step = scheduler.step_starts.index(scheduler.begin_index)
-    return scheduler.process.sigmas[-1 - step].item()
+    return scheduler.respaced.sigmas[-1 - step].item()
 
 
 CHURNED = [(name, {"s_churn": 2.0}) for name, facts in SAMPLERS.items() if "s_churn" in facts.settings]

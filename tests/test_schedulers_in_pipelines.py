@@ -187,7 +187,7 @@ def test_a_late_start_has_its_own_level_where_several_share_a_timestep(name: str
         scheduler = made((name, {}), 250, conditioned(SCHEDULES["cosine"], LINEAR, "snr_matched"))
     assert scheduler.timesteps[0] == scheduler.timesteps[scheduler.step_starts[1]] == 999
     x0, eps, in_y = draw(*SHAPE), draw(*SHAPE, seed=1), SAMPLERS[name].space == "sigma"
-    levels = scheduler.sigmas[:-1] if in_y else scheduler.process.sigmas.flip(0)
+    levels = scheduler.sigmas[:-1] if in_y else scheduler.respaced.sigmas.flip(0)
     for step in (0, 1, 100, 249):
         scheduler.set_begin_index(scheduler.step_starts[step])
         sigma = levels[step].item()

@@ -54,7 +54,7 @@ def variational_bound(
     variance: Variance = "learned",
     decoder: Decoder = "gaussian",
 ) -> Bound:
-    """-log2 p(x0) / d is at most `total` (Ho et al. 2020, eq. 5), one draw of x_t for each t; T network calls.
+    """-log2 p(x0) / d is at most `total` (Ho et al. 2020, eq. 5), one sample of x_t for each t; T network calls.
 
     noise(t) is eps (N, C, H, W) for index t. With a respaced schedule it is the bound of that shorter process (not for
     posterior_mean prediction: that is the mean of the step the network was trained on). Raises ValueError when

@@ -62,7 +62,7 @@ def su_term(
     """The three forms in which Su derives the loss; e is the noise of one step, e_hat the network's.
 
     su_raw      ||mu(x_t) - x_{t-1}||^2 (eqs. 1.6 and 1.8)
-    su_noises   ||e - e_hat||^2, with both noises drawn (eq. 1.10)
+    su_noises   ||e - e_hat||^2, with both noises sampled (eq. 1.10)
     su_reduced  ||eps - sqrt((1 - alpha_bar) / beta) e_hat||^2, rid of the variance of `rest` (eq. 1.14)
 
     `rest` (N, C, H, W), his w, is independent of eps, the accumulated noise in x_t: together they make the noises of
@@ -111,7 +111,7 @@ def vlb_term(
     For t > 0 it is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)); at t = 0 the decoder's -log p(x0 | x_1). The
     Gaussian decoder fits latents; the discretized ones (8-bit data in [-1, 1]) are for comparison with
     pixel-space code. variance is that of p: the network's own or a fixed one (`process.fixed_log_variance`).
-    For t uniform, T times the mean over draws is the bound without its prior term. Raises ValueError when the variance
+    For t uniform, T times its mean is the bound without its prior term. Raises ValueError when the variance
     is learned and the network has no variance channels.
     """
     t, x_t = noised.t, noised.x_t

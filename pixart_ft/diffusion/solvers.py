@@ -99,17 +99,17 @@ def ddpm_step(
     return mean + std * _required(noise, f"variance {variance!r}")
 
 
-def euler_step(y: Tensor, denoised: Tensor, sigma: float, next_sigma: float) -> Tensor:
+def euler_step(y: Tensor, x0: Tensor, sigma: float, next_sigma: float) -> Tensor:
     """y + (next_sigma - sigma) (y - x0) / sigma: one step of dy/dsigma = eps (Karras et al. 2022, eq. 3).
 
-    It is `ddim_step` with eta = 0 in these variables. To next_sigma = 0 it gives `denoised` itself, the guess of x0.
+    It is `ddim_step` with eta = 0 in these variables. To next_sigma = 0 it gives x0 itself.
     """
-    return denoised if next_sigma == 0 else y + (next_sigma - sigma) * slope(y, denoised, sigma)
+    return x0 if next_sigma == 0 else y + (next_sigma - sigma) * slope(y, x0, sigma)
 
 
-def slope(y: Tensor, denoised: Tensor, sigma: float) -> Tensor:
+def slope(y: Tensor, x0: Tensor, sigma: float) -> Tensor:
     """dy/dsigma = (y - x0) / sigma, which is the predicted eps (Karras et al. 2022, Alg. 1, line 3)."""
-    return (y - denoised) / sigma
+    return (y - x0) / sigma
 
 
 def heun_step(y: Tensor, first: Tensor, second: Tensor, sigma: float, next_sigma: float) -> Tensor:
@@ -121,37 +121,38 @@ def heun_step(y: Tensor, first: Tensor, second: Tensor, sigma: float, next_sigma
 
 
 def churned_sigma(sigma: float, steps: int, s_churn: float, s_min: float, s_max: float) -> float:
-    """The level that churn raises sigma to: (1 + gamma) sigma (Karras et al. 2022, Alg. 2, lines 4 and 5).
+    """sigma_hat, the level that churn raises sigma to: (1 + gamma) sigma (Karras et al. 2022, Alg. 2, lines 4 and 5).
 
     gamma = min(s_churn / steps, sqrt(2) - 1) where s_min <= sigma <= s_max, else 0.
     """
     return sigma * (1 + min(s_churn / steps, math.sqrt(2) - 1)) if s_min <= sigma <= s_max else sigma
 
 
-def churn(y: Tensor, sigma: float, raised: float, s_noise: float, noise: Tensor) -> Tensor:
-    """y at the raised level: y + sqrt(raised^2 - sigma^2) s_noise noise (Karras et al. 2022, Alg. 2, line 6)."""
-    return y + math.sqrt(raised**2 - sigma**2) * s_noise * noise
+def churn(y: Tensor, sigma: float, sigma_hat: float, s_noise: float, noise: Tensor) -> Tensor:
+    """y at sigma_hat: y + sqrt(sigma_hat^2 - sigma^2) s_noise noise (Karras et al. 2022, Alg. 2, line 6)."""
+    return y + math.sqrt(sigma_hat**2 - sigma**2) * s_noise * noise
 
 
 def ancestral_split(sigma: float, next_sigma: float, eta: float) -> tuple[float, float]:
-    """(down, up) with down^2 + up^2 = next_sigma^2: where the Euler step goes, and the noise that is then added.
+    """(sigma_down, sigma_up): where the Euler step goes, and the noise that is then added, back up to next_sigma.
 
-    up = min(next_sigma, eta next_sigma sqrt(1 - next_sigma^2 / sigma^2)), which is `ddim_sigma` in these variables.
+    sigma_up = min(next_sigma, eta next_sigma sqrt(1 - next_sigma^2 / sigma^2)), which is `ddim_sigma` in these
+    variables; sigma_down^2 = next_sigma^2 - sigma_up^2.
     """
-    up = min(next_sigma, eta * next_sigma * math.sqrt(max(0.0, 1 - (next_sigma / sigma) ** 2)))
-    return math.sqrt(next_sigma**2 - up**2), up
+    sigma_up = min(next_sigma, eta * next_sigma * math.sqrt(max(0.0, 1 - (next_sigma / sigma) ** 2)))
+    return math.sqrt(next_sigma**2 - sigma_up**2), sigma_up
 
 
 def euler_ancestral_step(
-    y: Tensor, denoised: Tensor, sigma: float, next_sigma: float, *, eta: float = 1.0, noise: Tensor | None = None
+    y: Tensor, x0: Tensor, sigma: float, next_sigma: float, *, eta: float = 1.0, noise: Tensor | None = None
 ) -> Tensor:
     """An Euler step below next_sigma, and noise back up to it. With eta = 1 it is DDPM with beta tilde.
 
     Raises ValueError when noise is to be added and there is none.
     """
-    down, up = ancestral_split(sigma, next_sigma, eta)
-    y = euler_step(y, denoised, sigma, down)
-    return y + up * _required(noise, f"eta {eta:g}") if up > 0 else y
+    sigma_down, sigma_up = ancestral_split(sigma, next_sigma, eta)
+    y = euler_step(y, x0, sigma, sigma_down)
+    return y + sigma_up * _required(noise, f"eta {eta:g}") if sigma_up > 0 else y
 
 
 def sde_step(predictor: Predictor, x: Tensor, score: Tensor, beta: float, noise: Tensor | None = None) -> Tensor:
@@ -177,10 +178,12 @@ def pf_ode_step(x: Tensor, score: Tensor, beta: float) -> Tensor:
     return x + 0.5 * beta * (x + score)
 
 
-def langevin_step(x: Tensor, score: Tensor, step: Tensor | float, noise: Tensor) -> Tensor:
-    """x + step score + sqrt(2 step) noise (Song et al. 2021b, Algs. 4 and 5; Song & Ermon 2019 call 2 step alpha)."""
-    root = (2 * step).sqrt() if isinstance(step, Tensor) else math.sqrt(2 * step)
-    return x + step * score + root * noise
+def langevin_step(x: Tensor, score: Tensor, step_size: Tensor | float, noise: Tensor) -> Tensor:
+    """x + step_size score + sqrt(2 step_size) noise (Song et al. 2021b, Algs. 4 and 5, where it is epsilon; in Song &
+    Ermon 2019 alpha / 2).
+    """
+    root = (2 * step_size).sqrt() if isinstance(step_size, Tensor) else math.sqrt(2 * step_size)
+    return x + step_size * score + root * noise
 
 
 def langevin_step_size(

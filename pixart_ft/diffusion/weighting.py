@@ -1,7 +1,7 @@
 """Which t a training sample is noised to, and how much its error counts. Symbols: `pixart_ft.diffusion`.
 
-The laws of t are functions of a uniform draw (and, for importance sampling, of the losses seen so far), so that
-whoever draws decides what is random. The weights are tables over the whole schedule.
+The laws of t are functions of a uniform number (and, for importance sampling, of the losses seen so far), so that
+whoever gives it decides what is random. The weights are tables over the whole schedule.
 """
 
 import math

@@ -201,21 +201,20 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
         call = self._position(timestep)
         x = promoted(sample)
 
-        def draw() -> Tensor:
+        def new_noise() -> Tensor:
             if noise is not None:
                 return noise.to(x)
             each = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
             if isinstance(each, list) and len(each) != len(x):
                 raise ValueError(f"{len(each)} generators for {len(x)} samples; give one for each, or one for all")
-            drawn: Tensor = randn_tensor(x.shape, generator=each, device=x.device, dtype=x.dtype)
-            return drawn
+            return cast(Tensor, randn_tensor(x.shape, generator=each, device=x.device, dtype=x.dtype))
 
-        previous, x0 = self._advance(call, model_output, x, draw)
+        previous, x0 = self._advance(call, model_output, x, new_noise)
         self._call = call + 1
         previous, x0 = previous.to(sample.dtype), x0.to(sample.dtype)
         return StepOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
-    def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """The next sample and the guess of x0, from the promoted sample of call number `call`."""
         raise NotImplementedError
 

@@ -20,11 +20,11 @@ from pixart_ft.schedulers.base import PixArtScheduler, with_process
 class IndexScheduler(PixArtScheduler):
     """Walks down a respaced schedule; the samples are x_t, of unit variance.
 
-    process: the respaced schedule of the steps chosen; kept: their indices in the whole one.
+    respaced: the schedule of the steps chosen; kept: their indices in the whole one.
     """
 
     spacing: IndexSpacing
-    process: NoiseSchedule
+    respaced: NoiseSchedule
     kept: list[int]
 
     def set_timesteps(
@@ -50,34 +50,34 @@ class IndexScheduler(PixArtScheduler):
                 )
         elif num_inference_steps is not None:
             self.kept = spaced_indices(self.schedule.num_steps, num_inference_steps, self.spacing)
-        self.process = self.schedule.respaced(self.kept)
+        self.respaced = self.schedule.respaced(self.kept)
         self._walk(device)
 
     def _walk(self, device: torch.device | str | None) -> None:
         """List the calls: one a step, here."""
-        self._ready(self.process.timesteps.flip(0), range(len(self.kept)), device)
+        self._ready(self.respaced.timesteps.flip(0), range(len(self.kept)), device)
 
     def _call_levels(self) -> Tensor:
-        return self.process.sigmas.flip(0)
+        return self.respaced.sigmas.flip(0)
 
     def _predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
-        """The network's output at index t (N,) of `process`."""
-        prediction = predict(self.process, output, x, t, self.prediction_type)
+        """The network's output at index t (N,) of `respaced`."""
+        prediction = predict(self.respaced, output, x, t, self.prediction_type)
         if self.prediction_type == "posterior_mean":  # that of the step it was trained on, not of the longer one here
             whole = torch.tensor(self.kept, device=t.device)[t]
             mean = output[:, : x.shape[1]]
             x0 = to_x0(self.schedule, mean, x, whole, self.prediction_type)
-            prediction = replace(prediction, x0=x0, eps=to_eps(self.process, x0, x, t, "sample"))
+            prediction = replace(prediction, x0=x0, eps=to_eps(self.respaced, x0, x, t, "sample"))
         return prediction
 
-    def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         index = len(self.kept) - 1 - call
         t = torch.full((len(x),), index, dtype=torch.int64, device=x.device)
         prediction = self._predict(output, x, t)
-        return self._down(prediction, x, t, draw if index > 0 else None), prediction.x0
+        return self._down(prediction, x, t, new_noise if index > 0 else None), prediction.x0
 
-    def _down(self, prediction: Prediction, x: Tensor, t: Tensor, draw: Callable[[], Tensor] | None) -> Tensor:
-        """x one kept step on; `draw` is None at the last, which adds no noise."""
+    def _down(self, prediction: Prediction, x: Tensor, t: Tensor, new_noise: Callable[[], Tensor] | None) -> Tensor:
+        """x one kept step on; `new_noise` is None at the last, which adds no noise."""
         raise NotImplementedError
 
 
@@ -90,10 +90,10 @@ class _Ancestral(IndexScheduler):
 
     variance: StepVariance
 
-    def _down(self, prediction: Prediction, x: Tensor, t: Tensor, draw: Callable[[], Tensor] | None) -> Tensor:
-        if draw is None or self.variance == "none":
-            return ddpm_step(self.process, prediction, x, t, variance="none")
-        return ddpm_step(self.process, prediction, x, t, variance=self.variance, noise=draw())
+    def _down(self, prediction: Prediction, x: Tensor, t: Tensor, new_noise: Callable[[], Tensor] | None) -> Tensor:
+        if new_noise is None or self.variance == "none":
+            return ddpm_step(self.respaced, prediction, x, t, variance="none")
+        return ddpm_step(self.respaced, prediction, x, t, variance=self.variance, noise=new_noise())
 
 
 class RespacedDDPMScheduler(_Ancestral):
@@ -172,14 +172,14 @@ class RespacedDDIMScheduler(IndexScheduler):
             raise ValueError(f"eta must be 0 (no noise) to 1 (as much as DDPM), got {eta:g}")
         self.spacing, self.eta = spacing, eta
 
-    def _down(self, prediction: Prediction, x: Tensor, t: Tensor, draw: Callable[[], Tensor] | None) -> Tensor:
-        if draw is None or self.eta == 0:
-            return ddim_step(self.process, prediction, x, t)
-        return ddim_step(self.process, prediction, x, t, eta=self.eta, noise=draw())
+    def _down(self, prediction: Prediction, x: Tensor, t: Tensor, new_noise: Callable[[], Tensor] | None) -> Tensor:
+        if new_noise is None or self.eta == 0:
+            return ddim_step(self.respaced, prediction, x, t)
+        return ddim_step(self.respaced, prediction, x, t, eta=self.eta, noise=new_noise())
 
     def encode(self, model_output: Tensor, index: int, sample: Tensor) -> Tensor:
-        """DDIM backwards: the sample one kept step noisier than `index` of `process`, where the network was called."""
+        """DDIM backwards: the sample one kept step noisier than `index` of `respaced`, where the network was called."""
         self._check_ready()
         x = promoted(sample)
         t = torch.full((len(x),), index, dtype=torch.int64, device=x.device)
-        return ddim_encode_step(self.process, self._predict(model_output, x, t), x, t).to(sample.dtype)
+        return ddim_encode_step(self.respaced, self._predict(model_output, x, t), x, t).to(sample.dtype)

@@ -53,24 +53,24 @@ class ScoreSDEScheduler(IndexScheduler):
             # Correcting after the predictor is correcting before the next one; the first has nothing before it.
             corrects = self.corrector_first or index < len(self.kept) - 1
             self._calls += [(index, True)] * (self.corrector_steps if corrects else 0) + [(index, False)]
-        self._ready(self.process.timesteps[[index for index, _ in self._calls]], starts, device)
+        self._ready(self.respaced.timesteps[[index for index, _ in self._calls]], starts, device)
 
     def _call_levels(self) -> Tensor:
-        return self.process.sigmas[[index for index, _ in self._calls]]
+        return self.respaced.sigmas[[index for index, _ in self._calls]]
 
-    def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         index, corrects = self._calls[call]
         t = torch.full((len(x),), index, dtype=torch.int64, device=x.device)
         prediction = self._predict(output, x, t)
-        score = to_score(self.process, prediction.eps, x, t, "epsilon")
+        score = to_score(self.respaced, prediction.eps, x, t, "epsilon")
         if corrects:
-            noise = draw()
-            alpha = self.process.alphas[index].item()
+            noise = new_noise()
+            alpha = self.respaced.alphas[index].item()
             size = langevin_step_size(score, noise, alpha, self.corrector_snr, self.corrector_norms)
             return langevin_step(x, score, size, noise), prediction.x0
-        beta = self.process.betas[index]
+        beta = self.respaced.betas[index]
         beta = -torch.log1p(-beta) if self.predictor == "euler_maruyama" else beta
-        return sde_step(self.predictor, x, score, beta.item(), draw() if index > 0 else None), prediction.x0
+        return sde_step(self.predictor, x, score, beta.item(), new_noise() if index > 0 else None), prediction.x0
 
 
 class ProbabilityFlowScheduler(IndexScheduler):
@@ -94,12 +94,12 @@ class ProbabilityFlowScheduler(IndexScheduler):
             raise ValueError("an adaptive ODE steps between the timesteps, where a posterior mean has no meaning")
         self.spacing, self.tolerance = spacing, tolerance
 
-    def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         index = len(self.kept) - 1 - call
         t = torch.full((len(x),), index, dtype=torch.int64, device=x.device)
         prediction = self._predict(output, x, t)
-        score = to_score(self.process, prediction.eps, x, t, "epsilon")
-        return pf_ode_step(x, score, -torch.log1p(-self.process.betas[index]).item()), prediction.x0
+        score = to_score(self.respaced, prediction.eps, x, t, "epsilon")
+        return pf_ode_step(x, score, -torch.log1p(-self.respaced.betas[index]).item()), prediction.x0
 
     def solve(self, network: Network, x: Tensor) -> tuple[Tensor, int]:
         """x0 from one x_T (1, C, H, W) of unit variance, and the network calls it took, as the tolerance wants.

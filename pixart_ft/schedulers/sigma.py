@@ -37,9 +37,9 @@ from pixart_ft.schedulers.base import PixArtScheduler, with_process
 
 
 class SigmaScheduler(PixArtScheduler):
-    """The grid of noise levels, with churn's raised ones, and what the network is told of each.
+    """The grid of noise levels, the sigma_hat of each step, and what the network is told of each.
 
-    sigmas: the levels of the steps and 0 at the end (steps + 1,) float64; raised: where churn takes each step's.
+    sigmas: the levels of the steps and 0 at the end (steps + 1,) float64; sigma_hats: where churn takes each of them.
     """
 
     spacing: SigmaSpacing
@@ -47,7 +47,7 @@ class SigmaScheduler(PixArtScheduler):
     grid: tuple[float, float, float]  # sigma_min, sigma_max, rho
     churning: tuple[float, float, float, float]  # s_churn, s_min, s_max, s_noise
     sigmas: Tensor
-    raised: list[float]
+    sigma_hats: list[float]
     calls: list[float]  # the level at which the network is called
 
     def _read_grid(
@@ -99,11 +99,11 @@ class SigmaScheduler(PixArtScheduler):
         if (num_inference_steps is None) == (sigmas is None):
             raise ValueError("give either num_inference_steps or sigmas")
         levels = self._explicit(sigmas) if sigmas is not None else self._spaced(num_inference_steps or 0)
-        levels = self._snapped(levels)
+        levels = self._rounded(levels)
         self.sigmas = torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
         s_churn, s_min, s_max, _ = self.churning
-        raised = [churned_sigma(sigma, len(levels), s_churn, s_min, s_max) for sigma in levels.tolist()]
-        self.raised = self._snapped(torch.tensor(raised, dtype=torch.float64)).tolist()
+        sigma_hat = [churned_sigma(sigma, len(levels), s_churn, s_min, s_max) for sigma in levels.tolist()]
+        self.sigma_hats = self._rounded(torch.tensor(sigma_hat, dtype=torch.float64)).tolist()
         # The noise that churn adds before the first call is part of the start's.
         self.init_noise_sigma = math.hypot(levels[0].item(), self._churn_noise(0))
         self.calls, starts = self._listed()
@@ -131,7 +131,7 @@ class SigmaScheduler(PixArtScheduler):
             raise ValueError(f"sigmas must fall, from at most {high:.5g} to at least {low:.4g}, got {values.tolist()}")
         return values
 
-    def _snapped(self, sigmas: Tensor) -> Tensor:
+    def _rounded(self, sigmas: Tensor) -> Tensor:
         """With lookup `nearest`, the schedule's own levels, as Karras et al.'s code for VP networks has it."""
         if self.lookup != "nearest":
             return sigmas
@@ -139,20 +139,20 @@ class SigmaScheduler(PixArtScheduler):
 
     def _listed(self) -> tuple[list[float], list[int]]:
         """The level of each call, and the calls that begin a step."""
-        return self.raised, list(range(len(self.raised)))
+        return self.sigma_hats, list(range(len(self.sigma_hats)))
 
     def _churn_noise(self, step: int) -> float:
-        """Standard deviation of the noise that takes the sample to this step's raised level; 0 without churn."""
-        if step >= len(self.raised):
+        """Standard deviation of the noise that takes the sample to this step's sigma_hat; 0 without churn."""
+        if step >= len(self.sigma_hats):
             return 0.0
-        sigma, raised = self.sigmas[step].item(), self.raised[step]
-        return self.churning[3] * math.sqrt(max(0.0, raised**2 - sigma**2))
+        sigma, sigma_hat = self.sigmas[step].item(), self.sigma_hats[step]
+        return self.churning[3] * math.sqrt(max(0.0, sigma_hat**2 - sigma**2))
 
-    def _churned(self, y: Tensor, step: int, draw: Callable[[], Tensor]) -> Tensor:
-        """y, which arrived at the level of `step`, at its raised level; drawn now, since the network sees that one."""
+    def _churned(self, y: Tensor, step: int, new_noise: Callable[[], Tensor]) -> Tensor:
+        """y, which arrived at the level of `step`, at its sigma_hat: added now, since the network sees that one."""
         if self._churn_noise(step) == 0:
             return y
-        return churn(y, self.sigmas[step].item(), self.raised[step], self.churning[3], draw())
+        return churn(y, self.sigmas[step].item(), self.sigma_hats[step], self.churning[3], new_noise())
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """sample / sqrt(1 + sigma^2), of unit variance; `timestep` as in `step`."""
@@ -193,10 +193,10 @@ class EulerScheduler(SigmaScheduler):
     ) -> None:
         self._read_grid(spacing, sigma_min, sigma_max, rho, lookup, (s_churn, s_min, s_max, s_noise))
 
-    def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         sigma, after = self.calls[call], self.sigmas[call + 1].item()
         x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
-        return self._churned(euler_step(x, x0, sigma, after), call + 1, draw), x0
+        return self._churned(euler_step(x, x0, sigma, after), call + 1, new_noise), x0
 
 
 class EulerAncestralScheduler(SigmaScheduler):
@@ -219,18 +219,18 @@ class EulerAncestralScheduler(SigmaScheduler):
         self._read_grid(spacing, sigma_min, sigma_max, rho, lookup)
         self.eta = eta
 
-    def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         sigma, after = self.calls[call], self.sigmas[call + 1].item()
         x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
-        noise = draw() if self.eta > 0 and after > 0 else None
+        noise = new_noise() if self.eta > 0 and after > 0 else None
         return euler_ancestral_step(x, x0, sigma, after, eta=self.eta, noise=noise), x0
 
 
 class EDMScheduler(SigmaScheduler):
     """Heun's method with churn (Karras et al. 2022, Algs. 1 and 2): two calls a step, one at the last.
 
-    `timesteps` lists the raised level of each step, then the next step's level. The noise that raises a level is added
-    at the end of the step before, and the first step's is in `init_noise_sigma`. diffusers' EDM schedulers are for
+    `timesteps` lists the sigma_hat of each step, then the next step's level. Churn's noise is added at the end of the
+    step before, and the first step's is in `init_noise_sigma`. diffusers' EDM schedulers are for
     networks preconditioned for sigma_data 0.5, and its Heun has no churn.
     """
 
@@ -255,22 +255,22 @@ class EDMScheduler(SigmaScheduler):
 
     def _listed(self) -> tuple[list[float], list[int]]:
         after = self.sigmas[1:-1].tolist()
-        calls = [level for pair in zip(self.raised, after, strict=False) for level in pair] + self.raised[-1:]
+        calls = [level for pair in zip(self.sigma_hats, after, strict=False) for level in pair] + self.sigma_hats[-1:]
         self._first = None
         return calls, list(range(0, len(calls), 2))
 
-    def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         (step, second), sigma = divmod(call, 2), self.calls[call]
         x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
         # The slope dy/dsigma; (y - x0) / sigma would lose the digits that y and x0 share where sigma is small.
         eps = eps_at_sigma(output, x / math.hypot(1, sigma), sigma, self.prediction_type)
-        here, after = self.raised[step], self.sigmas[step + 1].item()
+        here, after = self.sigma_hats[step], self.sigmas[step + 1].item()
         if not second:
             self._first = None if after == 0 else (x, eps)
             return euler_step(x, x0, here, after), x0
         assert self._first is not None
         y = heun_step(*self._first, eps, here, after)
-        return self._churned(y, step + 1, draw), x0
+        return self._churned(y, step + 1, new_noise), x0
 
 
 class AnnealedLangevinScheduler(SigmaScheduler):
@@ -305,9 +305,9 @@ class AnnealedLangevinScheduler(SigmaScheduler):
         calls = [sigma for sigma in self.sigmas[:-1].tolist() for _ in range(self.langevin_steps)]
         return [*calls, calls[-1]], list(range(0, len(calls), self.langevin_steps))
 
-    def _advance(self, call: int, output: Tensor, x: Tensor, draw: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         sigma = self.calls[call]
         x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
         if call == len(self.calls) - 1:
             return x0, x0
-        return langevin_step(x, (x0 - x) / sigma**2, self.langevin_step_size * sigma**2, draw()), x0
+        return langevin_step(x, (x0 - x) / sigma**2, self.langevin_step_size * sigma**2, new_noise()), x0
