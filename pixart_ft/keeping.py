@@ -16,7 +16,7 @@ from pixart_ft.adapter_files import FINAL_ADAPTERS, AdapterMetadata
 from pixart_ft.adapters import save_adapter
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.ema import Ema
-from pixart_ft.watching import Place
+from pixart_ft.log import Place
 
 
 def lowest_step(records: Iterable[Mapping[str, Any]]) -> int | None:
@@ -36,35 +36,29 @@ class Keeper:
     metadata: AdapterMetadata
     null_caption: Tensor
     samples_every: int  # steps between sample grids; 0: none
+    last_step: int  # whose weights are the result, and not kept beside it
 
     def on_the_way(self, place: Place) -> None:
         """Keep the averaged weights if this step is one of samples, or has the lowest held-out loss so far.
 
         The lowest before it goes then, unless it is a step of samples: one adapter more than there are samples stays.
         """
+        lowest = lowest_step(self.folder.log.comparable())
         folder = self.folder.adapter_at(place.step)
-        if place.step > 0 and self._is_kept(place.step) and not folder.is_dir():
+        if 0 < place.step < self.last_step and self._is_kept(place.step, lowest) and not folder.is_dir():
             self._save(folder, place, averaged=self.ema.is_on)
-            self.drop_surpassed()
+        self.folder.drop_adapters(lambda step: not self._is_kept(step, lowest))
 
-    def drop_surpassed(self) -> None:
-        """Remove what was the lowest held-out loss and is no longer."""
-        self.folder.drop_adapters(lambda step: not self._is_kept(step))
-
-    def at_the_end(self, place: Place) -> Path:
-        """Save `final/adapter`, the averaged weights where the run has them, and then `final/adapter_raw`, the last.
-
-        Returns the first, which is the one to use.
-        """
+    def at_the_end(self, place: Place) -> None:
+        """Save `final/adapter`, the averaged weights where the run has them, and then `final/adapter_raw`, the last."""
         main, beside = (self.folder.path / name for name in FINAL_ADAPTERS.values())
         self._save(main, place, averaged=self.ema.is_on)
         if self.ema.is_on:
             self._save(beside, place, averaged=False)
-        return main
 
-    def _is_kept(self, step: int) -> bool:
+    def _is_kept(self, step: int, lowest: int | None) -> bool:
         is_sampled = self.samples_every > 0 and step % self.samples_every == 0
-        return is_sampled or step == lowest_step(self.folder.log.comparable())
+        return is_sampled or step == lowest
 
     def _save(self, folder: Path, place: Place, *, averaged: bool) -> None:
         described = replace(

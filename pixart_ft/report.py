@@ -1,41 +1,37 @@
-"""What a finished run leaves: adapters, the before/after sheet, the loss curve, and a summary on the terminal."""
+"""What a finished run shows: the before/after sheet, the loss curves, and a summary on the terminal."""
 
 from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
+from pixart_ft.adapter_files import FINAL_ADAPTERS
 from pixart_ft.before_after import before_after
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.data.datasets import Row
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import Estimate
 from pixart_ft.files import write_file
-from pixart_ft.keeping import Keeper, lowest_step
+from pixart_ft.keeping import lowest_step
+from pixart_ft.log import Place
 from pixart_ft.pictures import loss_curve, term_curves
 from pixart_ft.shell import pasteable
 from pixart_ft.trainer import Trainer
-from pixart_ft.watching import Comparison, Place
+from pixart_ft.watching import Comparison
 
 
 def finish(
     folder: RunFolder,
     trainer: Trainer,
-    keeper: Keeper,
     prompts: Sequence[str],
     rows: Mapping[str, Sequence[Row]],
 ) -> None:
-    """Write `final/` and print the summary: the adapters first, since no report may lose them.
+    """Write the curves and sheets into `final/`, where the adapters are, and print the summary.
 
     rows: the pictures that the sheet of before and after sets beside the prompts of the same caption, see there.
     """
-    written = {"adapter": keeper.at_the_end(trainer.place)}
+    written = {"adapter": folder.path / FINAL_ADAPTERS["ema"]}
     for sheet_before in folder.final.glob("*.png"):  # of an earlier end: what cannot be made anew must not stand for it
         sheet_before.unlink()
-    with attempted("the held-out loss"):
-        trainer.watch.measure(trainer.place)
-        keeper.drop_surpassed()
-    with attempted("the sample grid"):
-        trainer.watch.draw(trainer.place)
     records = folder.log.comparable()
     if any(record.get("train") for record in records):
         with attempted("the loss curve"):

@@ -21,13 +21,13 @@ from pixart_ft.draws import Plan, TrainingSet, draw_batch
 from pixart_ft.ema import Ema, all_finite
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import HeldOutSet, evaluating
-from pixart_ft.loss_window import LossWindow
+from pixart_ft.log import LossWindow, Place, Records
 from pixart_ft.nested import load_nested, save_nested
 from pixart_ft.objective import Objective
 from pixart_ft.pictures import Sample
 from pixart_ft.randomness import generator
 from pixart_ft.stopping import StopRequest
-from pixart_ft.watching import Place, Watch
+from pixart_ft.watching import Watch
 
 # Consecutive steps with a non-finite gradient before training gives up. A gradient scaler needs 17 to come down from
 # 65536 to 1/2, so under float16 some are part of a healthy start.
@@ -58,22 +58,26 @@ class Trainer:
         held_out: HeldOutSet | None = None,
         draw_samples: Callable[[], list[Sample]] | None = None,
         describe: Callable[[Path], None] = lambda checkpoint: None,
+        export: Callable[[Place], None] = lambda place: None,
         keep_adapter: Callable[[Place], None] = lambda place: None,
     ):
         """`transformer` has its adapter attached; only parameters with requires_grad are trained and saved.
 
         `held_out` is measured, and `draw_samples` makes the pictures of the fixed prompts, with the network as it is;
-        then `keep_adapter` may keep it. `describe` writes into each checkpoint what else belongs there.
+        then `keep_adapter` may keep it. `export` writes the result after the last step, before that is looked at.
+        `describe` writes into each checkpoint what else belongs there.
         """
         self.accelerator, self.objective, self.data, self.plan = accelerator, objective, data, plan
         self.folder, self.ema, self.transformer = folder, ema, transformer
-        self.describe, self.keep_adapter = describe, keep_adapter
+        self.describe, self.export, self.keep_adapter = describe, export, keep_adapter
+        self.records = Records(folder.log, accelerator)
         self.watch = Watch(
             accelerator=accelerator,
             transformer=transformer,
             objective=objective,
             ema=ema,
             folder=folder,
+            records=self.records,
             batch_size=plan.batch_size,
             held_out=held_out,
             draw_samples=draw_samples,
@@ -111,30 +115,35 @@ class Trainer:
     # The loop
 
     def run(self) -> None:
-        """Train to the last step; SIGTERM or Ctrl-C saves a checkpoint first and then raises KeyboardInterrupt.
+        """Train to the last step and leave the result; SIGTERM or Ctrl-C saves a checkpoint first of all and then
+        raises KeyboardInterrupt.
 
         Raises UserError where the training diverged: the last checkpoints are then those from before.
         """
-        begin = self.step == self.watch.since
-        if begin or self.step < self.plan.steps:  # the end is looked at by the report
-            self._look(begin=begin)
         with self._stop.caught(), self._progress() as bar:
-            while self.step < self.plan.steps:
+            while self._goes_on():
                 norm = self._optimizer_step()
                 self.step += 1
                 bar.update(self.global_batch)
                 if self._due(self.plan.log_every):
                     bar.set_postfix_str(f"loss {self._log(norm):.4f}")
-                last = self.step == self.plan.steps
-                if self._due(self.plan.checkpoint_every) or last or self._stopping:
-                    self.save()
-                if not last and not self._stopping:
-                    self._look()
-                if self._stopping:
-                    self.save()
-                    raise KeyboardInterrupt(
-                        f"stopped after step {self.step}, state saved; the same command with --resume auto continues"
-                    )
+
+    def _goes_on(self) -> bool:
+        """What is due between two steps, before the first and after the last; whether there is another step.
+
+        The state goes to disk first. Raises KeyboardInterrupt when it has, after a request to stop.
+        """
+        last = self.step == self.plan.steps
+        if last or self._due(self.plan.checkpoint_every):
+            self.save()
+        if not self._stopping:
+            self._look(last=last)
+        if self._stopping:
+            self.save()
+            raise KeyboardInterrupt(
+                f"stopped after step {self.step}, state saved; the same command with --resume auto continues"
+            )
+        return not last
 
     def _optimizer_step(self) -> float:
         """One optimizer step over the global batch; returns the norm of the gradient before clipping."""
@@ -230,7 +239,7 @@ class Trainer:
         return bool(self.accelerator.gather(flag).any())
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+        return every > 0 and self.step > 0 and self.step % every == 0
 
     def _progress(self) -> tqdm:
         return tqdm(
@@ -247,32 +256,35 @@ class Trainer:
         means = self.window.means()
         self.window = LossWindow()
         facts = {"learning_rate": self.plan.learning_rate_at(self.step - 1), "gradient_norm": norm}
-        if self.accelerator.is_main_process:
-            self.folder.log.append(vars(self.place), {"train": means, **facts})
-        self.accelerator.log({**{f"train/{k}": v for k, v in means.items()}, **facts}, step=self.step)
+        self.records.train(self.place, means, facts)
         return means["loss"]
 
-    def _look(self, *, begin: bool = False) -> None:
+    def _look(self, *, last: bool) -> None:
         """What is due and not done yet at this step: the held-out loss, the sample grid. A request to stop ends it.
 
-        A failure at the beginning is raised, when nothing can be lost; later it is a warning.
+        At both ends of the course they are always due; before the last the result is written, since no report may lose
+        it. A failure at the beginning is raised, when nothing can be lost; later it is a warning.
         """
 
         def stop_if_asked(*_: object) -> None:
             if self._stop.asked:
                 raise _Stopped
 
-        measuring = begin or self._due(self.plan.validate_every)
-        drawing = begin or self._due(self.plan.samples_every)
+        begin = self.step == self.watch.since
+        measuring, drawing = (
+            begin or last or self._due(every) for every in (self.plan.validate_every, self.plan.samples_every)
+        )
         if not (measuring or drawing):  # at most steps: no log is read, and no process waits for the others
             return
         # before a network call, so never in the middle of a change of weights
         hook = self.transformer.register_forward_pre_hook(stop_if_asked)
         try:
-            if begin or (measuring and not self.watch.has_measured(self.step)):
+            if last and self.accelerator.is_main_process:
+                self.export(self.place)
+            if begin or last or (measuring and not self.records.has_held_out(self.step)):
                 with nullcontext() if begin else attempted("the held-out loss"):
                     self.watch.measure(self.place)
-            if begin or (drawing and not self.watch.has_drawn(self.step)):
+            if begin or last or (drawing and not self.watch.has_drawn(self.step)):
                 with nullcontext() if begin else attempted("the sample grid"):
                     self.watch.draw(self.place)
             if self.accelerator.is_main_process:
@@ -343,7 +355,7 @@ class Trainer:
             group |= own  # the moments are the checkpoint's, the settings this run's
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
-        self.step = progress["step"]
+        self.step = self._saved_at = progress["step"]
         self.window.sums = progress["window"]
         self.watch.before, self.watch.since = progress["held_out_before"], progress.get("compared_since", 0)
         if self.history is not None and progress.get("history") is not None:

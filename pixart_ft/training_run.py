@@ -118,7 +118,9 @@ def _run(
         samples_seen=0,
         revision=base.revision,
     )
-    keeper = Keeper(folder, transformer, ema, metadata, encoded.null_caption, config.validation.samples_every)
+    keeper = Keeper(
+        folder, transformer, ema, metadata, encoded.null_caption, config.validation.samples_every, plan.steps
+    )
     trainer = Trainer(
         accelerator=accelerator,
         transformer=transformer,
@@ -131,6 +133,7 @@ def _run(
         held_out=encoded.held_out,
         draw_samples=_sampler(config, encoded, base, resolution, transformer, objective, accelerator),
         describe=about.write,
+        export=keeper.at_the_end,
         keep_adapter=keeper.on_the_way,
     )
     if checkpoint is not None:
@@ -154,7 +157,7 @@ def _run(
         accelerator.init_trackers("tensorboard")
     trainer.run()
     if accelerator.is_main_process:
-        finish(folder, trainer, keeper, config.validation.prompts, {LEARNED: rows, HELD_OUT: held_rows})
+        finish(folder, trainer, config.validation.prompts, {LEARNED: rows, HELD_OUT: held_rows})
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder.path

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Module
@@ -16,6 +15,7 @@ from pixart_ft.checkpoint import RunFolder
 from pixart_ft.ema import Ema
 from pixart_ft.evaluation import Estimate, HeldOutSet, evaluating, held_out_loss, mean_over_pictures, paired_difference
 from pixart_ft.files import write_folder
+from pixart_ft.log import Place, Records
 from pixart_ft.objective import Objective
 from pixart_ft.pictures import Sample, picture_name, sample_sheet, save_png
 
@@ -33,14 +33,6 @@ class Comparison:
     change: dict[str, Estimate]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a run stands: optimizer steps done, pictures seen."""
-
-    step: int
-    samples: int
-
-
 class Watch:
     """Measures and draws with the averaged weights, on the main process; modes and random state stay as they were."""
 
@@ -52,12 +44,14 @@ class Watch:
         objective: Objective,
         ema: Ema,
         folder: RunFolder,
+        records: Records,
         batch_size: int,
         held_out: HeldOutSet | None,
         draw_samples: Callable[[], list[Sample]] | None,
     ) -> None:
         self.accelerator, self.transformer, self.objective, self.ema = accelerator, transformer, objective, ema
-        self.folder, self.batch_size, self.held_out, self.draw_samples = folder, batch_size, held_out, draw_samples
+        self.folder, self.records, self.batch_size = folder, records, batch_size
+        self.held_out, self.draw_samples = held_out, draw_samples
         self.since = 0  # the step of what the end is compared with
         self.before: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
@@ -65,12 +59,7 @@ class Watch:
     def begin_anew(self, place: Place, why: Sequence[str]) -> None:
         """Compare with this step from now on; the log says why."""
         self.since, self.before = place.step, {}
-        if self.accelerator.is_main_process:
-            self.folder.log.append(vars(place), {"begins_anew": list(why)})
-
-    def has_measured(self, step: int) -> bool:
-        """Whether the log has the held-out loss of this step."""
-        return any("held_out" in record and record["step"] == step for record in self.folder.log.comparable())
+        self.records.begins_anew(place, why)
 
     def measure(self, place: Place) -> None:
         """The held-out loss, into the log; the first one is what later ones are compared with."""
@@ -86,10 +75,7 @@ class Watch:
             )
         self.before = self.before or losses
         self.last = losses
-        means = {name: mean_over_pictures(values) for name, values in losses.items()}
-        if not self.has_measured(place.step):
-            self.folder.log.append(vars(place), {"held_out": {name: vars(mean) for name, mean in means.items()}})
-        self.accelerator.log({f"held_out/{name}": mean.mean for name, mean in means.items()}, step=place.step)
+        self.records.held_out(place, {name: vars(mean_over_pictures(values)) for name, values in losses.items()})
 
     def has_drawn(self, step: int) -> bool:
         """Whether the sample grid of this step is there."""
@@ -112,11 +98,7 @@ class Watch:
         sheet = sample_sheet(samples, f"{self.folder.path.name}, step {place.step}")
         save_png(sheet, pictures.with_suffix(".png"), about)
         write_folder(pictures, write)  # last: it tells that all is there
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                image = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
-                image = image.view(1, sheet.height, sheet.width, 3)
-                tracker.log_images({"samples": image.numpy()}, step=place.step, dataformats="NHWC")
+        self.records.samples(place, sheet)
 
     def comparison(self) -> Comparison:
         """The last held-out loss against the first."""

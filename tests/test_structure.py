@@ -78,7 +78,7 @@ LEVELS = {
     "text_to_image": 8,
     "generate_config": 4,
     "comparison": 9,
-    "loss_window": 1,
+    "log": 3,
     "objective": 5,
     "evaluation": 6,
     "generation": 10,

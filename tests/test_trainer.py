@@ -6,6 +6,7 @@ Whole runs are in test_training_run.py, the numbers of the first steps by hand i
 import json
 import math
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pixart_ft.pictures import Sample
 from tests.toy_run import Toy, toy_trainer
 
 STEPS = 12
+SAMPLE = Sample("a toy", 0, Image.new("RGB", (8, 8)))
 
 
 def state(run: Path, name: str) -> Any:
@@ -117,13 +119,13 @@ def test_samples_are_drawn_by_the_average(tmp_path: Path) -> None:
     def draw(network: Toy) -> list[Sample]:
         drawn.append((network.training, {name: value.clone() for name, value in network.state_dict().items()}))
         averages.append({name: value.clone() for name, value in trainer.ema.shadows.items()})
-        return [Sample("a toy", 0, Image.new("RGB", (8, 8)))]
+        return [SAMPLE]
 
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=5, samples_every=4)
     trainer.run()
-    assert [training for training, _ in drawn] == [False, False] and trainer.transformer.training
+    assert [training for training, _ in drawn] == [False] * 3 and trainer.transformer.training  # after 0, 4, 5 steps
     torch.testing.assert_close([weights for _, weights in drawn], averages, rtol=0, atol=0)
-    assert all(not torch.equal(averages[1][name], weights) for name, weights in trainer.trained.items())
+    assert all(not torch.equal(averages[2][name], weights) for name, weights in trainer.trained.items())
 
 
 def test_a_step_with_nothing_to_look_at_keeps_nothing(tmp_path: Path) -> None:
@@ -132,4 +134,37 @@ def test_a_step_with_nothing_to_look_at_keeps_nothing(tmp_path: Path) -> None:
     asked: list[int] = []
     trainer.keep_adapter = lambda place: asked.append(place.step)
     trainer.run()
-    assert asked == [0, 3, 6]
+    assert asked == [0, 3, 6, 7]
+
+
+def test_the_state_is_saved_then_the_result_and_then_the_end_is_looked_at_once(tmp_path: Path) -> None:
+    """In this order, since what comes later may fail, or never end."""
+    met: list[tuple[str, int]] = []
+
+    def draw(network: Toy) -> list[Sample]:
+        met.append(("drawn", trainer.step))
+        return [SAMPLE]
+
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2, checkpoint_every=1)
+    trainer.describe = lambda folder: met.append(("saved", trainer.step))
+    trainer.export = lambda place: met.append(("exported", place.step))
+    trainer.keep_adapter = lambda place: met.append(("kept", place.step))
+    trainer.run()
+    begin, end = [("drawn", 0), ("kept", 0), ("saved", 1)], [("exported", 2), ("drawn", 2), ("kept", 2)]
+    assert met == [*begin, ("saved", 2), *end]
+
+    again = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2)
+    again.load(tmp_path / "run" / "checkpoints" / "step-000002")
+    trainer, met[:] = again, []
+    again.export = lambda place: met.append(("exported", place.step))
+    again.run()  # nothing to train, nothing new to save; what the end leaves is made anew
+    assert met == [("exported", 2), ("drawn", 2)]
+
+
+def test_a_request_to_stop_before_the_first_step_is_heeded_after_the_state_is_saved(tmp_path: Path) -> None:
+    trainer = toy_trainer(
+        tmp_path / "run", tmp_path / "data", lambda _: os.kill(os.getpid(), signal.SIGTERM) or [SAMPLE], steps=2
+    )
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 0, state saved"):
+        trainer.run()
+    assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()

@@ -30,6 +30,7 @@ from pixart_ft.config import load_config
 from pixart_ft.data.datasets import read_folder, split
 from pixart_ft.errors import UserError
 from pixart_ft.keeping import lowest_step
+from pixart_ft.log import Place
 from pixart_ft.nested import load_nested
 from pixart_ft.recipes import read_recipe
 from pixart_ft.run_lock import RunLock
@@ -404,7 +405,7 @@ def test_the_state_is_saved_before_anything_is_drawn(
     straight, cut = train(options), tmp_path / "cut"
     whole = watching.Watch.draw
 
-    def asked(self: watching.Watch, place: watching.Place) -> None:
+    def asked(self: watching.Watch, place: Place) -> None:
         if (cut / "checkpoints" / "step-000003").is_dir():
             os.kill(os.getpid(), signal.SIGTERM)
         whole(self, place)
