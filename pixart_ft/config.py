@@ -27,6 +27,7 @@ from pixart_ft.settings import Config, Section, load
 
 HUB_BASE = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
 
+Decay = Literal["constant", "linear", "cosine"]  # of the learning rate, after the warm-up
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -156,7 +157,7 @@ class Optim(Section):
     epsilon: float = Field(1e-8, ge=1e-20, le=1, description="added to Adam's denominator")
     clip_norm: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient; 0 = no clipping")
     warmup_steps: Every = Field(0, description="linear warm-up, steps; a tenth of a shorter run")
-    decay: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up")
+    decay: Decay = Field("constant", description="after warm-up")
 
 
 class Train(Section):

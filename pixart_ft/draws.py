@@ -5,10 +5,8 @@ posterior sample, noise, t and caption dropout are functions of (seed, draw inde
 bit for bit, and another number of processes or accumulation steps sees the same samples.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,28 +36,12 @@ class Plan:
     timestep_law: TimestepLaw
     logit_mean: float
     logit_std: float
-    learning_rate: float
-    warmup_steps: int
-    decay: Literal["constant", "linear", "cosine"]  # after the warm-up
     clip_norm: float  # 0: no clipping
     log_every: int
     validate_every: int
     samples_every: int
     checkpoint_every: int
     keep_checkpoints: int
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of optimizer step number `step`, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
-        factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[self.decay]
-        return self.learning_rate * factor
-
-
-def fitting_warmup(asked: int, steps: int) -> int:
-    """The steps of a warm-up in a run of `steps`; one that would not end within them is cut to a tenth of them."""
-    return asked if asked <= steps else steps // 10
 
 
 @dataclass(frozen=True)

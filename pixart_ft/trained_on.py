@@ -20,9 +20,9 @@ from pixart_ft.checkpoint import RunFolder, step_of
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.captions import TEXT_PREPARATION, prepare_text
 from pixart_ft.data.datasets import TRANSFORM, Row
-from pixart_ft.draws import Plan, fitting_warmup
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object, sha256
+from pixart_ft.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.settings import flat
 from pixart_ft.training_data import text_encoder_id, vae_id
 
@@ -158,14 +158,14 @@ class Changes:
         return any(not name.startswith(_NOT_COMPARED) for name in self.names)
 
 
-def changes(began: TrainedOn, now: TrainedOn, plan: Plan, step: int) -> Changes:
-    """What differs between a checkpoint after `step` steps and the run that is to continue it by `plan`.
+def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> Changes:
+    """What differs between a checkpoint after `step` steps and the run that is to continue it at `rate`.
 
     Parts that only one of the two knows yet are left out. Raises UserError for what cannot be continued at all.
     """
-    if plan.steps < step:
+    if rate.steps < step:
         raise UserError(
-            f"--resume: train.steps is {plan.steps}, and this run has done {step} steps already; give more steps, or "
+            f"--resume: train.steps is {rate.steps}, and this run has done {step} steps already; give more steps, or "
             "an earlier checkpoint"
         )
     if not began.settings:
@@ -182,21 +182,23 @@ def changes(began: TrainedOn, now: TrainedOn, plan: Plan, step: int) -> Changes:
         if before.digest != after.digest:
             known = f"{before.words} before, {after.words} now"
             refused[name] = f"{name}: {known if before.words != after.words else 'not the same as before'}"
-    rates = _rates(began, plan, step)
+    rates = _rates(began, rate, step)
     if rates is not None:
         line = f"the learning rate was {rates[0]:.3g} and goes on at {rates[1]:.3g}"
         turned = {"optim.learning_rate", "optim.decay", "optim.warmup_steps"} & set(differs)
         if rates[1] > rates[0] and not turned:
-            refused["optim.learning_rate"] = f"{line}: train.steps stretches the {plan.decay} decay"
+            refused["optim.learning_rate"] = f"{line}: train.steps stretches the {rate.decay} decay"
         else:
             said.append(line)
     return Changes(said, list(refused.values()), list(refused))
 
 
-def check_continues(folder: RunFolder, checkpoint: Path, now: TrainedOn, plan: Plan, accept_changes: bool) -> Changes:
+def check_continues(
+    folder: RunFolder, checkpoint: Path, now: TrainedOn, rate: LearningRate, accept_changes: bool
+) -> Changes:
     """What this run changes; raises UserError for what would make it another one, unless that is accepted."""
     step = step_of(checkpoint) or 0
-    found = changes(TrainedOn.read(checkpoint), now, plan, step)
+    found = changes(TrainedOn.read(checkpoint), now, rate, step)
     if found.refused and not accept_changes:
         anew = f"; the held-out loss and the samples are then compared with step {step}" if found.begins_anew else ""
         raise UserError(
@@ -208,28 +210,28 @@ def check_continues(folder: RunFolder, checkpoint: Path, now: TrainedOn, plan: P
     return found
 
 
-def announce(folder: RunFolder, checkpoint: Path | None, plan: Plan, found: Changes) -> None:
+def announce(folder: RunFolder, checkpoint: Path | None, steps: int, found: Changes) -> None:
     """Where a resumed run goes on, and what it changes."""
     if checkpoint is None:
         print(f"{folder.path} has no checkpoint yet: the run begins at step 0")
         return
-    print(f"continuing {folder.path} from step {step_of(checkpoint)} of {plan.steps}")
+    print(f"continuing {folder.path} from step {step_of(checkpoint)} of {steps}")
     for line in (*found.refused, *found.said):
         print(f"  changed: {line}")
     if found.begins_anew:
         print("  the held-out loss and the samples are compared with this step from now on")
 
 
-def _rates(began: TrainedOn, plan: Plan, step: int) -> tuple[float, float] | None:
+def _rates(began: TrainedOn, rate: LearningRate, step: int) -> tuple[float, float] | None:
     """The learning rate of the last step done and of the next one, where it would not have gone on like this."""
-    if step == 0 or step == plan.steps:
+    if step == 0 or step == rate.steps:
         return None
-    names = {"steps": "train.steps"} | {n: f"optim.{n}" for n in ("learning_rate", "warmup_steps", "decay")}
-    before = replace(plan, **{name: began.settings[key] for name, key in names.items()})
-    before = replace(before, warmup_steps=fitting_warmup(before.warmup_steps, before.steps))
-    if before.learning_rate_at(step) == plan.learning_rate_at(step):
+    peak, warmup, decay = (began.settings[f"optim.{name}"] for name in ("learning_rate", "warmup_steps", "decay"))
+    steps = began.settings["train.steps"]
+    before = LearningRate(peak, fitting_warmup(warmup, steps), decay, steps)
+    if before.at(step) == rate.at(step):
         return None
-    return before.learning_rate_at(step - 1), plan.learning_rate_at(step)
+    return before.at(step - 1), rate.at(step)
 
 
 def _weights_digest(module: nn.Module) -> str:

@@ -21,6 +21,7 @@ from pixart_ft.draws import Plan, TrainingSet, draw_batch
 from pixart_ft.ema import Ema, all_finite
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import HeldOutSet, evaluating
+from pixart_ft.learning_rate import LearningRate
 from pixart_ft.log import LossWindow, Place, Records
 from pixart_ft.nested import load_nested, save_nested
 from pixart_ft.objective import Objective
@@ -53,6 +54,7 @@ class Trainer:
         data: TrainingSet,
         optimizer: torch.optim.Optimizer,
         ema: Ema,
+        learning_rate: LearningRate,
         plan: Plan,
         folder: RunFolder,
         held_out: HeldOutSet | None = None,
@@ -68,7 +70,7 @@ class Trainer:
         `describe` writes into each checkpoint what else belongs there.
         """
         self.accelerator, self.objective, self.data, self.plan = accelerator, objective, data, plan
-        self.folder, self.ema, self.transformer = folder, ema, transformer
+        self.folder, self.ema, self.transformer, self.learning_rate = folder, ema, transformer, learning_rate
         self.describe, self.export, self.keep_adapter = describe, export, keep_adapter
         self.records = Records(folder.log, accelerator)
         self.watch = Watch(
@@ -148,7 +150,7 @@ class Trainer:
     def _optimizer_step(self) -> float:
         """One optimizer step over the global batch; returns the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.learning_rate_at(self.step)
+            group["lr"] = self.learning_rate.at(self.step)
         law = None if self.history is None else self.history.probabilities()
         mine: list[Tensor] = []
         for micro in range(self.plan.accumulation):
@@ -216,7 +218,7 @@ class Trainer:
         again = f"continue from step {max(saved)} with --resume auto" if saved else "begin again in another run.folder"
         return UserError(
             f"the training diverged: {what} (step {self.step}), and nothing of that was saved. Lower "
-            f"optim.learning_rate ({self.plan.learning_rate:g}){scaled} and {again}"
+            f"optim.learning_rate ({self.learning_rate.peak:g}){scaled} and {again}"
         )
 
     def _check_finite(self) -> None:
@@ -255,7 +257,7 @@ class Trainer:
         """Close the window: one line of log.jsonl, one point per curve; returns the mean loss."""
         means = self.window.means()
         self.window = LossWindow()
-        facts = {"learning_rate": self.plan.learning_rate_at(self.step - 1), "gradient_norm": norm}
+        facts = {"learning_rate": self.learning_rate.at(self.step - 1), "gradient_norm": norm}
         self.records.train(self.place, means, facts)
         return means["loss"]
 

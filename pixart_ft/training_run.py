@@ -82,7 +82,7 @@ def _run(
         predicted = objective.prediction_type
         about = trained_on(config, base, rows, held_rows, digests, schedule_config, predicted, resolution)
     if checkpoint is not None:
-        check_continues(folder, checkpoint, about, plan, accept_changes)
+        check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
     encoded = encode_once(config, base, rows, held_rows, resolution, accelerator, digests)
 
     transformer = models.load_transformer(base, dtype=_weights_dtype(config))
@@ -90,7 +90,7 @@ def _run(
     about = about.with_base(transformer, base.name)
     found = Changes([], [], [])
     if checkpoint is not None:
-        found = check_continues(folder, checkpoint, about, plan, accept_changes)
+        found = check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     attach(transformer, lora, seed=config.run.seed)
     if init_from is not None:
@@ -128,6 +128,7 @@ def _run(
         data=TrainingSet(encoded.train, encoded.scale, encoded.null_caption),
         optimizer=optimizer,
         ema=ema,
+        learning_rate=start.learning_rate,
         plan=plan,
         folder=folder,
         held_out=encoded.held_out,
@@ -147,7 +148,7 @@ def _run(
         write_text(folder.config_file, to_yaml(config))
         write_text(folder.path / "environment.json", environment)
         if resume is not None:
-            announce(folder, checkpoint, plan, found)
+            announce(folder, checkpoint, plan.steps, found)
     if found.begins_anew:
         trainer.watch.begin_anew(trainer.place, found.names)
     if init_from is not None:

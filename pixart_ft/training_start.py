@@ -16,8 +16,9 @@ from pixart_ft.base import Base
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.datasets import Row, verify_pictures
-from pixart_ft.draws import Plan, fitting_warmup
+from pixart_ft.draws import Plan
 from pixart_ft.errors import UserError
+from pixart_ft.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.objective import Objective
 from pixart_ft.targets import check_rank, check_targets, trainable
 from pixart_ft.training_data import read_rows
@@ -33,6 +34,7 @@ class Start:
     objective: Objective
     schedule_config: dict[str, object]
     plan: Plan
+    learning_rate: LearningRate
     checkpoint: Path | None  # to continue from
     rows: list[Row]
     held_rows: list[Row]
@@ -78,7 +80,18 @@ def look(config: TrainConfig, resume: str | None = None, init_from: str | None =
     checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
     rows, held_rows = read_rows(config)
     parameters = trainable(skeleton, config.lora.rank, config.lora.targets)
-    return Start(base, resolution, objective, schedule_config, plan_of(config), checkpoint, rows, held_rows, parameters)
+    return Start(
+        base=base,
+        resolution=resolution,
+        objective=objective,
+        schedule_config=schedule_config,
+        plan=_plan(config),
+        learning_rate=learning_rate_of(config),
+        checkpoint=checkpoint,
+        rows=rows,
+        held_rows=held_rows,
+        parameters=parameters,
+    )
 
 
 def with_precision(config: TrainConfig) -> TrainConfig:
@@ -135,8 +148,8 @@ def _resolution(config: TrainConfig, base: Base) -> int:
     return resolution
 
 
-def _warmup(config: TrainConfig) -> int:
-    """The steps of the warm-up; one that would not end within the run, such as a recipe's in a short try, is cut."""
+def learning_rate_of(config: TrainConfig) -> LearningRate:
+    """That of the run; a warm-up that would not end within it, such as a recipe's in a short try, is cut: a warning."""
     asked, steps = config.optim.warmup_steps, config.train.steps
     used = fitting_warmup(asked, steps)
     if used != asked:
@@ -144,11 +157,10 @@ def _warmup(config: TrainConfig) -> int:
             f"optim.warmup_steps {asked} would not end within train.steps {steps}: {used} are used, a tenth of them",
             stacklevel=2,
         )
-    return used
+    return LearningRate(config.optim.learning_rate, used, config.optim.decay, steps)
 
 
-def plan_of(config: TrainConfig) -> Plan:
-    """The numbers of the run; warns of a warm-up that is cut."""
+def _plan(config: TrainConfig) -> Plan:
     return Plan(
         steps=config.train.steps,
         batch_size=config.train.batch_size,
@@ -158,9 +170,6 @@ def plan_of(config: TrainConfig) -> Plan:
         timestep_law=config.diffusion.timestep_law,
         logit_mean=config.diffusion.logit_mean,
         logit_std=config.diffusion.logit_std,
-        learning_rate=config.optim.learning_rate,
-        warmup_steps=_warmup(config),
-        decay=config.optim.decay,
         clip_norm=config.optim.clip_norm,
         log_every=config.logging.every,
         validate_every=config.validation.every,

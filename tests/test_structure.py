@@ -78,6 +78,7 @@ LEVELS = {
     "text_to_image": 8,
     "generate_config": 4,
     "comparison": 9,
+    "learning_rate": 4,
     "log": 3,
     "objective": 5,
     "evaluation": 6,

@@ -12,14 +12,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from pixart_ft.draws import Plan
 from pixart_ft.errors import UserError
+from pixart_ft.learning_rate import LearningRate
 from pixart_ft.nested import load_nested
 from pixart_ft.run_log import RunLog
 from pixart_ft.trained_on import Part, TrainedOn, changes
 from tests.runs import STEPS, Options, cut_off, short_run, train
 from tests.tiny import build_picture_folder
-from tests.toy_run import PLAN as TOY_PLAN
 
 
 @pytest.fixture(scope="module")
@@ -241,18 +240,18 @@ def test_init_from_is_not_forgotten_before_the_first_checkpoint(options: Options
 
 # The rules, without a run
 
-PLAN = replace(TOY_PLAN, steps=100, timestep_law="uniform", learning_rate=1.0, decay="cosine", clip_norm=1.0)
+RATE = LearningRate(peak=1.0, warmup_steps=0, decay="cosine", steps=100)
 
 
-def settings(plan: Plan) -> Options:
-    optim = {f"optim.{name}": getattr(plan, name) for name in ("learning_rate", "warmup_steps", "decay")}
-    return {"train.steps": plan.steps, **optim}
+def settings(rate: LearningRate) -> Options:
+    optim = {"learning_rate": rate.peak, "warmup_steps": rate.warmup_steps, "decay": rate.decay}
+    return {"train.steps": rate.steps} | {f"optim.{name}": value for name, value in optim.items()}
 
 
 def found(step: int = 100, **more: Any) -> tuple[list[str], list[str]]:
-    """Said and refused when PLAN, after `step` steps, goes on with these fields changed."""
-    plan = replace(PLAN, **more)
-    result = changes(TrainedOn({}, settings(PLAN)), TrainedOn({}, settings(plan)), plan, step)
+    """Said and refused when RATE, after `step` steps, goes on with these fields changed."""
+    rate = replace(RATE, **more)
+    result = changes(TrainedOn({}, settings(RATE)), TrainedOn({}, settings(rate)), rate, step)
     return list(result.said), list(result.refused)
 
 
@@ -262,7 +261,7 @@ def test_a_rate_that_would_jump_up_is_refused_and_another_change_of_it_is_said()
     assert refused == [
         "the learning rate was 0.000247 and goes on at 0.5: train.steps stretches the cosine decay",
     ]
-    said, refused = found(steps=200, learning_rate=0.1)
+    said, refused = found(steps=200, peak=0.1)
     assert not refused and said[-1] == "the learning rate was 0.000247 and goes on at 0.05"
     said, refused = found(step=50, steps=60)  # down from 0.516 to 1/2 (1 + cos(50/60 pi)) = 0.067
     assert not refused and said[-1] == "the learning rate was 0.516 and goes on at 0.067"
@@ -274,8 +273,8 @@ def test_what_would_make_another_run_is_refused() -> None:
     """The course hangs on the seed as on the loss; names, places and how a run is watched are no matter."""
 
     def refused(key: str) -> list[str]:
-        began, now = (TrainedOn({}, settings(PLAN) | {key: value}) for value in (1, 2))
-        return list(changes(began, now, PLAN, 10).refused)
+        began, now = (TrainedOn({}, settings(RATE) | {key: value}) for value in (1, 2))
+        return list(changes(began, now, RATE, 10).refused)
 
     for key in ("run.seed", "diffusion.objective", "diffusion.caption_dropout", "train.ema_decay", "lora.alpha"):
         assert refused(key) == [f"{key} was 1, is 2"]
@@ -285,7 +284,7 @@ def test_what_would_make_another_run_is_refused() -> None:
 
 def test_a_warm_up_that_was_cut_is_no_change_of_the_rate() -> None:
     """Settings keep the warm-up as asked for; a short try of a recipe with a longer one can be resumed."""
-    short = replace(PLAN, steps=10, warmup_steps=1, decay="constant")
+    short = replace(RATE, steps=10, warmup_steps=1, decay="constant")
     as_asked = TrainedOn({}, settings(replace(short, warmup_steps=50)))
     result = changes(as_asked, as_asked, short, 5)
     assert (result.said, result.refused) == ([], [])
@@ -293,8 +292,8 @@ def test_a_warm_up_that_was_cut_is_no_change_of_the_rate() -> None:
 
 def test_the_comparison_begins_anew_only_where_it_depends_on_the_change() -> None:
     def anew(name: str) -> bool:
-        began = TrainedOn({name: Part.of([1])}, settings(PLAN))
-        return changes(began, TrainedOn({name: Part.of([2])}, settings(PLAN)), PLAN, 10).begins_anew
+        began = TrainedOn({name: Part.of([1])}, settings(RATE))
+        return changes(began, TrainedOn({name: Part.of([2])}, settings(RATE)), RATE, 10).begins_anew
 
     assert [anew(n) for n in ("training pictures", "training captions")] == [False, False]
     parts = ("held-out pictures", "held-out captions", "base", "VAE", "text encoder", "noise schedule")

@@ -162,9 +162,11 @@ def test_the_state_is_saved_then_the_result_and_then_the_end_is_looked_at_once(t
 
 
 def test_a_request_to_stop_before_the_first_step_is_heeded_after_the_state_is_saved(tmp_path: Path) -> None:
-    trainer = toy_trainer(
-        tmp_path / "run", tmp_path / "data", lambda _: os.kill(os.getpid(), signal.SIGTERM) or [SAMPLE], steps=2
-    )
+    def draw(network: Toy) -> list[Sample]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [SAMPLE]
+
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 0, state saved"):
         trainer.run()
     assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()

@@ -37,7 +37,7 @@ from pixart_ft.run_lock import RunLock
 from pixart_ft.run_log import RunLog
 from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trainer import Trainer
-from pixart_ft.training_start import dry_run, plan_of
+from pixart_ft.training_start import dry_run, learning_rate_of
 from tests.runs import STEPS, Options, assert_same_end, command, cut_off, losses, short_run, train
 
 ROOT = Path(__file__).parent.parent
@@ -541,11 +541,11 @@ def test_a_warm_up_never_blocks_a_short_try(steps: int, used: int) -> None:
     config = load_config("quickstart", {"train.steps": str(steps)})
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        plan = plan_of(config)
-    assert plan.warmup_steps == used
+        rate = learning_rate_of(config)
+    assert rate.warmup_steps == used
     shown = [f"optim.warmup_steps 20 would not end within train.steps {steps}: {used} are used, a tenth of them"]
     assert [str(warning.message) for warning in told] == ([] if used == 20 else shown)
-    assert plan.learning_rate_at(0) == 3e-3 / max(1, used)
+    assert rate.at(0) == 3e-3 / max(1, used)
 
 
 def kept(run: Path) -> dict[str, bytes]:

@@ -225,7 +225,9 @@ def test_every_number_of_the_configuration_arrives(
         train(options, diffusion=noise | {"vlb_scale": 2.5}, optim=optim, train=length, validation=often, **other)
     (trainer,) = caught
     rest = {"seed": 17, "log_every": 29, "validate_every": 19, "samples_every": 23}
-    assert dataclasses.asdict(trainer.plan) == length | optim | noise | rest
+    assert dataclasses.asdict(trainer.plan) == length | {"clip_norm": optim.pop("clip_norm")} | noise | rest
+    rate = {"peak": optim.pop("learning_rate"), "steps": length["steps"]}
+    assert dataclasses.asdict(trainer.learning_rate) == rate | optim
     (group,) = trainer.optimizer.param_groups
     expected = {"lr": 3e-3, "betas": BETAS, "eps": EPSILON, "weight_decay": WEIGHT_DECAY}
     assert {name: group[name] for name in expected} == expected

@@ -15,6 +15,7 @@ from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.draws import Plan, TrainingSet
 from pixart_ft.ema import Ema
+from pixart_ft.learning_rate import LearningRate
 from pixart_ft.objective import Objective
 from pixart_ft.trainer import Trainer
 from pixart_ft.vae import LatentScale
@@ -28,9 +29,6 @@ PLAN = Plan(
     timestep_law="importance",
     logit_mean=0.0,
     logit_std=1.0,
-    learning_rate=0.5,
-    warmup_steps=0,
-    decay="constant",
     clip_norm=0.0,
     log_every=1,
     validate_every=0,
@@ -83,6 +81,7 @@ def toy_trainer(folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | N
         # unlike Adam, it feels a gradient that is twice as large
         optimizer=torch.optim.SGD(trained.values(), lr=0.0, momentum=0.5),
         ema=Ema(trained, 0.9),
+        learning_rate=LearningRate(0.5, 0, "constant", 12),
         plan=replace(PLAN, **plan),
         folder=run,
         draw_samples=None if draw_samples is None else lambda: draw_samples(network),
