@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 import pixart_ft
 from pixart_ft.config import TrainConfig, load_config
+from pixart_ft.diffusion.names import Spacing
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.samplers import EVERY_SAMPLER, OPTIONS, SAMPLERS, Sampler, users_of
@@ -215,39 +216,40 @@ def given(sampler: str, option: str) -> dict[str, Any]:
     return {"prompts": ["a"], "sampler": sampler} | (OPTION_VALUES | spacing)[option]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_option_is_for_the_samplers_that_use_it(sampler: str, option: str) -> None:
-    values = given(sampler, option)
-    if option in SAMPLERS[sampler].settings:
-        options = load(GenerateConfig, values).sampler_options()
-        assert options == {key: value for key, value in values.items() if key in OPTIONS}
-    else:
-        with pytest.raises(UserError, match=f'{option} is .*, unused while sampler is "{sampler}"; change one'):
-            load(GenerateConfig, values)
+def test_an_option_is_for_the_samplers_that_use_it(sampler: str) -> None:
+    for option in OPTIONS:
+        values = given(sampler, option)
+        if option in SAMPLERS[sampler].settings:
+            options = load(GenerateConfig, values).sampler_options()
+            assert options == {key: value for key, value in values.items() if key in OPTIONS}, option
+        else:
+            with pytest.raises(UserError, match=f'{option} is .*, unused while sampler is "{sampler}"; change one'):
+                load(GenerateConfig, values)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_the_help_names_the_samplers_of_an_option(option: str) -> None:
-    field = keys(GenerateConfig)[option]
-    assert default(field) is None  # the scheduler's own
-    if option != "spacing":  # every sampler's
-        assert (field.description or "").startswith(f"of {', '.join(users_of(option))}: ")
+def test_the_help_names_the_samplers_of_an_option() -> None:
+    for option in OPTIONS:
+        field = keys(GenerateConfig)[option]
+        assert default(field) is None  # the scheduler's own
+        if option != "spacing":  # every sampler's
+            assert (field.description or "").startswith(f"of {', '.join(users_of(option))}: ")
 
 
 def test_no_option_is_given_unless_asked_for() -> None:
     assert load(GenerateConfig, {"prompts": ["a"], "sampler": "edm"}).sampler_options() == {}
 
 
-@pytest.mark.parametrize("spacing", ["iddpm", "trailing", "leading", "karras", "exponential", "linspace"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_spacing_is_for_the_samplers_that_know_it(sampler: str, spacing: str) -> None:
-    values = {"prompts": ["a"], "sampler": sampler, "spacing": spacing}
-    if spacing in SAMPLERS[sampler].spacings:
-        assert load(GenerateConfig, values).spacing == spacing
-    else:
-        with pytest.raises(UserError, match=f'spacing "{spacing}" is not for sampler "{sampler}": iddpm, trailing and'):
-            load(GenerateConfig, values)
+def test_a_spacing_is_for_the_samplers_that_know_it(sampler: str) -> None:
+    for spacing in get_args(Spacing):
+        values = {"prompts": ["a"], "sampler": sampler, "spacing": spacing}
+        if spacing in SAMPLERS[sampler].spacings:
+            assert load(GenerateConfig, values).spacing == spacing
+        else:
+            message = f'spacing "{spacing}" is not for sampler "{sampler}": iddpm, trailing and'
+            with pytest.raises(UserError, match=message):
+                load(GenerateConfig, values)
 
 
 @pytest.mark.parametrize(
