@@ -169,7 +169,7 @@ class Build:
         if self.args.vae:
             return
         training = VaeTraining(self.work / "vae")
-        if training.step < self.args.vae_steps:
+        if training.course.step < self.args.vae_steps:
             training.run(self._seen_and_unseen()[0], self.args.vae_steps)
 
     def measure(self) -> None:

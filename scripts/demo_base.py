@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_captions import Example
+from demo_course import Course
 from demo_muon import BatchedMuon
 from demo_vae import to_pixels
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
@@ -25,7 +26,6 @@ from pixart_ft.denoiser import denoise
 from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.files import write_file
 from pixart_ft.vae import LatentScale, encode_moments
 
 BATCH = 64
@@ -212,7 +212,6 @@ class BaseTraining:
     ):
         """`latents` are the (mean, std) of `pictures`, row by row."""
         assert len(latents[0]) == len(pictures)
-        folder.mkdir(parents=True, exist_ok=True)
         self.transformer, self.text_encoder = transformer.to(device), text_encoder.to(device)
         self.batch, self.device, self.dtype = batch, device, fastest_dtype(device)
         self.mean, self.std = (latent.to(device) for latent in latents)
@@ -230,33 +229,14 @@ class BaseTraining:
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
         self.schedule = NoiseSchedule.linear()
         self.modules = torch.nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
-        self.average = {name: p.detach().clone() for name, p in self.modules.named_parameters()}
         matrices = [p for p in transformer.transformer_blocks.parameters() if p.ndim == 2 and min(p.shape) > 6]
-        taken = {id(p) for p in matrices}
-        others = [p for p in self.modules.parameters() if id(p) not in taken]
-        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (BatchedMuon(matrices, weight_decay=0.05, dtype=self.dtype), MUON_RATE),
-            (torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), ADAMW_RATE),
-        ]
-        self.step, self.checkpoint = 0, folder / "state.pt"
-        if self.checkpoint.is_file():
-            self._load()
-
-    def _load(self) -> None:
-        state = torch.load(self.checkpoint, weights_only=True)
-        self.modules.load_state_dict(state["weights"])
-        self.average, self.step = state["average"], state["step"]
-        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-
-    def _save(self) -> None:
-        state = {
-            "weights": self.modules.state_dict(),
-            "average": self.average,
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
-            "step": self.step,
-        }
-        write_file(self.checkpoint, lambda aside: torch.save(state, aside))
+        self.course = Course(
+            self.modules,
+            BatchedMuon(matrices, weight_decay=0.05, dtype=self.dtype),
+            rates=(MUON_RATE, ADAMW_RATE),
+            decay=EMA_DECAY,
+            file=folder / "state.pt",
+        )
 
     def loss(self, step: int) -> dict[str, torch.Tensor]:
         """The step's terms, each averaged over the batch: the weighted "loss", "simple" and "vlb"."""
@@ -283,18 +263,6 @@ class BaseTraining:
         weight = (MIN_SNR_GAMMA / snr).clamp(max=1.0) * snr.rsqrt().clamp(min=1.0, max=MAX_DEBIASED)
         return {"loss": (weight * simple + vlb).mean(), "simple": simple.mean(), "vlb": vlb.mean()}
 
-    def _update(self, loss: torch.Tensor, factor: float) -> None:
-        for optimizer, peak in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
-        for optimizer, _ in self.optimizers:
-            optimizer.step()
-        decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.modules.parameters()], 1 - decay)
-
     def run(self, steps: int, *, compiled: bool = True, minutes: float = float("inf")) -> None:
         """Train up to `steps` or for `minutes`, with a line of averaged losses every 25 steps and a checkpoint now and
         then. The rates follow `steps`, so a training in pieces names the same number every time."""
@@ -304,25 +272,24 @@ class BaseTraining:
             for block in self.transformer.transformer_blocks:
                 block.compile()
         self.modules.train()
-        began, start = time.monotonic(), self.step
+        began, start = time.monotonic(), self.course.step
         running: dict[str, float] = {}
-        while self.step < steps and time.monotonic() - began < 60 * minutes:
-            terms = self.loss(self.step)
-            self._update(terms["loss"], learning_rate_factor(self.step, steps))
-            self.step += 1
+        while self.course.step < steps and time.monotonic() - began < 60 * minutes:
+            terms = self.loss(self.course.step)
+            self.course.update(terms["loss"], learning_rate_factor(self.course.step, steps))
             for name, value in terms.items():
                 running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
-            if self.step % 25 == 0:
-                rate = (self.step - start) / (time.monotonic() - began)
+            if self.course.step % 25 == 0:
+                rate = (self.course.step - start) / (time.monotonic() - began)
                 parts = "  ".join(f"{name} {value:.4f}" for name, value in running.items())
-                print(f"base {self.step}/{steps}  {parts}  {rate:.2f} steps/s", flush=True)
-            if self.step % CHECKPOINT_STEPS == 0:
-                self._save()
-        self._save()
+                print(f"base {self.course.step}/{steps}  {parts}  {rate:.2f} steps/s", flush=True)
+            if self.course.step % CHECKPOINT_STEPS == 0:
+                self.course.save()
+        self.course.save()
 
     def use_average(self) -> None:
         """Put the average in place of the last weights: this is what is shipped."""
         with torch.no_grad():
             for name, p in self.modules.named_parameters():
-                p.copy_(self.average[name])
+                p.copy_(self.course.average[name])
         self.modules.eval()

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from demo_course import Course
 from demo_muon import BatchedMuon
 from diffusers import AutoencoderKL
 
-from pixart_ft.files import write_file
 from pixart_ft.vae import encode_moments
 
 CHECKPOINT_STEPS = 200
@@ -180,80 +180,52 @@ class VaeTraining:
     """The VAE, its average and optimizers; `run` trains them, resuming from a checkpoint in `folder`."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         self.vae = build_vae()
-        self.average = {name: p.detach().clone() for name, p in self.vae.named_parameters()}
         matrices = [p for p in self.vae.parameters() if p.ndim == 4 and min(p.flatten(1).shape) >= 16]
-        taken = {id(p) for p in matrices}
-        others = [p for p in self.vae.parameters() if id(p) not in taken]
-        self.optimizers: list[tuple[torch.optim.Optimizer, float]] = [
-            (BatchedMuon(matrices), MUON_RATE),
-            (torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0), ADAMW_RATE),
-        ]
-        self.step, self.checkpoint = 0, folder / "state.pt"
-        if self.checkpoint.is_file():
-            state = torch.load(self.checkpoint, weights_only=True)
-            self.vae.load_state_dict(state["vae"])
-            self.average, self.step = state["average"], state["step"]
-            for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
-
-    def _save(self) -> None:
-        state = {
-            "vae": self.vae.state_dict(),
-            "average": self.average,
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
-            "step": self.step,
-        }
-        write_file(self.checkpoint, lambda aside: torch.save(state, aside))
+        self.course = Course(
+            self.vae,
+            BatchedMuon(matrices),
+            rates=(MUON_RATE, ADAMW_RATE),
+            decay=EMA_DECAY,
+            file=folder / "state.pt",
+        )
 
     def loss(self, pictures: np.ndarray, share: float) -> tuple[torch.Tensor, float, float]:
         """(loss, KL in nats per number, mean squared error) of this step's batch, `share` of the training done."""
         size, count = next((size, count) for until, size, count in PHASES if share < until)
-        x = crops(pictures, np.random.default_rng(self.step), count, size)
+        x = crops(pictures, np.random.default_rng(self.course.step), count, size)
         posterior = self.vae.encode(x).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(self.step))
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(self.course.step))
         decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         squared = F.mse_loss(decoded.detach().clamp(-1, 1), x).item()
-        weight = KL_WEIGHT * min(1.0, self.step / KL_STEPS)
+        weight = KL_WEIGHT * min(1.0, self.course.step / KL_STEPS)
         return reconstruction_loss(decoded, x) + weight * kl, kl.item(), squared
 
     def run(self, pictures: np.ndarray, steps: int) -> None:
         """Train up to `steps`: warm-up, constant rates, then linearly to zero."""
         self.vae.train()
-        began, start, running = time.monotonic(), self.step, 0.0
-        while self.step < steps:
-            factor = min(1.0, (self.step + 1) / 100, (1 - self.step / steps) / DECAY_SHARE)
-            loss, kl, squared = self.loss(pictures, self.step / steps)
-            for optimizer, peak in self.optimizers:
-                optimizer.zero_grad(set_to_none=True)
-                for group in optimizer.param_groups:
-                    group["lr"] = peak * factor
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
-            for optimizer, _ in self.optimizers:
-                optimizer.step()
-            decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
-            now = [p.detach() for p in self.vae.parameters()]
-            torch._foreach_lerp_(list(self.average.values()), now, 1 - decay)
-            self.step += 1
+        began, start, running = time.monotonic(), self.course.step, 0.0
+        while self.course.step < steps:
+            factor = min(1.0, (self.course.step + 1) / 100, (1 - self.course.step / steps) / DECAY_SHARE)
+            loss, kl, squared = self.loss(pictures, self.course.step / steps)
+            self.course.update(loss, factor)
             running = squared if running == 0 else 0.98 * running + 0.02 * squared
-            if self.step % 25 == 0:
-                rate = (self.step - start) / (time.monotonic() - began)
+            if self.course.step % 25 == 0:
+                rate = (self.course.step - start) / (time.monotonic() - began)
                 print(
-                    f"vae {self.step}/{steps}  loss {loss.item():.4f}  kl {kl:.2f}  "
+                    f"vae {self.course.step}/{steps}  loss {loss.item():.4f}  kl {kl:.2f}  "
                     f"{10 * math.log10(4 / running):.2f} dB  {rate:.2f} steps/s",
                     flush=True,
                 )
-            if self.step % CHECKPOINT_STEPS == 0 or self.step == steps:
-                self._save()
+            if self.course.step % CHECKPOINT_STEPS == 0 or self.course.step == steps:
+                self.course.save()
 
     def averaged(self) -> AutoencoderKL:
         """The VAE with the averaged weights, in eval mode: this is what is shipped."""
         vae = build_vae()
-        vae.load_state_dict(self.average)
+        vae.load_state_dict(self.course.average)
         return vae.eval()
 
 
