@@ -126,9 +126,22 @@ def test_all_faults_of_a_base_come_in_one_report(base: Path) -> None:
         use_additional_conditions=True,
         caption_channels=4096,
     )
+    edit(base / "vae" / "config.json", scaling_factor=...)
+    edit(base / "scheduler" / "scheduler_config.json", prediction_type="flow")
     with pytest.raises(UserError) as caught:
         Base.read(base)
-    assert [line[:8] for line in str(caught.value).splitlines()[1:]] == ["  - use_", "  - inte", "  - the "]
+    begins = ["use_addi", "interpol", "vae/conf", "the tran", "schedule"]
+    assert [line[4:12] for line in str(caught.value).splitlines()[1:]] == begins
+
+
+def test_all_damaged_files_of_a_base_come_in_one_report(base: Path) -> None:
+    (base / "vae" / "config.json").unlink()
+    edit(base / "transformer" / "config.json", patch_size="two")
+    (base / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(UserError, match="3 problems") as caught:
+        Base.read(base)
+    for what in ("patch_size is 'two'", r"vae/config.json is missing", "scheduler_config.json: it is no JSON"):
+        assert what in str(caught.value)
 
 
 def test_other_pipelines_and_incomplete_folders_are_refused(base: Path) -> None:
