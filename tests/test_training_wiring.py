@@ -205,25 +205,30 @@ def test_training_and_sampling_see_the_same_null_caption(
         assert embeds.dtype == null.dtype and torch.equal(embeds, expected_embeds) and torch.equal(mask, expected_mask)
 
 
-def test_every_number_of_the_configuration_arrives(
-    options: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The trainer gets each value of the configuration and no default; a new field of Plan must be added here."""
+def at_the_start(options: dict[str, dict[str, Any]], **more: dict[str, Any]) -> Trainer:
+    """The trainer that `train` makes of these, before its first step."""
     caught: list[Trainer] = []
 
     def instead(self: Trainer) -> None:
         caught.append(self)
         raise StopIteration
 
-    monkeypatch.setattr(Trainer, "run", instead)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(Trainer, "run", instead)
+        train(options, **more)
+    (trainer,) = caught
+    return trainer
+
+
+def test_every_number_of_the_configuration_arrives(options: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    """The trainer gets each value of the configuration and no default; a new field of Plan must be added here."""
     length = {"steps": 31, "batch_size": 3, "accumulation": 7, "checkpoint_every": 11, "keep_checkpoints": 13}
     optim = {"learning_rate": 3e-3, "warmup_steps": 5, "decay": "linear", "clip_norm": 0.7}
     noise = {"caption_dropout": 0.37, "timestep_law": "logit_normal", "logit_mean": 0.3, "logit_std": 0.8}
     often = {"every": 19, "samples_every": 23, "timesteps": 6, "pictures": 2}
     other: dict[str, Any] = {"run": {"folder": str(tmp_path / "run"), "seed": 17}, "logging": {"every": 29}}
-    with pytest.raises(StopIteration):
-        train(options, diffusion=noise | {"vlb_scale": 2.5}, optim=optim, train=length, validation=often, **other)
-    (trainer,) = caught
+    diffusion = noise | {"vlb_scale": 2.5}
+    trainer = at_the_start(options, diffusion=diffusion, optim=optim, train=length, validation=often, **other)
     rest = {"seed": 17, "log_every": 29, "validate_every": 19, "samples_every": 23}
     assert dataclasses.asdict(trainer.plan) == length | {"clip_norm": optim.pop("clip_norm")} | noise | rest
     rate = {"peak": optim.pop("learning_rate"), "steps": length["steps"]}
@@ -239,21 +244,13 @@ def test_every_number_of_the_configuration_arrives(
 
 @pytest.mark.filterwarnings("ignore:different texts become the same tokens")
 def test_what_is_encoded_and_loaded_is_what_the_configuration_says(
-    options: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     """Size, length and precision, each unlike the base's own and the default."""
-    caught: list[Trainer] = []
-
-    def instead(self: Trainer) -> None:
-        caught.append(self)
-        raise StopIteration
-
-    monkeypatch.setattr(Trainer, "run", instead)
     place, data = {"folder": str(tmp_path / "run")}, {"resolution": 32, "max_tokens": 3}
     model = {"dtype": "bfloat16", "text_encoder_dtype": "float16"}
-    with pytest.raises(StopIteration), pytest.warns(UserWarning, match="max_tokens 3"):
-        train(options, run=place, data=data, model=model)
-    (trainer,) = caught
+    with pytest.warns(UserWarning, match="max_tokens 3"):
+        trainer = at_the_start(options, run=place, data=data, model=model)
     held_out = trainer.watch.held_out
     assert held_out is not None
     texts = [*held_out.texts, *trainer.data.pictures.texts([0, 1])]
