@@ -6,6 +6,7 @@ it was trained on and how) and null_caption.safetensors (the embedding that stan
 
 import difflib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from pixart_ft.config import LARGEST_RANK
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
+from pixart_ft.intervals import WHOLE, Interval, adapter_interval_faults, covers, shown
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -56,6 +58,7 @@ class AdapterMetadata:
     step               optimizer steps done; None: made before this was kept
     revision           of a Hub base, if one was asked for
     time_conditioning  what the network is told of another schedule's noise: its index, or where the base met that SNR
+    interval           the network's timesteps that it was trained at, and acts at unless told otherwise
     """
 
     base: str
@@ -72,6 +75,7 @@ class AdapterMetadata:
     revision: str | None = None
     time_conditioning: "TimeConditioning" = "index"
     step: int | None = None
+    interval: Interval = WHOLE
 
 
 def find_adapter(path: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> Path:
@@ -153,7 +157,25 @@ def read_metadata(folder: Path) -> AdapterMetadata:
     if strange:
         raise UserError(f"adapter: {path} is of another version of pixart_ft (fields {some(strange)}); train again")
     _check_types(path, content, _METADATA_TYPES)
-    return AdapterMetadata(**content)
+    return AdapterMetadata(**content | {"interval": tuple(content.get("interval") or WHOLE)})
+
+
+def acting_interval(metadata: AdapterMetadata, asked: Interval | None) -> Interval:
+    """The timesteps at which an adapter is to act: those asked for, else those that it was trained at.
+
+    Raises UserError for an interval that there is not; warns of one that goes beyond the training's.
+    """
+    if asked is None:
+        return metadata.interval
+    if faults := adapter_interval_faults(asked, None):
+        raise UserError(faults[0])
+    if not covers(metadata.interval, asked):
+        warnings.warn(
+            f"lora_interval {shown(asked)} goes beyond {shown(metadata.interval)}, the timesteps that this adapter was "
+            "trained at: it never learnt what to do there",
+            stacklevel=1,
+        )
+    return float(asked[0]), float(asked[1])
 
 
 def read_settings(folder: Path) -> LoraSettings:
@@ -192,6 +214,11 @@ def _is_number(value: object, least: float, most: float) -> bool:
     return type(value) in (int, float) and least <= value <= most  # type: ignore[operator]
 
 
+def _is_interval(value: object) -> bool:
+    ends = value if isinstance(value, list) and len(value) == 2 else [2, 1]
+    return all(_is_number(end, *WHOLE) for end in ends) and ends[0] <= ends[1]
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_text, value))
 
@@ -211,6 +238,7 @@ _METADATA_TYPES: dict[str, Callable[[Any], bool]] = {
     "step": lambda value: value is None or _is_count(value),
     "revision": lambda value: value is None or _is_text(value),
     "time_conditioning": (None, "index", "snr_matched").__contains__,
+    "interval": lambda value: value is None or _is_interval(value),
 }
 _CONFIG_TYPES: dict[str, Callable[[Any], bool]] = {
     "r": lambda value: _is_count(value, 1) and value <= LARGEST_RANK,

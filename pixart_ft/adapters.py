@@ -5,10 +5,11 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -24,17 +25,22 @@ from pixart_ft.adapter_files import (
     WEIGHTS,
     AdapterMetadata,
     LoraSettings,
+    acting_interval,
     find_adapter,
     read_metadata,
     read_settings,
     some,
 )
+from pixart_ft.adapter_switch import AdapterSwitch, adapter_interval
 from pixart_ft.data.captions import TEXT_PREPARATION
+from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.ema import all_finite
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_folder
+from pixart_ft.intervals import WHOLE, Interval, shown
 from pixart_ft.models import fingerprint
 from pixart_ft.randomness import generator
+from pixart_ft.scheduler_config import process_of
 from pixart_ft.targets import check_targets
 
 _PEFT_PREFIX = "base_model.model."
@@ -70,6 +76,7 @@ def attach(transformer: PixArtTransformer2DModel, settings: LoraSettings, *, see
             parameter.data.copy_((2 * draw - 1) * bound)
         else:
             parameter.data.zero_()
+    transformer.adapter_switch = AdapterSwitch(transformer)
 
 
 def save_adapter(
@@ -117,20 +124,24 @@ def load_adapter(
     *,
     scale: float = 1.0,
     weights: Literal["ema", "raw"] = "ema",
+    interval: Interval | None = None,
 ) -> tuple[AdapterMetadata, Tensor]:
     """Attach the adapter at `path` to its base, frozen, and return its metadata and null caption (1,D).
 
-    The update is multiplied by `scale`; path and `weights` as in `find_adapter`. Raises UserError if this is
-    not the base it was trained on, or unless every weight in the file found its place and every place its
-    weight.
+    The update is multiplied by `scale`; path and `weights` as in `find_adapter`. It acts at the network's timesteps in
+    `interval`, both ends included, and the network is the bare base elsewhere; None: where it was trained. Raises
+    UserError if this is not the base it was trained on, or unless every weight in the file found its place and every
+    place its weight, and for an interval that there is not.
     """
     folder = find_adapter(path, weights=weights)
     metadata = _metadata_for(transformer, folder)
+    interval = acting_interval(metadata, interval)
     attach(transformer, read_settings(folder), seed=0)
     _fill(transformer, folder)
     for parameter in _parameters(transformer).values():
         parameter.requires_grad_(False)
     scale_adapter(transformer, scale)
+    limit_adapter(transformer, interval)
     return metadata, _read_null_caption(folder)
 
 
@@ -138,6 +149,23 @@ def scale_adapter(transformer: PixArtTransformer2DModel, scale: float) -> None:
     """Multiply the attached adapter's update by `scale`, whatever it was multiplied by before; 1 is as trained."""
     for _, layer in _layers(transformer):
         layer.set_scale(_ADAPTER, scale)
+
+
+def limit_adapter(transformer: PixArtTransformer2DModel, interval: Interval) -> None:
+    """Let the attached adapter act at these timesteps alone, whichever it was limited to before."""
+    transformer.adapter_switch.interval = interval
+
+
+def warn_of_other_process(metadata: AdapterMetadata, scheduler: Any) -> None:
+    """Warn where a scheduler of a diffusers pipeline is for another prediction or schedule than the adapter's."""
+    process = process_of({**scheduler.config, "_class_name": type(scheduler).__name__})
+    known, given = (NoiseSchedule.from_diffusers_config(x).alpha_bar for x in (metadata.schedule, process))
+    if process["prediction_type"] != metadata.prediction_type or not torch.equal(known, given):
+        warnings.warn(
+            f"the adapter predicts {metadata.prediction_type} on {dict(metadata.schedule)}, and the scheduler of this "
+            "pipeline is for another prediction or schedule",
+            stacklevel=3,
+        )
 
 
 def fill_adapter(transformer: PixArtTransformer2DModel, path: str | Path) -> AdapterMetadata:
@@ -152,9 +180,20 @@ def fill_adapter(transformer: PixArtTransformer2DModel, path: str | Path) -> Ada
 
 
 def merge(transformer: PixArtTransformer2DModel) -> None:
-    """Add the adapter's scaled update to the weights, in place: a plain transformer again."""
+    """Add the adapter's scaled update to the weights, in place: a plain transformer again.
+
+    Raises UserError for an adapter that acts in an interval of timesteps: weights act at all.
+    """
     layers = list(_layers(transformer))
     assert layers, "no adapter is attached"
+    interval = adapter_interval(transformer)
+    if interval != WHOLE:
+        raise UserError(
+            f"adapter: it acts at the timesteps {shown(interval)} alone, and merged into the weights it would act at "
+            f"all; load it with the interval {shown(WHOLE)} to merge it so"
+        )
+    transformer.adapter_switch.remove()
+    del transformer.adapter_switch
     for name, layer in layers:
         layer.merge(safe_merge=True)
         parent, _, leaf = name.rpartition(".")

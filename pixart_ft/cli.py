@@ -21,7 +21,7 @@ from pixart_ft.config import TrainConfig
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of, versions
 from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.key_types import expected, is_empty
+from pixart_ft.key_types import expected, is_empty, is_pair
 from pixart_ft.settings import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
 from pixart_ft.text import is_text, no_text, visible
 
@@ -160,8 +160,9 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"unknown command {name}; choose from {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     flags = [name for name, field in keys(command.config).items() if field.annotation in (bool, bool | None)]
+    pairs = [name for name, field in keys(command.config).items() if is_pair(field)]
     known, switches = [*keys(command.config), *command.options], [*command.switches, *SWITCHES]
-    given, problems = split_options(rest, known, flags, switches)
+    given, problems = split_options(rest, known, flags, switches, pairs)
     if "help" in given:
         print(help_text(command))
         return
@@ -171,14 +172,18 @@ def _run(arguments: list[str]) -> None:
 
 
 def split_options(
-    arguments: Iterable[str], known: Iterable[str], flags: Iterable[str] = (), switches: Iterable[str] = SWITCHES
+    arguments: Iterable[str],
+    known: Iterable[str],
+    flags: Iterable[str] = (),
+    switches: Iterable[str] = SWITCHES,
+    pairs: Iterable[str] = (),
 ) -> tuple[dict[str, list[str]], list[str]]:
     """The values given to each known option, in order, and what could not be understood. Dashes become _.
 
-    flags: options that mean true where no value follows; switches take none. Only those of `REPEATABLE` may be given
-    twice.
+    flags: options that mean true where no value follows; switches take none; pairs take two numbers, or one list of
+    them. Only those of `REPEATABLE` may be given twice.
     """
-    flags, switches = set(flags), set(switches)
+    flags, switches, pairs = set(flags), set(switches), set(pairs)
     known = [*known, *switches]
     given: dict[str, list[str]] = {}
     problems = []
@@ -195,6 +200,8 @@ def split_options(
         is_switch, has_value = name in switches, bool(words) and not words[0].startswith("--")
         if not equals and not is_switch and has_value:
             value = words.pop(0)
+            if name in pairs and not value.startswith("[") and words and not words[0].startswith("--"):
+                value = f"[{value}, {words.pop(0)}]"
         if not is_text(value):
             problems.append(no_text(f"--{name}", value))
             value = visible(value)

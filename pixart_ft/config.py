@@ -22,6 +22,7 @@ from pixart_ft.diffusion.names import (
     Variance,
     Weighting,
 )
+from pixart_ft.intervals import WHOLE
 from pixart_ft.samplers import Sampler
 from pixart_ft.settings import Config, Section, load
 
@@ -130,6 +131,12 @@ class Diffusion(Section):
     )
     logit_mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal; below 0 = less noise")
     logit_std: float = Field(1.0, ge=1e-3, le=10, description="of logit_normal")
+    timestep_range: tuple[Annotated[float, Field(ge=0, le=1000)], ...] = Field(
+        WHOLE,
+        min_length=2,
+        max_length=2,
+        description="the two network timesteps between which it is trained, measured and acts; 0 1000 = everywhere",
+    )
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of draws that see the null caption")
 
 
@@ -242,6 +249,11 @@ class TrainConfig(Config):
             lambda objective, law: objective == "vlb" and law == "logit_normal",
             "diffusion.objective {} with timestep_law {}: the bound is a sum over all t alike; use uniform, stratified "
             "or importance, which undoes its own law",
+        ),
+        (
+            ("diffusion.timestep_range",),
+            lambda ends: ends[0] > ends[1],
+            "diffusion.timestep_range {} ends before it begins; give the lower timestep (less noise) first",
         ),
     )
 

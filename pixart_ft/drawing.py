@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
@@ -13,6 +13,7 @@ from PIL import Image
 from pixart_ft.diffusion.names import PredictionType, ScheduleName, TimeConditioning, VarianceState
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.errors import UserError
+from pixart_ft.intervals import WHOLE, Interval, adapter_interval_faults, guidance_interval_faults
 from pixart_ft.samplers import CONDITIONS, EVERY_SAMPLER
 from pixart_ft.schedulers import SCHEDULERS, build_scheduler
 from pixart_ft.schedulers.base import PixArtScheduler
@@ -47,6 +48,7 @@ class Abilities:
 
     schedule, prediction_type, variance   what it was trained on, to predict, and the state of its learned variance
     size, unit                            the side of its pictures, and what sides must be multiples of, pixels
+    adapter_interval                      the timesteps that its adapter acts at
     """
 
     schedule: NoiseSchedule
@@ -54,6 +56,7 @@ class Abilities:
     variance: VarianceState
     size: int
     unit: int
+    adapter_interval: Interval = WHOLE
 
 
 def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler | StockScheduler:
@@ -112,9 +115,10 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
         try:
             scheduler = scheduler_for(replace(settings, image=None) if start_faults else settings, model)
             options = {key: scheduler.config[key] for key in EVERY_SAMPLER[settings.sampler].settings}
+            calls = None if options.get("tolerance") is not None else calls_to_come(scheduler)
             if settings.guidance > 1:
-                adaptive = options.get("tolerance") is not None
-                faults += interval_faults(settings.guidance_interval, None if adaptive else calls_to_come(scheduler))
+                faults += guidance_interval_faults(settings.guidance_interval, calls)
+            faults += adapter_interval_faults(model.adapter_interval, calls)
         except ValueError as error:
             named = str(error).startswith(f"sampler {settings.sampler} ")
             faults.append(str(error) if named else f"sampler {settings.sampler}: {error}")
@@ -150,28 +154,6 @@ def strength_faults(strength: float) -> list[str]:
     if 0 < strength <= 1:
         return []
     return [f"strength must lie above 0 (the picture itself) and at most at 1 (only noise), got {strength:g}"]
-
-
-def interval_faults(interval: tuple[float, float] | None, calls: Sequence[float] | None, last: int = 999) -> list[str]:
-    """What keeps guidance from acting between these two of the network's timesteps, 0 to `last`.
-
-    calls: the timesteps of the network calls to come; None where a solver chooses its own.
-    """
-    if interval is None:
-        return []
-    low, high = interval
-    shown = f"guidance_interval [{low:g}, {high:g}]"
-    unit = f"it is in the network's timesteps, from 0 (the least noise) to {last}"
-    if low > high:
-        return [f"{shown} ends before it begins; {unit}"]
-    if not 0 <= low <= high <= last:
-        return [f"{shown} reaches beyond the timesteps; {unit}"]
-    if calls is not None and not any(low <= timestep <= high for timestep in calls):
-        return [
-            f"{shown} holds none of this run's {len(calls)} network calls, at timesteps {max(calls):g} to "
-            f"{min(calls):g}, so guidance would never act; {unit}"
-        ]
-    return []
 
 
 def calls_to_come(scheduler: Any) -> list[float]:

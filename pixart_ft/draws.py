@@ -78,18 +78,20 @@ def draw_batch(
     *,
     global_batch: int,
     num_steps: int,
+    within: range | None = None,
     law: Tensor | None = None,
     two_noises: bool = False,
 ) -> Batch:
     """The training samples with these draw indices; each depends on (seed, draw index) alone.
 
-    law (T,) is that of t under importance sampling, which thereby depends on the losses before this step too.
+    within are the t to draw from, None for all `num_steps`; law (len(within),) is theirs under importance sampling,
+    which thereby depends on the losses before this step too.
     """
     count = len(data.pictures)
     rows = [int(epoch_order(plan.seed, d // count, count)[d % count]) for d in draws]
     mean, std = data.pictures.latents(rows)
     shape = tuple(mean.shape[1:])
-    t, weight = _timesteps(draws, plan, global_batch, num_steps, law)
+    t, weight = _timesteps(draws, plan, global_batch, num_steps, within or range(num_steps), law)
     dropped = uniform(plan.seed, draws, "caption dropout") < plan.caption_dropout
     texts = drop_captions(data.pictures.texts(rows), dropped.tolist(), data.null_caption)
     embeds, mask = pad_text(texts)
@@ -105,16 +107,16 @@ def draw_batch(
 
 
 def _timesteps(
-    draws: Sequence[int], plan: Plan, global_batch: int, num_steps: int, law: Tensor | None
+    draws: Sequence[int], plan: Plan, global_batch: int, num_steps: int, within: range, law: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    u = uniform(plan.seed, draws, "timestep")
+    u, first, count = uniform(plan.seed, draws, "timestep"), within.start, len(within)
     ones = torch.ones(len(draws), dtype=torch.float32)
     if plan.timestep_law == "uniform":
-        return uniform_timesteps(u, num_steps), ones
+        return first + uniform_timesteps(u, count), ones
     if plan.timestep_law == "stratified":
-        return stratified_timesteps(u, torch.tensor(draws), global_batch, num_steps), ones
+        return first + stratified_timesteps(u, torch.tensor(draws), global_batch, count), ones
     if plan.timestep_law == "logit_normal":
-        return logit_normal_timesteps(u, num_steps, mean=plan.logit_mean, std=plan.logit_std), ones
+        return logit_normal_timesteps(u, num_steps, mean=plan.logit_mean, std=plan.logit_std, within=within), ones
     assert law is not None, "importance sampling needs the law of t"
     t, weight = importance_timesteps(u, law)
-    return t, weight.to(torch.float32)
+    return first + t, weight.to(torch.float32)

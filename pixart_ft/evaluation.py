@@ -40,9 +40,9 @@ class HeldOutSet:
     seed: int
 
 
-def timestep_grid(num_steps: int, count: int) -> Tensor:
-    """`count` indices in the middles of equal strata of 0..num_steps-1, (count,) int64."""
-    return ((torch.arange(count, dtype=torch.float64) + 0.5) * num_steps / count).long()
+def timestep_grid(within: range, count: int) -> Tensor:
+    """`count` indices in the middles of equal strata of `within`, (count,) int64."""
+    return within.start + ((torch.arange(count, dtype=torch.float64) + 0.5) * len(within) / count).long()
 
 
 def held_out_loss(
@@ -53,12 +53,12 @@ def held_out_loss(
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Every term for every picture and t of the grid, (P, G) float64 on the CPU.
+    """Every term for every picture and t of the grid, (P, G) float64 on the CPU; the grid is of the t that are trained.
 
     Picture p at grid point g always meets the same noise, a function of (seed, p * G + g), so that two
     measurements differ by the network alone. No global random state is read; the modes of all modules are kept.
     """
-    grid = timestep_grid(objective.schedule.num_steps, held_out.timestep_count)
+    grid = timestep_grid(objective.within, held_out.timestep_count)
     cells = [(p, g) for p in range(len(held_out.x0)) for g in range(len(grid))]
     found: dict[str, list[Tensor]] = {}
     with evaluating(transformer):

@@ -49,6 +49,13 @@ class GenerateConfig(Config):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
     lora: Folder | None = Field(None, description="adapter folder, run folder, or RUN@STEP; null = the base alone")
     lora_scale: float = Field(1.0, ge=-100, le=100, description="strength of the adapter; 1 = as trained")
+    lora_interval: tuple[Annotated[float, Field(ge=0, le=1000)], ...] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="the two network timesteps between which the adapter acts; null = where it was trained, "
+        "0 1000 = everywhere",
+    )
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights of the run")
     prompts: tuple[str, ...] = Field((), description="what to draw")
     prompts_file: Folder | None = Field(None, description="text file with one prompt a line")
@@ -70,7 +77,7 @@ class GenerateConfig(Config):
     sampler: Sampler = Field("ddim", description=_SAMPLERS)
     steps: SamplerSteps = Field(30, description="sampler steps")
     guidance: Guidance = Field(4.5, description="classifier-free guidance scale; 1 = off")
-    # `drawing.interval_faults` knows the run's timesteps; these ends only keep the numbers sane
+    # `intervals` knows the run's timesteps; these ends only keep the numbers sane
     guidance_interval: tuple[Annotated[float, Field(ge=-1_000_000, le=1_000_000)], ...] | None = Field(
         None,
         min_length=2,
@@ -143,6 +150,7 @@ class GenerateConfig(Config):
     unused = (
         ("revision", "model", lambda model: model != "demo"),
         ("lora_scale", "lora", lambda lora: lora is not None),
+        ("lora_interval", "lora", lambda lora: lora is not None),
         ("weights", "lora", lambda lora: lora is not None),
         ("negative_prompt", "guidance", lambda guidance: guidance > 1),
         ("guidance_interval", "guidance", lambda guidance: guidance > 1),

@@ -16,6 +16,7 @@ from pixart_ft.drawing import Abilities, Settings, settled, size_of
 from pixart_ft.errors import UserError
 from pixart_ft.files import probe
 from pixart_ft.generate_config import GenerateConfig
+from pixart_ft.intervals import Interval
 from pixart_ft.own_pictures import check_own, not_there_yet
 from pixart_ft.pictures import grid, picture_name, save_png
 from pixart_ft.places import check_generation
@@ -90,7 +91,8 @@ def _look(config: GenerateConfig) -> tuple[list[str], Base, Settings, Cells]:
     prompts = _prompts(config)
     base = Base.read(_base(config), _revision(config))
     folder = _adapter(config)
-    abilities = abilities_of(base, None if folder is None else read_metadata(folder))
+    metadata = None if folder is None else read_metadata(folder)
+    abilities = abilities_of(base, metadata, _pair(config.lora_interval))
     adapter = None if config.lora is None else str(config.lora)
     settings = settled(_settings(config, abilities), abilities, adapter)
     cells = settled_cells(config, settings, abilities, adapter) if config.compare else {}
@@ -110,6 +112,7 @@ def _load_model(config: GenerateConfig, base: Base, prompts: Sequence[str]) -> T
         config.lora,
         _adapter(config),
         config.lora_scale,
+        _pair(config.lora_interval),
         dtype=_dtype(config.dtype, device),
         device=device,
         prompts=[*prompts, config.negative_prompt],
@@ -124,12 +127,11 @@ def _settings(config: GenerateConfig, abilities: Abilities) -> Settings:
     width, height = config.width, config.height
     if config.aspect_ratio is not None:
         width, height = size_of(config.aspect_ratio, abilities)
-    interval = config.guidance_interval
     return Settings(
         sampler=config.sampler,
         steps=config.steps,
         guidance=config.guidance,
-        guidance_interval=None if interval is None else (interval[0], interval[1]),
+        guidance_interval=_pair(config.guidance_interval),
         negative_prompt=config.negative_prompt,
         options=config.sampler_options(),
         schedule=config.schedule,
@@ -140,6 +142,10 @@ def _settings(config: GenerateConfig, abilities: Abilities) -> Settings:
         width=width,
         height=height,
     )
+
+
+def _pair(ends: tuple[float, ...] | None) -> Interval | None:
+    return None if ends is None else (ends[0], ends[1])
 
 
 def _cost(settings: Settings, calls: int | None, on_average: float | None) -> str:

@@ -60,6 +60,12 @@ def item_of(field: FieldInfo) -> str | None:
     return next((_type_words(get_args(part)[0]) for part in parts if get_origin(part) is tuple), None)
 
 
+def is_pair(field: FieldInfo) -> bool:
+    """Whether the key is a list of exactly two."""
+    bounds = [getattr(bound, name, None) for bound in field.metadata for name in ("min_length", "max_length")]
+    return [bound for bound in bounds if bound is not None] == [2, 2]
+
+
 _SIGNS = {
     "gt": "> {}",
     "ge": ">= {}",

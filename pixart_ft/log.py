@@ -65,10 +65,13 @@ class Records:
         points = {f"train/{name}": loss for name, loss in losses.items()}
         self.accelerator.log({**points, **facts}, step=place.step)
 
-    def held_out(self, place: Place, losses: Mapping[str, Mapping[str, float]]) -> None:
-        """The mean and standard error of each held-out loss; a line of the log only once for each step."""
+    def held_out(self, place: Place, losses: Mapping[str, Mapping[str, float]], over: Mapping[str, object]) -> None:
+        """The mean and standard error of each held-out loss; a line of the log only once for each step.
+
+        over: what of the process they are measured over, unless all.
+        """
         if not self.has_held_out(place.step):
-            self._append(place, {"held_out": losses})
+            self._append(place, {"held_out": losses, **over})
         points = {f"held_out/{name}": loss["mean"] for name, loss in losses.items()}
         self.accelerator.log(points, step=place.step)
 

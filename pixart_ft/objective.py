@@ -11,7 +11,8 @@ from pixart_ft.diffusion.names import LossSpace, Norm, ObjectiveKind, Prediction
 from pixart_ft.diffusion.objectives import simple_term, su_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised, at, network_timesteps
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.diffusion.weighting import loss_weights
+from pixart_ft.diffusion.weighting import indices_within, loss_weights
+from pixart_ft.intervals import WHOLE, Interval
 
 _ERRORS: dict[LossSpace, str] = {
     "epsilon": "noise error",
@@ -33,6 +34,7 @@ class Objective:
     space      whose error the simple term is; None: of what the network predicts
     weighting  of the simple term by t, see `loss_weights`
     variance   p's, for vlb alone
+    timestep_range  the network's timesteps that are trained, both ends included
     """
 
     schedule: NoiseSchedule
@@ -46,6 +48,7 @@ class Objective:
     min_snr_gamma: float = 5.0
     p2_gamma: float = 1.0
     variance: Variance = "learned"
+    timestep_range: Interval = WHOLE
 
     @property
     def trains_variance(self) -> bool:
@@ -67,6 +70,18 @@ class Objective:
     def draws_two_noises(self) -> bool:
         """Whether `terms` needs `rest`, a second noise."""
         return self.kind in ("su_raw", "su_noises")
+
+    @cached_property
+    def within(self) -> range:
+        """The t that are trained. Raises ValueError where there is none."""
+        whole = self.timestep_range == WHOLE
+        return range(self.schedule.num_steps) if whole else indices_within(self.schedule, *self.timestep_range)
+
+    @property
+    def where(self) -> str:
+        """The part of the process that is trained, for people; empty for all of it."""
+        low, high = self.timestep_range
+        return "" if self.timestep_range == WHOLE else f"timesteps {low:g} to {high:g}"
 
     @cached_property
     def weights(self) -> Tensor:

@@ -19,10 +19,14 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_
 from PIL import Image
 from torch import Tensor
 
+from pixart_ft.adapter_switch import adapter_interval
+from pixart_ft.adapters import load_adapter, warn_of_other_process
 from pixart_ft.attention import check_text
 from pixart_ft.data.captions import encode_captions, pad_text
 from pixart_ft.data.datasets import picture_pixels
-from pixart_ft.drawing import calls_to_come, interval_faults, size_faults, strength_faults, warn_of_size
+from pixart_ft.drawing import calls_to_come, size_faults, strength_faults, warn_of_size
+from pixart_ft.errors import UserError
+from pixart_ft.intervals import Interval, adapter_interval_faults, guidance_interval_faults
 from pixart_ft.pipeline_folder import open_as_stock, own_scheduler
 from pixart_ft.sampling import Guidance, first_call, sample_latents
 from pixart_ft.scheduler_config import process_of
@@ -65,6 +69,20 @@ class PixArtPipeline(PixArtSigmaPipeline):
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         open_as_stock(Path(save_directory), self.config_name, self.scheduler)
+
+    def load_lora(
+        self,
+        path: str | Path,
+        *,
+        scale: float = 1.0,
+        weights: Literal["ema", "raw"] = "ema",
+        interval: Interval | None = None,
+    ) -> None:
+        """Attach an adapter of this package; arguments and errors as of `adapters.load_adapter`."""
+        if hasattr(self.transformer, "adapter_switch"):
+            raise UserError("adapter: this pipeline has one already; load the pipeline anew for another")
+        adapter, _ = load_adapter(self.transformer, path, scale=scale, weights=weights, interval=interval)
+        warn_of_other_process(adapter, self.scheduler)
 
     @torch.no_grad()
     def __call__(
@@ -152,9 +170,10 @@ class PixArtPipeline(PixArtSigmaPipeline):
         if image is not None:
             steps = len(scheduler.step_starts)
             scheduler.set_begin_index(scheduler.step_starts[steps - max(1, round(steps * strength))])
+        calls = None if self._adaptive else calls_to_come(scheduler)
+        _refuse(adapter_interval_faults(adapter_interval(self.transformer), calls))
         if guidance.on:
-            calls = None if self._adaptive else calls_to_come(scheduler)
-            _refuse(interval_faults(guidance_interval, calls, scheduler.config.num_train_timesteps - 1))
+            _refuse(guidance_interval_faults(guidance_interval, calls, scheduler.config.num_train_timesteps - 1))
 
         texts = self._texts(prompt, prompt_embeds, prompt_attention_mask, "prompt", max_sequence_length)
         nulls = texts

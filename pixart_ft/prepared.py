@@ -4,12 +4,14 @@ the positions of a size that is not the network's own. The output is the same to
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
+from pixart_ft.adapter_switch import adapter_is_off
 from pixart_ft.attention import ShortSequenceAttention
 from pixart_ft.denoiser import denoise
 
@@ -18,29 +20,32 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Once(nn.Module):
-    """A layer on the text, run at the first call with each number of rows: the same rows give the same result."""
+    """A layer on the text, run at the first call with each number of rows, and each state of the adapter."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, is_off: Callable[[], bool]) -> None:
         super().__init__()
-        self.layer = layer
-        self.found: dict[int, Tensor] = {}
+        self.layer, self.is_off = layer, is_off
+        self.found: dict[tuple[int, bool], Tensor] = {}
 
     def forward(self, text: Tensor) -> Tensor:
-        if len(text) not in self.found:
-            self.found[len(text)] = self.layer(text)
-        return self.found[len(text)]
+        key = len(text), self.is_off()
+        if key not in self.found:
+            self.found[key] = self.layer(text)
+        return self.found[key]
 
 
 class _TextAttention(ShortSequenceAttention):
-    """Cross-attention whose keys and values are made at the first call with each number of rows."""
+    """Cross-attention whose keys and values are made at the first call with each of these too."""
 
-    def __init__(self) -> None:
-        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, is_off: Callable[[], bool]) -> None:
+        self.is_off = is_off
+        self.found: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
     def keys_and_values(self, attn: Attention, context: Tensor) -> tuple[Tensor, Tensor]:
-        if len(context) not in self.found:
-            self.found[len(context)] = super().keys_and_values(attn, context)
-        return self.found[len(context)]
+        key = len(context), self.is_off()
+        if key not in self.found:
+            self.found[key] = super().keys_and_values(attn, context)
+        return self.found[key]
 
 
 @contextmanager
@@ -60,11 +65,12 @@ def prepared(transformer: nn.Module, embeds: Tensor, mask: Tensor, size: tuple[i
     patches, projection, processors = transformer.pos_embed, transformer.caption_projection, transformer.attn_processors
     own = patches.height, patches.width, patches.pos_embed
     patch = patches.patch_size
+    is_off = partial(adapter_is_off, transformer)
     try:
         _set_positions(patches, size[0] // patch, size[1] // patch)
-        transformer.caption_projection = None if projection is None else _Once(projection)
+        transformer.caption_projection = None if projection is None else _Once(projection, is_off)
         transformer.set_attn_processor(
-            {name: _TextAttention() if ".attn2." in name else ShortSequenceAttention() for name in processors}
+            {name: _TextAttention(is_off) if ".attn2." in name else ShortSequenceAttention() for name in processors}
         )
         yield network
     finally:

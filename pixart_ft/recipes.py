@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from pixart_ft.errors import UserError
+from pixart_ft.intervals import WHOLE, shown
 from pixart_ft.samplers import OPTIONS
 
 RECIPE_KEY = "pixart_ft"  # the text chunk that holds the recipe, as JSON
@@ -48,6 +49,7 @@ def parameters(recipe: Mapping[str, Any]) -> str:
     The prompt, the negative one, and a line of `Name: value`; a value with a comma or a colon is in quotation marks.
     """
     adapter = recipe.get("adapter") or {}
+    limits = adapter.get("interval")
     size = f"{recipe['width']}x{recipe['height']}" if recipe.get("width") and recipe.get("height") else None
     facts = {
         "Steps": recipe.get("steps"),
@@ -59,6 +61,7 @@ def parameters(recipe: Mapping[str, Any]) -> str:
         "Model": recipe.get("model"),
         "Lora": adapter.get("path"),
         "Lora scale": adapter.get("scale"),
+        "Lora interval": None if limits in (None, list(WHOLE)) else shown(limits),
         "Denoising strength": recipe.get("strength") if recipe.get("image") else None,
         "Version": "pixart_ft " + recipe["versions"]["pixart_ft"] if "versions" in recipe else None,
     }
@@ -102,6 +105,7 @@ def config_of(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     adapter = recipe.get("adapter")
     if isinstance(adapter, dict):
         values |= {"lora": adapter.get("path"), "lora_scale": adapter.get("scale")}
+        values["lora_interval"] = adapter.get("interval")
         metadata = adapter.get("metadata")
         values["weights"] = metadata.get("weights") if isinstance(metadata, dict) else None
     options = recipe.get("options")

@@ -33,12 +33,13 @@ def finish(
     for sheet_before in folder.final.glob("*.png"):  # of an earlier end: what cannot be made anew must not stand for it
         sheet_before.unlink()
     records = folder.log.comparable()
+    title = ", ".join(filter(None, [folder.path.name, trainer.objective.where]))
     if any(record.get("train") for record in records):
         with attempted("the loss curve"):
-            loss_curve(records, folder.final / "loss.png", title=folder.path.name)
+            loss_curve(records, folder.final / "loss.png", title=title)
             written["loss curve"] = folder.final / "loss.png"
             terms = folder.final / "loss_terms.png"
-            if term_curves(records, terms, titles=trainer.objective.titles, title=folder.path.name):
+            if term_curves(records, terms, titles=trainer.objective.titles, title=title):
                 written["its terms"] = terms
     if prompts:
         with attempted("the sheet of before and after"):
@@ -48,7 +49,7 @@ def finish(
             write_file(folder.final / "before_after.png", lambda aside: sheet.save(aside, format="PNG"))
             written["before and after"] = folder.final / "before_after.png"
     with attempted("the summary"):
-        print(summary(trainer.place, trainer.watch.comparison(), trainer.objective.titles))
+        print(summary(trainer.place, trainer.watch.comparison(), trainer.objective.titles, trainer.objective.where))
     for what, path in written.items():
         print(f"  {what:<18}{path}")
     with attempted("the lines to paste"):
@@ -86,11 +87,16 @@ def _first_seeds(folder: RunFolder, step: int, prompts: Sequence[str]) -> list[I
     return [Image.open(file).convert("RGB") for file in files[:: len(files) // len(prompts)]]
 
 
-def summary(place: Place, held_out: Comparison, titles: Mapping[str, str]) -> str:
-    """By how much the held-out loss changed, with the standard error of the paired difference over pictures."""
+def summary(place: Place, held_out: Comparison, titles: Mapping[str, str], where: str = "") -> str:
+    """By how much the held-out loss changed, with the standard error of the paired difference over pictures.
+
+    where: the part of the process that it is measured at, if not all.
+    """
     lines = [f"{place.step} steps, {place.samples} pictures seen"]
     if held_out.change and held_out.since:
         lines.append(f"  compared with step {held_out.since}, where the comparison began anew")
+    if held_out.change and where:
+        lines.append(f"  measured at {where}, where it was trained")
     # "loss" is the sum of the others: first, and alone where there is only one other
     names = ["loss", *(name for name in held_out.change if name != "loss" and len(held_out.change) > 2)]
     for name in names if held_out.change else ():

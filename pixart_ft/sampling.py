@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixart_ft.data.captions import pad_text
+from pixart_ft.intervals import Interval, holds
 from pixart_ft.prepared import Network, prepared
 from pixart_ft.schedulers import ProbabilityFlowScheduler, RespacedDDIMScheduler
 
@@ -33,7 +34,7 @@ class Guidance:
     """
 
     scale: float = 4.5
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
 
     @property
     def on(self) -> bool:
@@ -42,7 +43,7 @@ class Guidance:
 
     def applies(self, timestep: float) -> bool:
         """Whether a call at this timestep is guided."""
-        return self.on and (self.interval is None or self.interval[0] <= timestep <= self.interval[1])
+        return self.on and (self.interval is None or holds(self.interval, timestep))
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft import models
-from pixart_ft.adapter_files import AdapterMetadata, find_adapter, read_metadata
-from pixart_ft.adapters import load_adapter, scale_adapter
+from pixart_ft.adapter_files import AdapterMetadata, acting_interval, find_adapter, read_metadata
+from pixart_ft.adapters import limit_adapter, load_adapter, scale_adapter
 from pixart_ft.base import Base
 from pixart_ft.data.captions import pad_text
 from pixart_ft.data.datasets import load_picture, picture_pixels
@@ -23,6 +23,7 @@ from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.drawing import Abilities, Settings, inversion_calls, recipe_of, scheduler_for, settled
 from pixart_ft.errors import UserError
 from pixart_ft.files import sha256, versions
+from pixart_ft.intervals import WHOLE, Interval, shown
 from pixart_ft.sampling import Guidance, invert_latents, sample_latents
 from pixart_ft.schedulers import RespacedDDIMScheduler
 from pixart_ft.text_encoder import TextEncoder
@@ -35,18 +36,25 @@ class Adapter:
 
     path: str
     scale: float
+    interval: Interval  # the network's timesteps that it acts at
     sha256: str  # of the weights, which may be trained anew at the same path
     metadata: AdapterMetadata = field(repr=False)
 
 
-def abilities_of(base: Base, adapter: AdapterMetadata | None = None) -> Abilities:
-    """What a base, with an adapter, can draw."""
-    schedule, prediction_type, variance = base.schedule, base.prediction_type, base.variance
+def abilities_of(
+    base: Base, adapter: AdapterMetadata | None = None, lora_interval: Interval | None = None
+) -> Abilities:
+    """What a base, with an adapter, can draw; `lora_interval` as in `TextToImage.load`.
+
+    Raises UserError for an interval that there is not.
+    """
+    schedule, prediction_type, variance, interval = base.schedule, base.prediction_type, base.variance, WHOLE
     if adapter is not None:
         trained_on = NoiseSchedule.from_diffusers_config(adapter.schedule)
         schedule = conditioned(trained_on, schedule, adapter.time_conditioning)
         prediction_type, variance = adapter.prediction_type, adapter.variance
-    return Abilities(schedule, prediction_type, variance, size=base.native_size, unit=base.size_unit)
+        interval = acting_interval(adapter, lora_interval)
+    return Abilities(schedule, prediction_type, variance, base.native_size, base.size_unit, interval)
 
 
 @dataclass(eq=False, repr=False)
@@ -69,6 +77,7 @@ class TextToImage:
         *,
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
+        lora_interval: Interval | None = None,
         weights: Literal["ema", "raw"] = "ema",
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -80,6 +89,8 @@ class TextToImage:
         base: "demo", a diffusers folder, or a Hub id.
         lora: an adapter folder or a run folder; lora_scale multiplies its effect, 1 as trained; weights
             chooses between the averaged and the last weights of a run.
+        lora_interval: the network's timesteps that the adapter acts at, both ends included; (0, 1000) is all, None
+            where it was trained.
         dtype: float32, bfloat16, or float16, under which the transformer's weights stay float32.
         prompts: all that will be drawn, negative ones too: they are encoded first, and the text encoder, larger than
             the transformer, is freed before that is loaded.
@@ -88,7 +99,7 @@ class TextToImage:
         """
         read = Base.read(base, revision)
         folder = None if lora is None else find_adapter(lora, weights=weights)
-        return cls.of(read, lora, folder, lora_scale, dtype=dtype, device=device, prompts=prompts)
+        return cls.of(read, lora, folder, lora_scale, lora_interval, dtype=dtype, device=device, prompts=prompts)
 
     @classmethod
     def of(
@@ -97,6 +108,7 @@ class TextToImage:
         lora: str | Path | None = None,
         folder: Path | None = None,
         lora_scale: float = 1.0,
+        lora_interval: Interval | None = None,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -104,7 +116,7 @@ class TextToImage:
     ) -> Self:
         """As `load` does, of a base that is read and an adapter that is found."""
         metadata = None if folder is None else read_metadata(folder)
-        abilities = abilities_of(base, metadata)
+        abilities = abilities_of(base, metadata, lora_interval)
         text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=metadata.max_tokens if metadata else 300)
         if prompts is not None:
             text.encode_and_free(prompts)
@@ -112,8 +124,9 @@ class TextToImage:
         transformer = models.load_transformer(base, dtype=held)
         adapter = None
         if folder is not None and metadata is not None:
-            _, text.known[""] = load_adapter(transformer, folder, scale=lora_scale)
-            adapter = Adapter(str(lora), lora_scale, sha256(folder / "adapter_model.safetensors"), metadata)
+            _, text.known[""] = load_adapter(transformer, folder, scale=lora_scale, interval=lora_interval)
+            mark = sha256(folder / "adapter_model.safetensors")
+            adapter = Adapter(str(lora), lora_scale, abilities.adapter_interval, mark, metadata)
         return cls(
             transformer=transformer.to(device),
             vae=models.load_vae(base, dtype=dtype).to(device),
@@ -127,6 +140,8 @@ class TextToImage:
 
     def __repr__(self) -> str:
         lora = "" if self.adapter is None else f", lora={self.adapter.path!r} at {self.adapter.scale:g}"
+        if self.adapter is not None and self.adapter.interval != WHOLE:
+            lora += f" in {shown(self.adapter.interval)}"
         place = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
         can = f"{self.abilities.size} px, predicts {self.abilities.prediction_type}, variance {self.abilities.variance}"
         return f"TextToImage({self.base.name!r}{lora}, {can}, {place})"
@@ -145,6 +160,18 @@ class TextToImage:
             raise UserError("lora_scale: this model has no adapter; load it with lora=")
         scale_adapter(self.transformer, scale)
         self.adapter = replace(self.adapter, scale=scale)
+
+    def set_lora_interval(self, interval: Interval | None) -> None:
+        """Let the adapter act at these of the network's timesteps from now on; as lora_interval of `load`.
+
+        Raises UserError if the model has no adapter, and for an interval that there is not.
+        """
+        if self.adapter is None:
+            raise UserError("lora_interval: this model has no adapter; load it with lora=")
+        interval = acting_interval(self.adapter.metadata, interval)
+        limit_adapter(self.transformer, interval)
+        self.adapter = replace(self.adapter, interval=interval)
+        self.abilities = replace(self.abilities, adapter_interval=interval)
 
     def generate(
         self,

@@ -23,7 +23,7 @@ from pixart_ft.data.datasets import TRANSFORM, Row
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object, sha256
 from pixart_ft.learning_rate import LearningRate, fitting_warmup
-from pixart_ft.settings import flat
+from pixart_ft.settings import default, flat, keys
 from pixart_ft.training_data import text_encoder_id, vae_id
 
 _FILE = "run.json"
@@ -171,8 +171,10 @@ def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> 
     if not began.settings:
         line = "what it was trained on is not recorded: an earlier version wrote this checkpoint"
         return Changes([], [line], ["everything"])
-    differs = [key for key, value in now.settings.items() if began.settings.get(key) != value]
-    lines = {key: f"{key} was {began.settings.get(key)!r}, is {now.settings[key]!r}" for key in differs}
+    # what an earlier version did not know of, it did as by default
+    was = {key: default(field) for key, field in keys(TrainConfig).items()} | dict(began.settings)
+    differs = [key for key, value in now.settings.items() if was.get(key) != value]
+    lines = {key: f"{key} was {was.get(key)!r}, is {now.settings[key]!r}" for key in differs}
     said = [lines[key] for key in differs if key in _SAID]
     refused = {key: lines[key] for key in differs if key not in _BY_CONTENT | _UNSAID | _SAID}
     if never := [line for key, line in refused.items() if key in _NEVER]:

@@ -151,7 +151,6 @@ class Trainer:
         """One optimizer step over the global batch; returns the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate.at(self.step)
-        law = None if self.history is None else self.history.probabilities()
         mine: list[Tensor] = []
         for micro in range(self.plan.accumulation):
             last = micro == self.plan.accumulation - 1
@@ -159,7 +158,7 @@ class Trainer:
             # the adapter's own dropout is the one draw that torch makes by itself
             torch.manual_seed(generator(self.plan.seed, draws[0], "adapter dropout").initial_seed())
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                t, weight, terms = self._forward(draws, law)
+                t, weight, terms = self._forward(draws)
                 self.accelerator.backward(terms["loss"].mean() / self.plan.accumulation)
             asked = torch.full_like(terms["loss"], float(self._stop.asked))
             mine.append(torch.stack([t.float(), asked, weight, *terms.values()], dim=1).detach())
@@ -178,16 +177,17 @@ class Trainer:
                 self.history = self.history.updated(t.long(), terms["loss"] / weight)
             self._stopping = self._stopping or bool(asked.any())
 
-    def _forward(self, draws: range, law: Tensor | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _forward(self, draws: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """t, the weights that undo its law, and the terms times these weights, each (N,), of a micro-batch."""
-        num_steps, device = self.objective.schedule.num_steps, self.accelerator.device
+        within, device = self.objective.within, self.accelerator.device
         batch = draw_batch(
             self.data,
             draws,
             self.plan,
             global_batch=self.global_batch,
-            num_steps=num_steps,
-            law=law,
+            num_steps=self.objective.schedule.num_steps,
+            within=within,
+            law=None if self.history is None else self.history.probabilities(within=within),
             two_noises=self.objective.draws_two_noises,
         )
         there: dict[str, Any] = {
@@ -227,10 +227,9 @@ class Trainer:
         weights = [*self.trained.values(), *self.ema.shadows.values()]
         bad = None if all_finite([*weights, *moments]) else "weights or moments are not finite"
         if bad is None:
-            law = None if self.history is None else self.history.probabilities()
             for average in (nullcontext(), self.ema.applied())[: 1 + self.ema.is_on]:
                 with average, evaluating(self.transformer):
-                    loss = self._forward(self.draws_of(max(0, self.step - 1), 0), law)[2]["loss"]
+                    loss = self._forward(self.draws_of(max(0, self.step - 1), 0))[2]["loss"]
                 bad = bad if all_finite([loss]) else "the loss of these weights is not finite"
         if self._anywhere(bad is not None):
             raise self._diverged(bad or "another process met numbers that are not finite")

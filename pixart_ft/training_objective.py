@@ -13,7 +13,9 @@ from pixart_ft.base import Base
 from pixart_ft.config import Diffusion, TrainConfig, Validation
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
+from pixart_ft.diffusion.weighting import logit_normal_timesteps
 from pixart_ft.errors import UserError
+from pixart_ft.intervals import adapter_interval_faults, covers, shown
 from pixart_ft.objective import Objective
 from pixart_ft.schedulers import build_scheduler
 
@@ -42,8 +44,10 @@ def build_objective(config: TrainConfig, base: Base) -> tuple[Objective, dict[st
         min_snr_gamma=choice.min_snr_gamma,
         p2_gamma=choice.p2_gamma,
         variance=choice.variance,
+        timestep_range=(choice.timestep_range[0], choice.timestep_range[1]),
     )
     faults = _faults(objective, learned_variance=base.variance != "none")
+    faults += _range_faults(choice, objective)
     if config.validation.prompts:
         faults += _sampling_faults(config.validation, objective)
     if faults:
@@ -67,6 +71,10 @@ def warn_of_relearning(adapter: AdapterMetadata, objective: Objective, time_cond
         changes.append("they know another noise schedule")
     if adapter.time_conditioning != time_conditioning:
         changes.append(f"they were told its steps by {adapter.time_conditioning}, not {time_conditioning}")
+    if not covers(adapter.interval, objective.timestep_range):
+        changes.append(
+            f"they were trained at timesteps {shown(adapter.interval)}, not {shown(objective.timestep_range)}"
+        )
     if changes:
         warnings.warn(f"--init-from: these weights begin wrong and must relearn: {'; '.join(changes)}", stacklevel=2)
 
@@ -84,9 +92,25 @@ def _sampling_faults(choice: Validation, objective: Objective) -> list[str]:
             "leaves stale; set validation.sampler ddpm or ddim, or diffusion.objective hybrid"
         ]
     try:
-        build_scheduler(choice.sampler, objective.schedule, objective.prediction_type).set_timesteps(choice.steps)
+        scheduler = build_scheduler(choice.sampler, objective.schedule, objective.prediction_type)
+        scheduler.set_timesteps(choice.steps)
+        faults = adapter_interval_faults(
+            objective.timestep_range, scheduler.timesteps.tolist(), key="diffusion.timestep_range"
+        )
     except ValueError as error:
-        return [f"validation.sampler {choice.sampler} with validation.steps {choice.steps}: {error}"]
+        faults = [str(error)]
+    return [f"validation.sampler {choice.sampler} with validation.steps {choice.steps}: {fault}" for fault in faults]
+
+
+def _range_faults(choice: Diffusion, objective: Objective) -> list[str]:
+    """Why nothing, or almost nothing, can be drawn in the range of timesteps."""
+    try:
+        within, num_steps = objective.within, objective.schedule.num_steps
+        if choice.timestep_law == "logit_normal":
+            middle = torch.tensor([0.5], dtype=torch.float64)
+            logit_normal_timesteps(middle, num_steps, mean=choice.logit_mean, std=choice.logit_std, within=within)
+    except ValueError as error:
+        return [f"diffusion.timestep_range: {error}; choose another"]
     return []
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from pixart_ft import models
 from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
-from pixart_ft.adapters import attach, fill_adapter
+from pixart_ft.adapters import attach, fill_adapter, limit_adapter
 from pixart_ft.attention import use_plain_attention
 from pixart_ft.base import Base
 from pixart_ft.before_after import HELD_OUT, LEARNED
@@ -117,7 +117,9 @@ def _run(
         weights="raw",
         samples_seen=0,
         revision=base.revision,
+        interval=objective.timestep_range,
     )
+    limit_adapter(transformer, metadata.interval)
     keeper = Keeper(
         folder, transformer, ema, metadata, encoded.null_caption, config.validation.samples_every, plan.steps
     )

@@ -47,12 +47,14 @@ class Start:
         epochs = self.plan.steps * batch / pictures
         where = str(accelerator.device) if processes == 1 else f"{accelerator.device}, {processes} processes"
         held_out = f", {len(self.held_rows)} held out" if self.held_rows else ""
+        part = self.objective.where
         return [
             f"device             {where}, precision {config.train.mixed_precision}",
             f"trained            {self.parameters:,} parameters of the LoRA, rank {config.lora.rank}",
             f"pictures           {pictures:,}{held_out}, {self.resolution} x {self.resolution} pixels",
             f"steps per epoch    {pictures / batch:.4g}, of {batch} pictures each",
             f"length             {self.plan.steps:,} steps: each picture {epochs:.4g} times",
+            *([f"trained at         {part} alone; there it is measured, and acts"] if part else []),
         ]
 
 

@@ -75,7 +75,9 @@ class Watch:
             )
         self.before = self.before or losses
         self.last = losses
-        self.records.held_out(place, {name: vars(mean_over_pictures(values)) for name, values in losses.items()})
+        found = {name: vars(mean_over_pictures(values)) for name, values in losses.items()}
+        over = {"timestep_range": self.objective.timestep_range} if self.objective.where else {}
+        self.records.held_out(place, found, over)
 
     def has_drawn(self, step: int) -> bool:
         """Whether the sample grid of this step is there."""

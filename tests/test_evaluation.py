@@ -42,8 +42,8 @@ def held_out() -> HeldOutSet:
 
 
 def test_grid_is_the_middles_of_equal_strata() -> None:
-    assert timestep_grid(1000, 4).tolist() == [125, 375, 625, 875]
-    assert timestep_grid(1000, 1000).tolist() == list(range(1000))
+    assert timestep_grid(range(1000), 4).tolist() == [125, 375, 625, 875]
+    assert timestep_grid(range(1000), 1000).tolist() == list(range(1000))
 
 
 def test_estimates_are_those_of_the_textbook() -> None:

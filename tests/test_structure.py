@@ -17,6 +17,8 @@ LEVELS = {
     "errors": -1,
     "text": 0,
     "lettering": 0,
+    "intervals": -1,
+    "adapter_switch": 0,
     "randomness": 0,
     "yaml_text": 0,
     "files": 1,

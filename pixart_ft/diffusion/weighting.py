@@ -17,6 +17,20 @@ from pixart_ft.diffusion.schedules import NoiseSchedule
 
 # The debiased weight is capped here: it grows without bound where the signal vanishes.
 MAX_DEBIASED = 1000.0
+# Of a law of t that is cut to an interval: below it, the float64 numbers of the law's tail no longer tell its t apart.
+LEAST_SHARE = 1e-9
+
+
+def indices_within(schedule: NoiseSchedule, low: float, high: float) -> range:
+    """The indices t at which the network is told a timestep from `low` to `high`, both included.
+
+    Raises ValueError where there is none.
+    """
+    inside = ((schedule.timesteps >= low) & (schedule.timesteps <= high)).nonzero().flatten().tolist()
+    if not inside:
+        first, last = schedule.timesteps[[0, -1]].tolist()
+        raise ValueError(f"[{low:g}, {high:g}] holds none of the network's timesteps, {first:g} to {last:g}")
+    return range(inside[0], inside[-1] + 1)  # timesteps never fall
 
 
 def uniform_timesteps(u: Tensor, num_steps: int) -> Tensor:
@@ -33,14 +47,26 @@ def stratified_timesteps(u: Tensor, draw_indices: Tensor, global_batch: int, num
     return uniform_timesteps((stratum + u.to(torch.float64)) / global_batch, num_steps)
 
 
-def logit_normal_timesteps(u: Tensor, num_steps: int, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
+def logit_normal_timesteps(
+    u: Tensor, num_steps: int, *, mean: float = 0.0, std: float = 1.0, within: range | None = None
+) -> Tensor:
     """t (N,) int64 with logit(t / T) ~ N(mean, std^2) (Esser et al. 2024, eq. 19), from u (N,) uniform on [0, 1).
 
     No weight corrects for it: it is a choice of which noise levels matter. A negative mean prefers little noise.
+    within: the law given that t lies in it. Raises ValueError where less than `LEAST_SHARE` of the law does.
     """
     if std <= 0:
         raise ValueError(f"the deviation of the logit-normal law must be positive, got {std:g}")
-    return uniform_timesteps(torch.sigmoid(mean + std * torch.special.ndtri(u.to(torch.float64))), num_steps)
+    within = within or range(num_steps)
+    edges = torch.tensor([within.start, within.stop], dtype=torch.float64) / num_steps
+    below, above = torch.special.ndtr((edges.logit() - mean) / std).tolist()  # 0 and 1 for the whole process
+    if above - below < LEAST_SHARE:
+        raise ValueError(
+            f"the logit-normal law of mean {mean:g} and deviation {std:g} leaves almost nothing (a share of "
+            f"{above - below:.1g}) for t from {within.start} to {within.stop - 1}"
+        )
+    t = torch.sigmoid(mean + std * torch.special.ndtri(below + (above - below) * u.to(torch.float64)))
+    return uniform_timesteps(t, num_steps).clamp(within.start, within.stop - 1)
 
 
 @dataclass(frozen=True)
@@ -73,15 +99,17 @@ class LossHistory:
                 counts[index] += 1
         return type(self)(history, counts)
 
-    def probabilities(self, uniform_share: float = 0.001) -> Tensor:
+    def probabilities(self, uniform_share: float = 0.001, *, within: range | None = None) -> Tensor:
         """The law (T,) float64, in proportion to sqrt(E[L_t^2]); uniform until every t has all its K losses.
 
-        A share of the uniform law is mixed in, so that no t starves.
+        A share of the uniform law is mixed in, so that no t starves. within: the law (len(within),) of these t alone.
         """
-        num_steps, kept = self.losses.shape
+        part = slice(None) if within is None else slice(within.start, within.stop)
+        losses, counts = self.losses[part], self.counts[part]
+        num_steps, kept = losses.shape
         uniform = torch.full((num_steps,), 1 / num_steps, dtype=torch.float64)
-        root = (self.losses**2).mean(dim=1).sqrt()
-        if bool((self.counts < kept).any()) or not bool(root.sum() > 0):
+        root = (losses**2).mean(dim=1).sqrt()
+        if bool((counts < kept).any()) or not bool(root.sum() > 0):
             return uniform
         return (1 - uniform_share) * root / root.sum() + uniform_share * uniform
 
