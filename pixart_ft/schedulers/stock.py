@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion.names import PredictionType
-from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule, interpolate
+from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
+from pixart_ft.diffusion.sigmas import index_to_timestep
 from pixart_ft.samplers import StockFacts
 from pixart_ft.schedulers.base import PixArtScheduler
 
@@ -80,8 +81,7 @@ class StockScheduler:
                 f"sampler {self.facts.name} cannot reach the end of this schedule in {num_inference_steps} steps (a "
                 "noise level of theirs is no number); take more, or spacing trailing"
             )
-        indices = torch.arange(self.schedule.num_steps, dtype=torch.float64)
-        told = interpolate(walked.to(torch.float64), indices, self.schedule.timesteps.to(torch.float64))
+        told = index_to_timestep(self.schedule, walked)
         self.timesteps = told.to(torch.float32 if walked.is_floating_point() or (told % 1).any() else torch.int64)
         if len(walked) == num_inference_steps * self.order - self.order + 1:  # the last of two calls is left out
             self.step_starts = list(range(0, len(walked), self.order))
