@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import demo_vae
 from demo_base import build_transformer, patches, rotation, turned_ends
 from demo_captions import Example, captions_of, held_out
+from demo_course import Course
 from demo_muon import BatchedMuon
 from demo_pictures import SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, Emoji, fine_tuning_split
 from demo_vae import build_vae, hue_degrees, measure, normalise_latents, reconstruction_loss, turn_hue
@@ -185,3 +186,31 @@ def test_a_turned_transformer_is_the_old_one_on_turned_latents() -> None:
 def unpatched(rows: Tensor) -> Tensor:
     """The latents (2, 4, 32, 32) that `patches` cuts into these rows."""
     return rows.reshape(2, 8, 8, 4, 4, 4).permute(0, 5, 1, 3, 2, 4).reshape(2, 4, 32, 32)
+
+
+def test_a_course_goes_on_from_its_file_and_averages(tmp_path: Path) -> None:
+    """Five steps in two pieces are the five in one to the bit; the average after the first is 0.1 old and 0.9 new."""
+
+    def course(name: str) -> Course:
+        torch.manual_seed(0)
+        network = torch.nn.Linear(8, 8)
+        muon = BatchedMuon([network.get_parameter("weight")])
+        return Course(network, muon, rates=(1e-2, 1e-2), decay=0.9, file=tmp_path / name / "state.pt")
+
+    def run(course: Course, steps: int) -> dict[str, Tensor]:
+        while course.step < steps:
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(course.step))
+            course.update(course.network(x).square().mean(), 1.0)
+        return {name: p.detach().clone() for name, p in course.network.named_parameters()}
+
+    whole, first = course("whole"), course("cut")
+    began, stepped = run(whole, 0), run(whole, 1)
+    for name, average in whole.average.items():
+        torch.testing.assert_close(average, 0.1 * began[name] + 0.9 * stepped[name])
+        assert not torch.equal(began[name], stepped[name])
+    run(first, 2)
+    first.save()
+    again = course("cut")
+    expected, found = run(whole, 5), run(again, 5)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(torch.equal(again.average[name], whole.average[name]) for name in expected)
