@@ -84,14 +84,14 @@ def test_a_sheet_for_each_prompt_with_labels_and_cost(
 def test_the_cost_is_what_the_network_was_called(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell of every prompt, and one call before the clock starts."""
     inputs: list[int] = []
-    load = TextToImage.load.__func__  # type: ignore[attr-defined]
+    of = TextToImage.of.__func__  # type: ignore[attr-defined]
 
     def watched(*args: Any, **kwargs: Any) -> TextToImage:
-        model: TextToImage = load(TextToImage, *args, **kwargs)
+        model: TextToImage = of(TextToImage, *args, **kwargs)
         model.transformer.register_forward_pre_hook(lambda _, args: inputs.append(len(args[0])))
         return model
 
-    monkeypatch.setattr(TextToImage, "load", watched)
+    monkeypatch.setattr(TextToImage, "of", watched)
     run_generation(config(tiny, tmp_path))
     cells = sum(sum(calls) for calls in CALLS.values())
     assert inputs == [2] * (1 + len(PROMPTS) * cells)
