@@ -201,12 +201,13 @@ class Build:
         mean, std = encode_pictures(self._trained_vae(), artwork, self.work / "latents.pt")
         left_out = held_out(listed, self.work / "held_out.jsonl")
         rows = [row for row in range(len(listed)) if row not in left_out]
-        torch.manual_seed(0)
-        transformer, tokenizer = build_transformer(), self._tokenizer(listed)
-        text_encoder = build_text_encoder(len(tokenizer))
+        tokenizer = self._tokenizer(listed)
         if self.args.warm_start:
             r = self._rotation(artwork[: len(sets[PLAIN_STYLE])], mean)
-            warm_start(transformer, text_encoder, tokenizer, self.args.warm_start, r)
+            transformer, text_encoder = warm_start(self.args.warm_start, r)
+        else:
+            torch.manual_seed(0)
+            transformer, text_encoder = build_transformer(), build_text_encoder(len(tokenizer))
         return BaseTraining(
             transformer,
             text_encoder,
@@ -226,8 +227,10 @@ class Build:
         return rotation(latents[: len(pictures) : every], old)
 
     def _tokenizer(self, pictures: Sequence[Example]) -> T5Tokenizer:
-        """Made once: learnt again it numbers a few pieces otherwise."""
+        """Made once: learnt again it numbers a few pieces otherwise. A warm start brings its own."""
         folder = self.work / "tokenizer"
+        if not folder.is_dir() and self.args.warm_start:
+            shutil.copytree(self.args.warm_start / "tokenizer", folder)
         if not folder.is_dir():
             texts = [text for picture in pictures for text, _ in picture.captions]
             texts += [text for emoji in self.fluent for text, _ in captions_of(emoji.name, PLAIN_STYLE, ())]

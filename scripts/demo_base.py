@@ -34,7 +34,7 @@ MIN_SNR_GAMMA = 5.0  # min-SNR tames the low noise, which is all texture
 MAX_DEBIASED = 30.0  # 1/sqrt(snr) lifts the high noise, where the caption decides the shape (debiased weight, capped)
 EMA_DECAY = 0.9995
 CHECKPOINT_STEPS = 100
-MUON_RATE, ADAMW_RATE = 2e-3, 1e-3  # peaks
+MUON_RATE, ADAMW_RATE = 1.5e-3, 7e-4  # peaks
 DECAY_SHARE = 0.25  # the last quarter of the steps takes the learning rate linearly to zero
 EXTRA_IDS = 100
 
@@ -135,34 +135,17 @@ def turned_ends(old: Mapping[str, torch.Tensor], r: torch.Tensor) -> dict[str, t
     return {"pos_embed.proj.weight": read, "proj_out.weight": turned[:, :-1], "proj_out.bias": turned[:, -1]}
 
 
-@torch.no_grad()
-def warm_start(
-    transformer: PixArtTransformer2DModel,
-    text_encoder: T5EncoderModel,
-    tokenizer: T5Tokenizer,
-    folder: Path,
-    r: torch.Tensor,
-) -> None:
-    """Take over another demo's transformer, its ends turned by `r` (see `rotation`), and its text encoder.
+def warm_start(folder: Path, r: torch.Tensor) -> tuple[PixArtTransformer2DModel, T5EncoderModel]:
+    """Another demo's transformer, its ends turned by `r` (see `rotation`), and its text encoder.
 
-    Of the embeddings those of the pieces that both vocabularies have. Sizes must agree.
+    They draw in the new latents what they drew in the old ones. Their tokenizer must stay: with another one, which cuts
+    the names into other pieces, what the captions mean is lost.
     """
-    old = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32).state_dict()
+    transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
+    assert isinstance(transformer, PixArtTransformer2DModel)
+    old = transformer.state_dict()
     transformer.load_state_dict({**old, **turned_ends(old, r)})
-    old_text = T5EncoderModel.from_pretrained(folder / "text_encoder").state_dict()
-    old_ids = T5Tokenizer.from_pretrained(folder / "tokenizer").get_vocab()
-    new = text_encoder.state_dict()
-    for name, value in old_text.items():
-        if value.shape == new[name].shape:
-            new[name] = value
-    both = [(i, old_ids[piece]) for piece, i in tokenizer.get_vocab().items() if piece in old_ids]
-    embeddings = text_encoder.shared.weight.detach().clone()
-    rows = torch.tensor(both)
-    embeddings[rows[:, 0]] = old_text["shared.weight"][rows[:, 1]]
-    for name in new:
-        if new[name].shape == embeddings.shape:
-            new[name] = embeddings
-    text_encoder.load_state_dict(new)
+    return transformer, T5EncoderModel.from_pretrained(folder / "text_encoder")
 
 
 def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
