@@ -21,7 +21,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; own = ".".join(map(str, sys.version_inf
 	": give another, as in  make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" if old else 0)'
 
 # The tests whose results are numbers, and the kernels to run them on; `own` are the fastest that this processor has.
-NUMBERS := tests/diffusion tests/test_flow.py tests/test_solvers.py tests/test_schedulers.py tests/test_samplers.py \
+NUMBERS := tests/diffusion tests/test_flow.py tests/test_schedulers.py tests/test_samplers.py \
 	tests/test_schedulers_in_pipelines.py tests/test_golden.py tests/test_rounding.py tests/test_sampling.py \
 	tests/test_guidance.py tests/test_prepared.py tests/test_pipeline.py tests/test_text_to_image.py \
 	tests/test_image_to_image.py tests/test_attention.py tests/test_adapters.py tests/test_evaluation.py \

@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models are slower on many threads
 
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,3 +45,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import build_picture_folder
 
     return build_picture_folder(tmp_path_factory.mktemp("pictures"), 12)
+
+
+@pytest.fixture
+def base(tiny: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny pipeline that a test may spoil."""
+    return Path(shutil.copytree(tiny, tmp_path / "base"))

@@ -16,7 +16,7 @@ from pixart_ft.diffusion.flow import solve_flow, vp_signal
 from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.schedulers import ProbabilityFlowScheduler
-from tests.test_schedulers import KINDS, SCHEDULES, draw, gaussian, level, oracle
+from tests.networks import KINDS, SCHEDULES, gaussian, level, oracle, randn
 
 MEAN, STD = 0.3, 0.5
 LINEAR = SCHEDULES["linear"]
@@ -34,7 +34,7 @@ def eps(y: Tensor, sigma: float) -> Tensor:
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-6, 1e-9])
 def test_flow_meets_its_tolerance_in_both_directions(method: str, tolerance: float) -> None:
     """Down from 157 to 0.01 and up again, where the flow drives errors apart; the bound of a step is not a run's."""
-    start = 157 * draw(2, 4, 3, 3)
+    start = 157 * randn(2, 4, 3, 3)
     down, _ = solve_flow(eps, start, 157.0, 0.01, rtol=tolerance, atol=tolerance, method=method)
     assert (down - exact(start, 157.0, 0.01)).abs().max() < 20 * tolerance
     up, _ = solve_flow(eps, down, 0.01, 157.0, rtol=tolerance, atol=tolerance, method=method)
@@ -49,10 +49,10 @@ def test_flow_counts_its_calls_and_keeps_shape_and_dtype() -> None:
         assert y.shape == (2, 4, 3, 3) and y.dtype == torch.float32
         return eps(y, sigma)
 
-    found, calls = solve_flow(counted, draw(2, 4, 3, 3).float(), 10.0, 0.1, rtol=1e-4, atol=1e-4)
+    found, calls = solve_flow(counted, randn(2, 4, 3, 3).float(), 10.0, 0.1, rtol=1e-4, atol=1e-4)
     assert calls == len(levels) and found.shape == (2, 4, 3, 3) and found.dtype == torch.float32
     assert max(levels) == pytest.approx(10) and min(levels) == pytest.approx(0.1)
-    _, more = solve_flow(counted, draw(2, 4, 3, 3).float(), 10.0, 0.1, rtol=1e-6, atol=1e-6)
+    _, more = solve_flow(counted, randn(2, 4, 3, 3).float(), 10.0, 0.1, rtol=1e-6, atol=1e-6)
     assert more > calls
 
 
@@ -65,7 +65,7 @@ def test_flow_counts_its_calls_and_keeps_shape_and_dtype() -> None:
 )
 def test_flow_that_cannot_be_followed_is_an_error(bad: Callable[[Tensor, float], Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        solve_flow(bad, draw(1, 4, 2, 2), 10.0, 0.1, rtol=1e-6, atol=1e-6)
+        solve_flow(bad, randn(1, 4, 2, 2), 10.0, 0.1, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -81,7 +81,7 @@ def test_adaptive_scheduler_reaches_the_closed_form(name: str, tolerance: float)
         told.append(timestep.item())
         return network(x, timestep)
 
-    x = draw(1, 4, 3, 3)
+    x = randn(1, 4, 3, 3)
     found, calls = scheduler.solve(watched, x)
     first, last = schedule.sigmas[0].item(), schedule.sigmas[-1].item()
     y = exact(x * math.sqrt(1 + last**2), last, first)
@@ -94,15 +94,15 @@ def test_adaptive_scheduler_reaches_the_closed_form(name: str, tolerance: float)
 @pytest.mark.parametrize("kind", KINDS)
 def test_adaptive_scheduler_finds_the_picture_of_a_network_that_knows_it(kind: PredictionType) -> None:
     """Its flow keeps the noise, so any tolerance follows it; also where the network knows another schedule."""
-    x0 = draw(1, 4, 3, 3, seed=1)
+    x0 = randn(1, 4, 3, 3, seed=1)
     for schedule in (LINEAR, conditioned(SCHEDULES["scaled_linear"], LINEAR, "snr_matched")):
         scheduler = ProbabilityFlowScheduler.from_schedule(schedule, kind, {"tolerance": 1e-4})
-        found, _ = scheduler.solve(oracle(LINEAR, kind, x0), draw(1, 4, 3, 3))
+        found, _ = scheduler.solve(oracle(LINEAR, kind, x0), randn(1, 4, 3, 3))
         torch.testing.assert_close(found, x0, rtol=0, atol=1e-8)
 
 
 def test_adaptive_and_even_steps_go_to_the_same_place() -> None:
-    x = draw(1, 4, 3, 3)
+    x = randn(1, 4, 3, 3)
     network = gaussian(LINEAR, MEAN, STD)
     adaptive, _ = ProbabilityFlowScheduler(tolerance=1e-6).solve(network, x)
     scheduler, even = ProbabilityFlowScheduler(), x
@@ -114,7 +114,7 @@ def test_adaptive_and_even_steps_go_to_the_same_place() -> None:
 
 def test_adaptive_scheduler_names_what_it_lacks() -> None:
     with pytest.raises(ValueError, match="tolerance: give one"):
-        ProbabilityFlowScheduler().solve(oracle(LINEAR, "epsilon", draw(1, 4, 2, 2)), draw(1, 4, 2, 2))
+        ProbabilityFlowScheduler().solve(oracle(LINEAR, "epsilon", randn(1, 4, 2, 2)), randn(1, 4, 2, 2))
     with pytest.raises(ValueError, match="tolerance must be positive, got 0"):
         ProbabilityFlowScheduler(tolerance=0.0)
     with pytest.raises(ValueError, match="posterior mean has no meaning"):

@@ -1,6 +1,5 @@
 """Loading of a base. Oracles: the stock pipeline's weights, and a table of what would load silently wrong."""
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -15,19 +14,7 @@ from pixart_ft.base import Base
 from pixart_ft.base_place import resolve_base
 from pixart_ft.errors import UserError
 from pixart_ft.vae import LatentScale
-from tests.tiny import build_tiny_pipeline
-
-
-@pytest.fixture
-def base(tiny: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny pipeline that a test may spoil."""
-    return Path(shutil.copytree(tiny, tmp_path / "base"))
-
-
-def edit(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; a value of ... removes the key."""
-    content = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+from tests.tiny import build_tiny_pipeline, edit
 
 
 def test_loads_what_the_stock_pipeline_loads_frozen_and_in_the_dtype_asked_for(tiny: Path) -> None:

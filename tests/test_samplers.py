@@ -20,7 +20,8 @@ from torch import Tensor
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.samplers import EVERY_SAMPLER, SAMPLERS, OwnSampler, Sampler, users_of
 from pixart_ft.schedulers import SCHEDULERS, PixArtScheduler, build_scheduler
-from tests.test_schedulers import KINDS, LINEAR, SCHEDULES, SHAPE, Network, draw, gaussian, made, oracle, run
+from tests.driven import made, run
+from tests.networks import KINDS, LINEAR, SCHEDULES, SHAPE, Network, gaussian, oracle, randn
 
 MEAN, STD = 0.3, 0.5
 PROCESS = {  # what every scheduler is told of its process
@@ -103,7 +104,7 @@ def test_calls_of_correctors_and_of_langevin_steps(first: bool) -> None:
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_stochastic_is_what_draws(name: str) -> None:
-    start, ends = draw(*SHAPE), []
+    start, ends = randn(*SHAPE), []
     for seed in (0, 1):
         scheduler, generator = made((name, {}), 6), torch.Generator().manual_seed(seed)
         before = generator.get_state()
@@ -124,11 +125,11 @@ def test_the_variance_half_counts_exactly_where_it_is_needed(name: str) -> None:
             return output
 
         scheduler = made((name, {}), 6)
-        start = draw(*SHAPE) * scheduler.init_noise_sigma
+        start = randn(*SHAPE) * scheduler.init_noise_sigma
         ends.append(run(scheduler, network, start, torch.Generator().manual_seed(0))[-1])
     assert torch.equal(*ends) != SAMPLERS[name].needs_variance
     fixed = [
-        run(made(("ddpm", {"variance": variance}), 6), network, draw(*SHAPE), torch.Generator().manual_seed(0))[-1]
+        run(made(("ddpm", {"variance": variance}), 6), network, randn(*SHAPE), torch.Generator().manual_seed(0))[-1]
         for variance in ("beta_tilde", "beta")
     ]
     if SAMPLERS[name].needs_variance:  # -1 is beta tilde, 1 is beta
@@ -238,9 +239,9 @@ def test_variance_of_annealed_langevin_lags_behind_the_level_by_its_closed_form(
 
 def oracle_error(name: str, schedule: NoiseSchedule, settings: dict[str, Any]) -> float:
     """Root mean square distance from x0, with a step for each of the schedule's."""
-    x0, scheduler = draw(2, 4, 16, 16, seed=1), made((name, settings), schedule.num_steps, schedule)
+    x0, scheduler = randn(2, 4, 16, 16, seed=1), made((name, settings), schedule.num_steps, schedule)
     generator = torch.Generator().manual_seed(2)
-    found = run(scheduler, oracle(schedule, "epsilon", x0), draw(2, 4, 16, 16), generator)[-1]
+    found = run(scheduler, oracle(schedule, "epsilon", x0), randn(2, 4, 16, 16), generator)[-1]
     return (found - x0).square().mean().sqrt().item()
 
 
@@ -259,7 +260,7 @@ def test_reverse_sde_meets_an_exact_network_at_its_rate(predictor: str, rate: fl
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_reverse_sde_leaves_of_an_exact_network_what_its_last_mean_leaves(name: str, kind: Any) -> None:
-    schedule, x0 = SCHEDULES[name], draw(*SHAPE, seed=1)
+    schedule, x0 = SCHEDULES[name], randn(*SHAPE, seed=1)
     beta = schedule.betas[0].item()
     integral = -math.log1p(-beta)
     left = {  # (of x, of x0) in the mean of the step to no noise, where the score is -(x - sqrt(1-beta) x0) / beta
@@ -270,7 +271,7 @@ def test_reverse_sde_leaves_of_an_exact_network_what_its_last_mean_leaves(name: 
     for predictor, (of_x, of_x0) in left.items():
         for first in (False, True):
             scheduler = made(("score_sde", {"predictor": predictor, "corrector_first": first}), 5, schedule, kind)
-            path = run(scheduler, oracle(schedule, kind, x0), draw(*SHAPE), torch.Generator().manual_seed(2))
+            path = run(scheduler, oracle(schedule, kind, x0), randn(*SHAPE), torch.Generator().manual_seed(2))
             torch.testing.assert_close(path[-1], of_x * path[-2] + of_x0 * x0, rtol=0, atol=1e-8)
             assert (path[-1] - x0).abs().max() < 3 * beta
 

@@ -15,9 +15,8 @@ from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.scheduler_config import process_of
 from pixart_ft.schedulers import SCHEDULERS, EDMScheduler, RespacedDDIMScheduler
-from tests.test_models import base, edit
+from tests.tiny import edit
 
-__all__ = ["base"]  # the fixture
 KINDS = {
     name: kind
     for name in dir(diffusers.schedulers)

@@ -6,7 +6,6 @@ another type, another batch, another order of construction. Orders and variances
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,21 +15,13 @@ from torch import Tensor
 
 from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.process import q_posterior
-from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
+from pixart_ft.diffusion.schedules import conditioned
 from pixart_ft.samplers import SAMPLERS
-from pixart_ft.schedulers import SCHEDULERS, PixArtScheduler, build_scheduler
+from pixart_ft.schedulers import SCHEDULERS, build_scheduler
+from tests.driven import EVERY, Case, made, name_of, run
+from tests.networks import KINDS, LINEAR, SCHEDULES, SHAPE, bent, gaussian, oracle, randn
 from tests.rounding import gap
 
-Network = Callable[[Tensor, Tensor], Tensor]
-SHAPE = (2, 4, 3, 3)
-KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
-SCHEDULES = {
-    "linear": NoiseSchedule.linear(),
-    "cosine": NoiseSchedule.cosine(),
-    "su_linear": NoiseSchedule.su_linear(),
-    "scaled_linear": NoiseSchedule.scaled_linear(),
-}
-LINEAR = SCHEDULES["linear"]
 ON_INDICES: list[tuple[str, dict[str, Any]]] = [
     ("ddpm", {}),
     ("ddpm", {"variance": "beta", "spacing": "trailing"}),
@@ -49,85 +40,16 @@ ON_LEVELS: list[tuple[str, dict[str, Any]]] = [
     ("annealed_langevin", {"langevin_steps": 1}),
     ("score_sde", {"predictor": "ancestral"}),  # its last mean is the posterior's
 ]
-EVERY: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in SAMPLERS] + [
-    ("ddim", {"eta": 1.0}),
-    ("edm", {"s_churn": 4.0}),
-    ("euler", {"s_churn": 4.0}),
-]
-Case = tuple[str, dict[str, Any]]
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def level(native: NoiseSchedule, timestep: Tensor) -> tuple[float, float]:
-    """sqrt(alpha_bar) and sqrt(1 - alpha_bar) where a network trained on `native` sees this timestep."""
-    if float(timestep) == int(timestep):
-        alpha_bar = native.alpha_bar[int(timestep)].item()
-        return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-    sigma = math.exp(np.interp(float(timestep), np.arange(native.num_steps), native.log_sigmas.numpy()))
-    return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
-
-
-def answer(kind: PredictionType, x: Tensor, x0: Tensor, a: float, s: float) -> Tensor:
-    """The output, variance half and all, of a network whose guess of x0 is given."""
-    eps = (x - a * x0) / s
-    mean = {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0.expand_as(x)}[kind]
-    return torch.cat([mean, torch.sin(x)], dim=1)
-
-
-def oracle(native: NoiseSchedule, kind: PredictionType, x0: Tensor) -> Network:
-    """A network that knows x0 and answers exactly, at the level that its timestep has in `native`."""
-    return lambda x, timestep: answer(kind, x, x0, *level(native, timestep))
-
-
-def gaussian(native: NoiseSchedule, mean: float, std: float, kind: PredictionType = "epsilon") -> Network:
-    """The exact network of data N(mean, std^2)."""
-
-    def network(x: Tensor, timestep: Tensor) -> Tensor:
-        a, s = level(native, timestep)
-        return answer(kind, x, mean + a * std**2 * (x - a * mean) / (a**2 * std**2 + s**2), a, s)
-
-    return network
-
-
-def run(
-    scheduler: PixArtScheduler,
-    network: Network,
-    x: Tensor,
-    generator: Any = None,
-    noise: Callable[[int], Tensor] | None = None,
-    first: int = 0,
-) -> list[Tensor]:
-    """Every sample, from `x` at the call number `first` to the last; `noise` of each call by its number."""
-    path = [x]
-    for call in range(first, len(scheduler.timesteps)):
-        timestep = scheduler.timesteps[call]
-        output = network(scheduler.scale_model_input(path[-1], timestep), timestep)
-        given = None if noise is None else noise(call)
-        path.append(scheduler.step(output, timestep, path[-1], generator, noise=given)[0])
-    return path
-
-
-def made(case: Case, steps: int, schedule: NoiseSchedule = LINEAR, kind: Any = "epsilon") -> PixArtScheduler:
-    scheduler = SCHEDULERS[case[0]].from_schedule(schedule, kind, case[1])
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-def name_of(case: Case) -> str:
-    return "-".join([case[0], *map(str, case[1].values())])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("case", ON_INDICES + ON_LEVELS, ids=name_of)
 def test_exact_network_leads_to_x0(case: Case, name: str, kind: PredictionType) -> None:
-    x0 = 3 * draw(*SHAPE, seed=1)
+    x0 = 3 * randn(*SHAPE, seed=1)
     for steps in (2, 10, 50):
         scheduler = made(case, steps, SCHEDULES[name], kind)
-        start = draw(*SHAPE) * scheduler.init_noise_sigma
+        start = randn(*SHAPE) * scheduler.init_noise_sigma
         found = run(scheduler, oracle(SCHEDULES[name], kind, x0), start, torch.Generator().manual_seed(2))[-1]
         torch.testing.assert_close(found, x0, rtol=0, atol=1e-8)
 
@@ -135,10 +57,10 @@ def test_exact_network_leads_to_x0(case: Case, name: str, kind: PredictionType) 
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 @pytest.mark.parametrize("case", ON_INDICES, ids=name_of)
 def test_exact_network_leads_to_x0_from_no_signal_at_all(case: Case, kind: PredictionType) -> None:
-    x0, schedule = 3 * draw(*SHAPE, seed=1), LINEAR.zero_terminal_snr()
+    x0, schedule = 3 * randn(*SHAPE, seed=1), LINEAR.zero_terminal_snr()
     for steps in (2, 10, 50):
         scheduler = made(case, steps, schedule, kind)
-        found = run(scheduler, oracle(schedule, kind, x0), draw(*SHAPE), torch.Generator().manual_seed(2))[-1]
+        found = run(scheduler, oracle(schedule, kind, x0), randn(*SHAPE), torch.Generator().manual_seed(2))[-1]
         torch.testing.assert_close(found, x0, rtol=0, atol=1e-8)
 
 
@@ -160,22 +82,17 @@ def test_no_signal_is_refused_where_it_would_be_divided_by(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, facts in SAMPLERS.items() if facts.space != "sigma"])
 def test_a_posterior_mean_is_that_of_the_trained_step_however_few_are_taken(name: str) -> None:
     """The same way as by the noise, at ten steps of a thousand."""
-    x0 = draw(*SHAPE, seed=1)
+    x0 = randn(*SHAPE, seed=1)
 
     def posterior_mean(x: Tensor, timestep: Tensor) -> Tensor:
         mean = q_posterior(LINEAR, x0, x, timestep.expand(len(x))).mean
         return torch.cat([mean, torch.sin(x)], dim=1)
 
     paths = [
-        torch.stack(run(made((name, {}), 10, kind=kind), network, draw(*SHAPE), torch.Generator().manual_seed(2)))
+        torch.stack(run(made((name, {}), 10, kind=kind), network, randn(*SHAPE), torch.Generator().manual_seed(2)))
         for kind, network in (("epsilon", oracle(LINEAR, "epsilon", x0)), ("posterior_mean", posterior_mean))
     ]
     torch.testing.assert_close(paths[1], paths[0], rtol=0, atol=1e-8)
-
-
-def bent(x: Tensor, timestep: Tensor) -> Tensor:
-    """A network of no meaning that bends with x and the timestep."""
-    return torch.cat([torch.tanh(x * (1 + 0.001 * timestep)) + 0.1, torch.sin(x)], dim=1)
 
 
 def karras_algorithm_2(
@@ -216,7 +133,7 @@ def test_churn_is_the_papers_algorithm_with_the_first_noise_in_the_start(sampler
     steps, ends = 8, (LINEAR.sigmas[-1].item(), LINEAR.sigmas[0].item())
     low, high = ends[1] ** (1 / 7), ends[0] ** (1 / 7)
     t = [(high + i / (steps - 1) * (low - high)) ** 7 for i in range(steps)] + [0.0]
-    latent, noise = draw(*SHAPE), [draw(*SHAPE, seed=1 + i) for i in range(steps)]
+    latent, noise = randn(*SHAPE), [randn(*SHAPE, seed=1 + i) for i in range(steps)]
     expected = karras_algorithm_2(t, latent, noise, churn, heun=sampler == "edm")
     settings = {**churn, "s_max": None if churn["s_max"] == math.inf else churn["s_max"]}
     scheduler = made((sampler, settings), steps)
@@ -239,8 +156,8 @@ def test_predictor_and_corrector_are_song_et_als_algorithm_5(norms: str, correct
     options = {"corrector_steps": 2, "corrector_snr": 0.2, "corrector_first": corrector_first, "corrector_norms": norms}
     scheduler, kept = made(("score_sde", options), 5), [0, 250, 500, 749, 999]
     alpha_bar = LINEAR.alpha_bar[kept].tolist()
-    noise = [draw(*SHAPE, seed=call) for call in range(len(scheduler.timesteps))]
-    x, unused = draw(*SHAPE, seed=99), iter(noise)
+    noise = [randn(*SHAPE, seed=call) for call in range(len(scheduler.timesteps))]
+    x, unused = randn(*SHAPE, seed=99), iter(noise)
     found = run(scheduler, bent, x, noise=lambda call: noise[call])[-1]
     for i in reversed(range(5)):
 
@@ -261,7 +178,7 @@ def test_predictor_and_corrector_are_song_et_als_algorithm_5(norms: str, correct
 def test_probability_flow_is_eulers_method_in_the_integral_of_beta() -> None:
     """Song et al. 2021b, eq. 13 of the VP SDE, dx = -(x + score) dB / 2 with B = -log alpha_bar, at five steps."""
     scheduler, kept = made(("pf_ode", {}), 5), [0, 250, 500, 749, 999]
-    alpha_bar, x = LINEAR.alpha_bar[kept].tolist(), draw(*SHAPE, seed=99)
+    alpha_bar, x = LINEAR.alpha_bar[kept].tolist(), randn(*SHAPE, seed=99)
     found = run(scheduler, bent, x)[-1]
     for i in reversed(range(5)):
         score = -bent(x, torch.tensor(kept[i]))[:, :4] / math.sqrt(1 - alpha_bar[i])
@@ -273,9 +190,9 @@ def test_probability_flow_is_eulers_method_in_the_integral_of_beta() -> None:
 @pytest.mark.parametrize("case", ON_INDICES + ON_LEVELS, ids=name_of)
 def test_a_network_runs_on_another_schedule_matched_in_snr_or_by_the_index(case: Case, kind: PredictionType) -> None:
     """Trained on linear, run on scaled_linear, whose levels lie within; its fractional timesteps are float32."""
-    x0, other = draw(*SHAPE, seed=1), SCHEDULES["scaled_linear"]
+    x0, other = randn(*SHAPE, seed=1), SCHEDULES["scaled_linear"]
     matched = made(case, 10, conditioned(other, LINEAR, "snr_matched"), kind)
-    start = draw(*SHAPE) * matched.init_noise_sigma
+    start = randn(*SHAPE) * matched.init_noise_sigma
     found = run(matched, oracle(LINEAR, kind, x0), start, torch.Generator().manual_seed(2))[-1]
     torch.testing.assert_close(found, x0, rtol=0, atol=1e-7)
     by_index = made(case, 10, conditioned(other, LINEAR, "index"), kind)
@@ -286,11 +203,11 @@ def test_a_network_runs_on_another_schedule_matched_in_snr_or_by_the_index(case:
 
 
 def test_a_respaced_schedule_tells_the_network_its_old_timesteps() -> None:
-    x0, schedule = draw(*SHAPE, seed=1), LINEAR.respaced(100)
+    x0, schedule = randn(*SHAPE, seed=1), LINEAR.respaced(100)
     for case in (("ddim", {}), ("euler", {"spacing": "trailing"})):
         scheduler = made(case, 50, schedule)
         assert set(scheduler.timesteps.tolist()) <= set(schedule.timesteps.tolist())
-        start = draw(*SHAPE) * scheduler.init_noise_sigma
+        start = randn(*SHAPE) * scheduler.init_noise_sigma
         for timestep, sample in zip(scheduler.timesteps, path := run(scheduler, oracle(LINEAR, "epsilon", x0), start)):
             sigma = scheduler.levels(timestep[None]).item()
             assert sigma == pytest.approx(LINEAR.sigmas[int(timestep)].item(), rel=1e-9)
@@ -302,11 +219,11 @@ def test_a_respaced_schedule_tells_the_network_its_old_timesteps() -> None:
 @pytest.mark.parametrize("case", EVERY, ids=name_of)
 def test_a_half_sample_takes_the_float32_step_rounded_once(case: Case, dtype: torch.dtype) -> None:
     half, whole = made(case, 4), made(case, 4)
-    x = (draw(*SHAPE) * half.init_noise_sigma).to(dtype)
+    x = (randn(*SHAPE) * half.init_noise_sigma).to(dtype)
     for call, timestep in enumerate(half.timesteps):
         given = half.scale_model_input(x, timestep)
         assert given.dtype == dtype and torch.equal(given, whole.scale_model_input(x.float(), timestep).to(dtype))
-        output, noise = bent(given.float(), timestep).to(dtype), draw(*SHAPE, seed=call).float()
+        output, noise = bent(given.float(), timestep).to(dtype), randn(*SHAPE, seed=call).float()
         ours = half.step(output, timestep, x, noise=noise, return_dict=False)
         exact = whole.step(output.float(), timestep, x.float(), noise=noise, return_dict=False)
         for one, other in zip(ours, exact, strict=True):
@@ -317,7 +234,7 @@ def test_a_half_sample_takes_the_float32_step_rounded_once(case: Case, dtype: to
 @pytest.mark.parametrize("case", EVERY, ids=name_of)
 def test_float64_stays_and_float32_follows_it(case: Case) -> None:
     """To 1e-4 of the largest value of each sample, for a network as smooth as that of Gaussian data."""
-    start, paths = draw(*SHAPE), []
+    start, paths = randn(*SHAPE), []
     for dtype in (torch.float64, torch.float32):
         scheduler = made(case, 20)
         paths.append(
@@ -325,7 +242,7 @@ def test_float64_stays_and_float32_follows_it(case: Case) -> None:
                 scheduler,
                 gaussian(LINEAR, 0.3, 0.5),
                 start.to(dtype) * scheduler.init_noise_sigma,
-                noise=lambda call: draw(*SHAPE, seed=call),
+                noise=lambda call: randn(*SHAPE, seed=call),
             )
         )
     for exact, rounded in zip(*paths):
@@ -335,10 +252,10 @@ def test_float64_stays_and_float32_follows_it(case: Case) -> None:
 
 def test_heuns_slope_keeps_the_digits_of_float32() -> None:
     """It is the network's own noise; (y - x0) / sigma, at 0.01 after a step from 4, would err by 200 roundings of y."""
-    eps, ends = draw(*SHAPE, seed=1), []
+    eps, ends = randn(*SHAPE, seed=1), []
     for dtype in (torch.float64, torch.float32):
         scheduler, output = made(("edm", {}), 3), torch.cat([eps, eps], dim=1).to(dtype)
-        start = draw(*SHAPE).to(dtype) * scheduler.init_noise_sigma
+        start = randn(*SHAPE).to(dtype) * scheduler.init_noise_sigma
         ends.append(run(scheduler, lambda *_, output=output: output, start)[-1])
     assert gap(ends[1], ends[0]) < 32 * 2.0**-24
 
@@ -349,7 +266,7 @@ def test_noise_is_drawn_where_it_is_added_and_nowhere_else(case: Case) -> None:
     scheduler, generator = made(case, 4), torch.Generator().manual_seed(5)
     every = 2 if case[0] == "edm" else 1  # its first call of a step adds none
     count = (len(scheduler.timesteps) - 1) // every if scheduler.facts.stochastic or case[1] else 0
-    before, start = torch.get_rng_state(), draw(*SHAPE) * scheduler.init_noise_sigma
+    before, start = torch.get_rng_state(), randn(*SHAPE) * scheduler.init_noise_sigma
     path = run(scheduler, bent, start, generator)
     other = torch.Generator().manual_seed(5)
     noise = [torch.randn(SHAPE, generator=other, dtype=torch.float64) for _ in range(count)] or [start]
@@ -362,7 +279,7 @@ def test_noise_is_drawn_where_it_is_added_and_nowhere_else(case: Case) -> None:
 
 @pytest.mark.parametrize("case", EVERY, ids=name_of)
 def test_a_batch_with_a_generator_each_is_as_many_runs_of_one(case: Case) -> None:
-    starts, scheduler = draw(3, *SHAPE[1:]), made(case, 6)
+    starts, scheduler = randn(3, *SHAPE[1:]), made(case, 6)
     starts = starts * scheduler.init_noise_sigma
     together = run(scheduler, bent, starts, [torch.Generator().manual_seed(seed) for seed in range(3)])[-1]
     for seed in range(3):
@@ -372,7 +289,7 @@ def test_a_batch_with_a_generator_each_is_as_many_runs_of_one(case: Case) -> Non
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_calls_out_of_order_are_named(name: str) -> None:
-    x, scheduler = draw(*SHAPE), SCHEDULERS[name]()
+    x, scheduler = randn(*SHAPE), SCHEDULERS[name]()
     output = torch.cat([x, x], dim=1)
     for early in (
         lambda: scheduler.step(output, 999, x),

@@ -24,21 +24,8 @@ from torch import Tensor
 from pixart_ft.diffusion.schedules import conditioned
 from pixart_ft.samplers import SAMPLERS
 from pixart_ft.schedulers import SCHEDULERS, PixArtScheduler, RespacedDDIMScheduler, build_scheduler
-from tests.test_schedulers import (
-    EVERY,
-    LINEAR,
-    SCHEDULES,
-    SHAPE,
-    Case,
-    bent,
-    draw,
-    gaussian,
-    level,
-    made,
-    name_of,
-    oracle,
-    run,
-)
+from tests.driven import EVERY, Case, made, name_of, run
+from tests.networks import LINEAR, SCHEDULES, SHAPE, bent, gaussian, level, oracle, randn
 
 MEANS = [name for name, facts in SAMPLERS.items() if not facts.needs_variance]  # the stock pipeline drops the variance
 # Drawn in float32 for every type: in bfloat16, torch 2.6 draws other numbers from the same seed, 2.13 the same ones.
@@ -78,11 +65,11 @@ def test_a_saved_scheduler_takes_the_same_steps(name: str, matched: bool, tmp_pa
     paths = []
     for one in (scheduler, loaded, again):
         one.set_timesteps(5)
-        start = draw(*SHAPE) * one.init_noise_sigma
+        start = randn(*SHAPE) * one.init_noise_sigma
         paths.append(torch.stack(run(one, bent, start, torch.Generator().manual_seed(3))))
     assert torch.equal(paths[0], paths[1]) and torch.equal(paths[0], paths[2])
     plain = made((name, {}), 5, schedule, "v_prediction")
-    other = run(plain, bent, draw(*SHAPE) * plain.init_noise_sigma, torch.Generator().manual_seed(3))
+    other = run(plain, bent, randn(*SHAPE) * plain.init_noise_sigma, torch.Generator().manual_seed(3))
     assert len(other) != len(paths[0]) or not torch.equal(torch.stack(other), paths[0])
 
 
@@ -133,7 +120,7 @@ def test_one_sampler_is_made_from_another_and_takes_the_process_alone(
         second, expected = kind.from_config(first.config), made((other, {}), 4, first.schedule, "v_prediction")
         second.set_timesteps(4)
         paths = [
-            torch.stack(run(one, bent, draw(*SHAPE) * one.init_noise_sigma, torch.Generator().manual_seed(3)))
+            torch.stack(run(one, bent, randn(*SHAPE) * one.init_noise_sigma, torch.Generator().manual_seed(3)))
             for one in (second, expected)
         ]
         assert torch.equal(*paths), other
@@ -142,8 +129,8 @@ def test_one_sampler_is_made_from_another_and_takes_the_process_alone(
 @pytest.mark.parametrize("case", EVERY, ids=name_of)
 def test_a_late_start_goes_on_as_the_whole_run_does(case: Case) -> None:
     """Announced by set_begin_index, or found by the timestep of the first call."""
-    scheduler, noise = made(case, 5), [draw(*SHAPE, seed=call) for call in range(20)]
-    whole = run(scheduler, bent, draw(*SHAPE) * scheduler.init_noise_sigma, noise=noise.__getitem__)
+    scheduler, noise = made(case, 5), [randn(*SHAPE, seed=call) for call in range(20)]
+    whole = run(scheduler, bent, randn(*SHAPE) * scheduler.init_noise_sigma, noise=noise.__getitem__)
     assert len(scheduler.step_starts) == 5 == scheduler.num_inference_steps and scheduler.step_starts[0] == 0
     for start in scheduler.step_starts[1:]:
         for announced in (True, False):
@@ -161,7 +148,7 @@ def test_a_late_start_goes_on_as_the_whole_run_does(case: Case) -> None:
 def test_noise_added_at_a_timestep_is_what_the_network_expects_there(name: str, matched: bool) -> None:
     """Scaled as the network receives it, x_t of its own schedule at that timestep, whatever the samples look like."""
     schedule = conditioned(SCHEDULES["scaled_linear"], LINEAR, "snr_matched") if matched else LINEAR
-    scheduler, x0, eps = made((name, {}), 7, schedule), draw(*SHAPE), draw(*SHAPE, seed=1)
+    scheduler, x0, eps = made((name, {}), 7, schedule), randn(*SHAPE), randn(*SHAPE, seed=1)
     for start in scheduler.step_starts:
         scheduler.set_timesteps(7)
         timestep = scheduler.timesteps[start]
@@ -186,7 +173,7 @@ def test_a_late_start_has_its_own_level_where_several_share_a_timestep(name: str
     with pytest.warns(UserWarning, match="above"):
         scheduler = made((name, {}), 250, conditioned(SCHEDULES["cosine"], LINEAR, "snr_matched"))
     assert scheduler.timesteps[0] == scheduler.timesteps[scheduler.step_starts[1]] == 999
-    x0, eps, in_y = draw(*SHAPE), draw(*SHAPE, seed=1), SAMPLERS[name].space == "sigma"
+    x0, eps, in_y = randn(*SHAPE), randn(*SHAPE, seed=1), SAMPLERS[name].space == "sigma"
     levels = scheduler.sigmas[:-1] if in_y else scheduler.respaced.sigmas.flip(0)
     for step in (0, 1, 100, 249):
         scheduler.set_begin_index(scheduler.step_starts[step])
@@ -197,14 +184,14 @@ def test_a_late_start_has_its_own_level_where_several_share_a_timestep(name: str
 
 
 def test_no_signal_is_left_where_the_schedule_leaves_none() -> None:
-    scheduler, eps = made(("ddim", {}), 5, LINEAR.zero_terminal_snr(), "v_prediction"), draw(*SHAPE)
-    assert torch.equal(scheduler.add_noise(draw(*SHAPE, seed=1), eps, torch.tensor([999, 999])), eps)
-    assert torch.equal(noised(scheduler, draw(*SHAPE, seed=1), eps), eps)
+    scheduler, eps = made(("ddim", {}), 5, LINEAR.zero_terminal_snr(), "v_prediction"), randn(*SHAPE)
+    assert torch.equal(scheduler.add_noise(randn(*SHAPE, seed=1), eps, torch.tensor([999, 999])), eps)
+    assert torch.equal(noised(scheduler, randn(*SHAPE, seed=1), eps), eps)
 
 
 def test_encoding_climbs_the_line_of_an_exact_network() -> None:
     """a x0 + s eps goes to the next kept step's a x0 + s eps, and from the last to eps itself."""
-    scheduler, x0, eps = made(("ddim", {}), 10), draw(*SHAPE, seed=1), draw(*SHAPE, seed=2)
+    scheduler, x0, eps = made(("ddim", {}), 10), randn(*SHAPE, seed=1), randn(*SHAPE, seed=2)
     assert isinstance(scheduler, RespacedDDIMScheduler)
     network, rising = oracle(LINEAR, "epsilon", x0), scheduler.timesteps.flip(0)
     line = [a * x0 + s * eps for a, s in (level(LINEAR, timestep) for timestep in rising)] + [eps]
@@ -348,7 +335,7 @@ def beside_stock(stock_class: Any, case: Case, settings: dict[str, Any], steps: 
         stock.alphas_cumprod, stock.final_alpha_cumprod = LINEAR.alpha_bar, torch.tensor(1.0, dtype=torch.float64)
     scheduler = made(case, steps)
     assert scheduler.timesteps.tolist() == [float(timestep) for timestep in stock.timesteps]
-    start = draw(*SHAPE) * scheduler.init_noise_sigma
+    start = randn(*SHAPE) * scheduler.init_noise_sigma
     network = gaussian(LINEAR, 0.3, 0.5)
     ours = run(scheduler, network, start, torch.Generator().manual_seed(3))
     theirs, worst, generator = start, 0.0, torch.Generator().manual_seed(3)

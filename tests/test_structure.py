@@ -160,6 +160,15 @@ def test_files_of_the_command_line_import_nothing_heavy() -> None:
     assert {"cli", "config"} <= seen
 
 
+def test_no_test_file_imports_another() -> None:
+    """What tests share stands in modules of its own, named for what it is."""
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    assert len(files) > 50
+    for path in files:
+        taken = {name for name in imported(path) if name.startswith("tests.") and ".test_" in name}
+        assert not taken, f"{path.name} imports {taken}"
+
+
 def test_dependencies_have_a_tested_version() -> None:
     """Every dependency of pyproject.toml is pinned in constraints.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -22,6 +22,7 @@ from pixart_ft.objective import Objective
 from pixart_ft.samplers import SAMPLERS
 from pixart_ft.training_objective import build_objective, warn_of_relearning
 from pixart_ft.training_run import run_training
+from tests.tiny import edit
 
 BETAS = [0.1, 0.2, 0.4]
 
@@ -30,11 +31,6 @@ BETAS = [0.1, 0.2, 0.4]
 def base(tiny: Path, tmp_path: Path) -> Path:
     """The tiny base's configurations without its weights."""
     return Path(shutil.copytree(tiny, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors")))
-
-
-def change(base: Path, part: str, **values: object) -> None:
-    file = base / part
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def configured(base: Path, validation: dict[str, Any] | None = None, **diffusion: Any) -> TrainConfig:
@@ -96,12 +92,12 @@ INFINITE = (
 def test_what_makes_no_sense_is_refused_all_at_once(
     base: Path, channels: int, diffusion: dict[str, Any], expected: list[str]
 ) -> None:
-    change(base, "transformer/config.json", out_channels=channels)
+    edit(base / "transformer/config.json", out_channels=channels)
     assert faults(base, **diffusion) == expected
 
 
 def test_more_sampling_steps_than_the_process_has_are_refused(base: Path) -> None:
-    change(base, "scheduler/scheduler_config.json", trained_betas=BETAS, num_train_timesteps=3)
+    edit(base / "scheduler/scheduler_config.json", trained_betas=BETAS, num_train_timesteps=3)
     refusal = "validation.sampler ddim with validation.steps 4: cannot take 4 steps of a process of 3; choose 1 to 3"
     assert faults(base, {"prompts": ["a"], "steps": 4}) == [refusal]
     for allowed in ({"prompts": ["a"], "steps": 3}, {"steps": 4}):
@@ -157,7 +153,7 @@ def test_a_sampler_that_cannot_walk_the_schedule_is_refused_before_any_weight(ba
 )
 @pytest.mark.filterwarnings("ignore:the base predicts")
 def test_the_remedies_work(base: Path, channels: int, diffusion: dict[str, Any]) -> None:
-    change(base, "transformer/config.json", out_channels=channels)
+    edit(base / "transformer/config.json", out_channels=channels)
     assert built(base, **diffusion)[0].schedule.num_steps == 1000
 
 
@@ -178,7 +174,7 @@ def test_schedules_by_name(
 ) -> None:
     """Their tables, and what is written down: diffusers, too, makes this process of it."""
     ends = {"beta_start": 2e-4, "beta_end": 0.03}  # of the base, and no other schedule's
-    change(base, "scheduler/scheduler_config.json", num_train_timesteps=num_steps, prediction_type="sample", **ends)
+    edit(base / "scheduler/scheduler_config.json", num_train_timesteps=num_steps, prediction_type="sample", **ends)
     objective, described = built(base, schedule=name, zero_snr=zero_snr)
     expected = make(num_steps).zero_terminal_snr() if zero_snr else make(num_steps)
     assert objective.schedule.has_zero_snr == zero_snr
@@ -191,9 +187,8 @@ def test_schedules_by_name(
 
 
 def test_the_base_keeps_betas_of_its_own(base: Path) -> None:
-    change(
-        base,
-        "scheduler/scheduler_config.json",
+    edit(
+        base / "scheduler/scheduler_config.json",
         trained_betas=BETAS,
         num_train_timesteps=3,
         prediction_type="v_prediction",

@@ -6,6 +6,7 @@ Latents are 4 x 8 x 8 for 64 x 64 pictures (VAE factor 8, patch 2, so 16 image t
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -132,3 +133,9 @@ def build_picture_folder(folder: Path | str, count: int, size: int = 64) -> Path
         lines.append(json.dumps({"file_name": name, "text": f"a {colour} {shape} on {ground}"}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
+
+
+def edit(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; a value of ... removes the key."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))

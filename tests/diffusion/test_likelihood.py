@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from pixart_ft.diffusion.flow import Network
 from pixart_ft.diffusion.likelihood import Bound, ode_likelihood, prior_bits, variational_bound
 from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule
+from tests.networks import gaussian_output, level
 
 
 def float64(*values: float) -> Tensor:
@@ -35,14 +35,6 @@ SCHEDULES: dict[str, tuple[Callable[[int], NoiseSchedule], PredictionType]] = {
     "respaced": (lambda count: NoiseSchedule.linear(1000).respaced(count), "epsilon"),
     "zero_snr": (lambda count: NoiseSchedule.linear(count, rescale=True).zero_terminal_snr(), "v_prediction"),
 }
-
-
-def exact_output(a: Tensor, mean: Tensor, std: Tensor, x: Tensor, kind: PredictionType) -> Tensor:
-    """What the best network says of data N(mean, std^2) at x = a x0 + sqrt(1 - a^2) eps."""
-    s = (1 - a**2).sqrt()
-    share = (x - a * mean) / (a**2 * std**2 + s**2)
-    eps, x0 = s * share, mean + a * std**2 * share
-    return {"epsilon": eps, "sample": x0, "v_prediction": a * eps - s * x0}[kind]
 
 
 def left_variance(schedule: NoiseSchedule, std: Tensor) -> Tensor:
@@ -83,8 +75,8 @@ def gaussian_network(schedule: NoiseSchedule, kind: PredictionType) -> Network:
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
         index = int((schedule.timesteps - timestep[0]).abs().argmin())
-        a, mean, std = (values.to(x.dtype) for values in (schedule.alpha_bar[index].sqrt(), MEANS, STDS))
-        output = exact_output(a, per_sample(mean), per_sample(std), x, kind)
+        mean, std = per_sample(MEANS).to(x.dtype), per_sample(STDS).to(x.dtype)
+        output = gaussian_output(kind, x, *level(schedule, schedule.timesteps[index]), mean, std)
         return torch.cat([output, per_sample(learned_range[:, index]).to(x.dtype)], dim=1)
 
     return network
@@ -212,13 +204,6 @@ POINTS[:, 1] += 0.4
 CENTRES, WIDTHS = MEANS.repeat(3).view(9, 1, 1, 1), STDS.repeat(3).view(9, 1, 1, 1)
 
 
-def level(schedule: NoiseSchedule, timestep: Tensor) -> Tensor:
-    """a = sqrt(alpha_bar) at a timestep between the schedule's own, log sigma going straight from one to the next."""
-    assert timestep.dtype == torch.float32 and bool((timestep == timestep[0]).all())
-    log_sigma = np.interp(timestep[0].item(), schedule.timesteps.numpy(), schedule.sigmas.log().numpy())
-    return (1 + torch.tensor(2 * log_sigma).exp()).rsqrt()
-
-
 def log_normal(x: Tensor, mean: Tensor | float, variance: Tensor | float) -> Tensor:
     variance = torch.as_tensor(variance, dtype=torch.float64)
     return -0.5 * ((x - mean) ** 2 / variance + (2 * math.pi * variance).log())
@@ -236,7 +221,8 @@ def test_gaussian_data_has_its_smoothed_density(probed: bool, kind: PredictionTy
     probe[::2, 1] = -1
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
-        return exact_output(level(schedule, timestep), CENTRES, WIDTHS, x, kind)
+        assert timestep.dtype == torch.float32 and bool((timestep == timestep[0]).all())
+        return gaussian_output(kind, x, *level(schedule, timestep[0]), CENTRES, WIDTHS)
 
     found = ode_likelihood(schedule, network, POINTS, kind, probe=probe if probed else None, rtol=1e-6, atol=1e-6)
     first, last, signal = schedule.sigmas[0], schedule.sigmas[-1], schedule.alpha_bar[-1]
@@ -256,7 +242,7 @@ WEIGHTS, PEAKS, BREADTHS = float64(0.3, 0.7), torch.stack([float64(-1.4, 0.7), f
 SCHEDULE = NoiseSchedule.cosine()
 
 
-def mixture_log_density(x: Tensor, a: Tensor | float, noise: Tensor) -> Tensor:
+def mixture_log_density(x: Tensor, a: float, noise: Tensor | float) -> Tensor:
     """log density (N,) of a x0 + sqrt(noise) eps at x (N, 2, 1, 1)."""
     variance = (a * BREADTHS) ** 2 + noise
     parts = log_normal(x.view(-1, 1, 2), a * PEAKS, variance[:, None]).sum(dim=2)
@@ -264,9 +250,9 @@ def mixture_log_density(x: Tensor, a: Tensor | float, noise: Tensor) -> Tensor:
 
 
 def mixture_network(x: Tensor, timestep: Tensor) -> Tensor:
-    a = level(SCHEDULE, timestep)
-    (score,) = torch.autograd.grad(mixture_log_density(x, a, 1 - a**2).sum(), x, create_graph=True)
-    return -((1 - a**2).sqrt().to(x.dtype)) * score
+    a, s = level(SCHEDULE, timestep[0])
+    (score,) = torch.autograd.grad(mixture_log_density(x, a, s**2).sum(), x, create_graph=True)
+    return -s * score
 
 
 PLACES = float64(-1.4, 0.5, -0.4, 0.4, 0.5, 0.5, -0.3, -0.8).view(4, 2, 1, 1)

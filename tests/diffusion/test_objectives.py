@@ -14,6 +14,7 @@ from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import loss_weights
 from pixart_ft.objective import Objective
+from tests.networks import randn
 
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
 ZERO_SNR = LINEAR.zero_terminal_snr()
@@ -21,13 +22,9 @@ T = torch.tensor([0, 1, 500, 999])
 TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 
 
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
 def batch(schedule: NoiseSchedule = LINEAR) -> Noised:
     """Data noised to the four indices T."""
-    return Noised.of(schedule, draw(4, 4, 3, 3), T, draw(4, 4, 3, 3, seed=1))
+    return Noised.of(schedule, randn(4, 4, 3, 3), T, randn(4, 4, 3, 3, seed=1))
 
 
 def hybrid(
@@ -53,7 +50,7 @@ def test_each_half_of_the_output_is_moved_by_its_own_term_alone(
     prediction_type: PredictionType, space: LossSpace
 ) -> None:
     noised = batch()
-    output = draw(4, 8, 3, 3, seed=2).requires_grad_()
+    output = randn(4, 8, 3, 3, seed=2).requires_grad_()
     terms = hybrid(LINEAR, output, noised, prediction_type, space=space)
     by_vlb = torch.autograd.grad(terms["vlb"].sum(), output, retain_graph=True)[0]
     by_simple = torch.autograd.grad(terms["simple"].sum(), output)[0]
@@ -69,7 +66,7 @@ def test_hybrid_of_a_half_precision_output_is_finite_and_equals_float64(
 ) -> None:
     noised = batch(schedule)
     half = Noised(noised.x0.float(), noised.eps.float(), T, noised.x_t.float())
-    output = (3 * draw(4, 8, 3, 3, seed=2, dtype=dtype)).requires_grad_()
+    output = (3 * randn(4, 8, 3, 3, seed=2, dtype=dtype)).requires_grad_()
     terms = hybrid(schedule, output, half, prediction_type)
     exact = hybrid(schedule, output.double(), noised, prediction_type)
     for name, term in terms.items():
@@ -95,7 +92,7 @@ def test_simple_is_the_mean_squared_error_of_what_is_predicted(
 def test_an_eps_network_may_be_trained_by_any_error() -> None:
     """An error d of eps is one of d / a in v, of s d / a in x0, of c s d / a in the posterior's mean."""
     noised = batch()
-    output = draw(4, 4, 3, 3, seed=2)
+    output = randn(4, 4, 3, 3, seed=2)
     squared = ((output - noised.eps) ** 2).mean(dim=(1, 2, 3))
     factors = {
         "epsilon": torch.ones(4, dtype=torch.float64),
@@ -112,7 +109,7 @@ def test_an_eps_network_may_be_trained_by_any_error() -> None:
 @pytest.mark.parametrize("name", ["constant", "min_snr", "soft_min_snr", "p2", "debiased", "elbo"])
 def test_one_prediction_has_one_weighted_error_in_every_space(name: str, prediction_type: PredictionType) -> None:
     noised = batch()
-    output = output_for(prediction_type, noised.x0 + draw(4, 4, 3, 3, seed=3), noised.x_t)
+    output = output_for(prediction_type, noised.x0 + randn(4, 4, 3, 3, seed=3), noised.x_t)
 
     def weighted(space: LossSpace) -> Tensor:
         weight = loss_weights(LINEAR, name, space)[T]  # type: ignore[arg-type]
@@ -126,7 +123,7 @@ def test_one_prediction_has_one_weighted_error_in_every_space(name: str, predict
 def test_the_elbo_weight_makes_the_error_the_bound(space: LossSpace) -> None:
     """With variance beta tilde: for t > 0 the divergence in nats, at t = 0 the decoder's quadratic part."""
     noised = batch()
-    output = draw(4, 4, 3, 3, seed=2)
+    output = randn(4, 4, 3, 3, seed=2)
     nats = loss_weights(LINEAR, "elbo", space)[T] * simple_term(LINEAR, output, noised, "epsilon", space=space)
     bound = math.log(2) * vlb_term(LINEAR, output, noised, "epsilon", variance="beta_tilde")
     bound[0] -= 0.5 * math.log(2 * math.pi * LINEAR.posterior_variance[1].item())
@@ -136,7 +133,7 @@ def test_the_elbo_weight_makes_the_error_the_bound(space: LossSpace) -> None:
 def test_without_signal_v_and_x0_networks_train_in_both_spaces_and_eps_is_refused() -> None:
     noised = batch(ZERO_SNR)
     for prediction_type in ("v_prediction", "sample"):
-        output = draw(4, 8, 3, 3, seed=2).requires_grad_()
+        output = randn(4, 8, 3, 3, seed=2).requires_grad_()
         for space in TYPES:
             terms = hybrid(ZERO_SNR, output, noised, prediction_type, space=space)
             assert terms["loss"].isfinite().all()
@@ -160,7 +157,7 @@ def test_huber_is_the_square_up_to_delta_and_a_line_beyond() -> None:
 
 def test_a_weight_acts_on_the_simple_term_alone_and_leaves_its_name_unweighted() -> None:
     noised = batch()
-    output, weight = draw(4, 8, 3, 3, seed=2), loss_weights(LINEAR, "min_snr", "epsilon", min_snr_gamma=2.0)[T]
+    output, weight = randn(4, 8, 3, 3, seed=2), loss_weights(LINEAR, "min_snr", "epsilon", min_snr_gamma=2.0)[T]
     plain = hybrid(LINEAR, output, noised, "epsilon", vlb_scale=0.5)
     weighted = hybrid(LINEAR, output, noised, "epsilon", vlb_scale=0.5, weighting="min_snr", min_snr_gamma=2.0)
     assert torch.equal(weighted["simple"], plain["simple"]) and torch.equal(weighted["vlb"], plain["vlb"])
@@ -173,7 +170,7 @@ def test_a_weight_acts_on_the_simple_term_alone_and_leaves_its_name_unweighted()
 
 def test_hybrid_is_simple_plus_the_scaled_bound() -> None:
     noised = batch()
-    output = draw(4, 8, 3, 3, seed=2)
+    output = randn(4, 8, 3, 3, seed=2)
     terms = hybrid(LINEAR, output, noised, "epsilon", vlb_scale=0.25)
     torch.testing.assert_close(terms["loss"], terms["simple"] + 0.25 * terms["vlb"])
     torch.testing.assert_close(terms["vlb"], vlb_term(LINEAR, output, noised, "epsilon"))
@@ -183,7 +180,7 @@ def test_hybrid_is_simple_plus_the_scaled_bound() -> None:
 @pytest.mark.parametrize("prediction_type", TYPES)
 def test_the_pure_bound_moves_mean_and_variance(prediction_type: PredictionType) -> None:
     noised = batch()
-    output = draw(4, 8, 3, 3, seed=2).requires_grad_()
+    output = randn(4, 8, 3, 3, seed=2).requires_grad_()
     terms = Objective(LINEAR, prediction_type, "vlb").terms_of(output, noised)
     both = hybrid(LINEAR, output, noised, prediction_type)
     torch.testing.assert_close(terms["vlb"], both["vlb"])
@@ -197,7 +194,7 @@ def test_the_pure_bound_moves_mean_and_variance(prediction_type: PredictionType)
 def test_the_bound_with_a_fixed_variance_is_that_of_a_network_that_says_so(variance: FixedVariance) -> None:
     """-1 says beta tilde at every t; +1 says beta, except at t = 0, where the fixed one is beta tilde's again."""
     noised = batch()
-    output = draw(4, 4, 3, 3, seed=2)
+    output = randn(4, 4, 3, 3, seed=2)
     says = torch.full_like(output, 1.0 if variance == "beta" else -1.0)
     says[0] = -1.0
     learned = vlb_term(LINEAR, torch.cat([output, says], dim=1), noised, "epsilon")
@@ -224,7 +221,7 @@ def test_the_bound_of_a_network_with_the_wrong_variance() -> None:
 
 def test_the_bound_against_torchs_own_divergence() -> None:
     noised = batch()
-    output = draw(4, 8, 3, 3, seed=2)
+    output = randn(4, 8, 3, 3, seed=2)
     log_variance = process.learned_log_variance(LINEAR, output[:, 4:], T)
     q, mean = (
         process.q_posterior(LINEAR, noised.x0, noised.x_t, T),
@@ -240,7 +237,7 @@ def test_the_bound_against_torchs_own_divergence() -> None:
 def test_the_discretized_decoder_is_the_density_times_the_bin() -> None:
     """With a standard deviation far above the half width 1/255, bits = bits of the density + log2(127.5)."""
     schedule = NoiseSchedule.from_betas([0.3, 0.3])
-    x0, eps = 0.3 * draw(4, 4, 3, 3).clamp(-3, 3), draw(4, 4, 3, 3, seed=1)
+    x0, eps = 0.3 * randn(4, 4, 3, 3).clamp(-3, 3), randn(4, 4, 3, 3, seed=1)
     t = torch.zeros(4, dtype=torch.int64)
     noised, output = Noised.of(schedule, x0, t, eps), torch.cat([eps + 0.1, torch.ones_like(eps)], dim=1)
     smooth = vlb_term(schedule, output, noised, "epsilon")
@@ -266,7 +263,7 @@ def test_the_discretized_decoder_keeps_its_digits_in_both_tails() -> None:
 def test_sus_raw_form_is_the_one_of_two_noises_scaled(prediction_type: PredictionType) -> None:
     """Eq. 1.8: x_{t-1} and the predicted one differ by the step's noises, times beta / alpha, draw by draw."""
     noised = batch()
-    rest, output = draw(4, 4, 3, 3, seed=4), draw(4, 8, 3, 3, seed=2)
+    rest, output = randn(4, 4, 3, 3, seed=4), randn(4, 8, 3, 3, seed=2)
     raw, noises = (su_term(LINEAR, output, noised, rest, prediction_type, form) for form in ("su_raw", "su_noises"))
     torch.testing.assert_close(raw, su_factors(LINEAR)["raw_per_noises"][T] * noises, rtol=1e-9, atol=0)
 
@@ -274,7 +271,7 @@ def test_sus_raw_form_is_the_one_of_two_noises_scaled(prediction_type: Predictio
 def test_sus_reduced_form_is_what_remains_in_expectation() -> None:
     """Eqs. 1.13 and 1.14. The forms are quadratic in `rest`, so the average over +1 and -1 is the expectation."""
     noised = batch()
-    output, sign = draw(4, 4, 3, 3, seed=2), draw(4, 4, 3, 3, seed=4).sign()
+    output, sign = randn(4, 4, 3, 3, seed=2), randn(4, 4, 3, 3, seed=4).sign()
 
     def noises(rest: Tensor) -> Tensor:
         return su_term(LINEAR, output, noised, rest, "epsilon", "su_noises")
@@ -291,7 +288,7 @@ def test_sus_reduced_form_is_what_remains_in_expectation() -> None:
 def test_sus_raw_form_is_0_for_the_step_that_was_taken() -> None:
     """A network that says the very noises of the step, `rest` included, gets x_{t-1} right."""
     noised = batch()
-    rest = draw(4, 4, 3, 3, seed=4)
+    rest = randn(4, 4, 3, 3, seed=4)
     _, step_noise = process.merge_noises(LINEAR, noised.eps, rest, T)
     output = process.to_eps(LINEAR, step_noise, noised.x_t, T, "step_noise")
     for form in ("su_raw", "su_noises"):
@@ -315,4 +312,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="unknown form 'su'; choose su_raw, su_noises or su_reduced"):
         su_term(LINEAR, eps, noised, eps, "epsilon", "su")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown decoder 'laplace'; choose gaussian"):
-        vlb_term(LINEAR, draw(4, 8, 3, 3), noised, "epsilon", decoder="laplace")  # type: ignore[arg-type]
+        vlb_term(LINEAR, randn(4, 8, 3, 3), noised, "epsilon", decoder="laplace")  # type: ignore[arg-type]

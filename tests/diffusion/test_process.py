@@ -10,6 +10,7 @@ from torch import Tensor
 from pixart_ft.diffusion import process
 from pixart_ft.diffusion.names import PredictionType, Quantity
 from pixart_ft.diffusion.schedules import NoiseSchedule
+from tests.networks import randn
 
 CONVERSIONS: dict[Quantity, Callable[[NoiseSchedule, Tensor, Tensor, Tensor, Quantity], Tensor]] = {
     "epsilon": process.to_eps,
@@ -19,10 +20,6 @@ CONVERSIONS: dict[Quantity, Callable[[NoiseSchedule, Tensor, Tensor, Tensor, Qua
     "score": process.to_score,
     "step_noise": process.to_step_noise,
 }
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 SCHEDULES = {
@@ -40,7 +37,7 @@ def test_round_trip_over_every_ordered_pair(name: str, source: Quantity, target:
     schedule = SCHEDULES[name]
     last = schedule.num_steps - 1
     t = torch.tensor([0, 1, last // 2, last - 1, last])
-    x0, eps = draw(5, 4, 2, 2), draw(5, 4, 2, 2, seed=1)
+    x0, eps = randn(5, 4, 2, 2), randn(5, 4, 2, 2, seed=1)
     x_t = process.q_sample(schedule, x0, t, eps)
     value = CONVERSIONS[source](schedule, eps, x_t, t, "epsilon")
     there = CONVERSIONS[target](schedule, value, x_t, t, source)
@@ -56,7 +53,7 @@ def test_round_trip_over_every_ordered_pair(name: str, source: Quantity, target:
 )
 def test_without_signal_whatever_determines_x0_determines_the_rest(source: Quantity, target: Quantity) -> None:
     schedule, t = NoiseSchedule.linear().zero_terminal_snr(), torch.tensor([500, 998, 999])
-    x0, eps = draw(3, 4, 2, 2), draw(3, 4, 2, 2, seed=1)
+    x0, eps = randn(3, 4, 2, 2), randn(3, 4, 2, 2, seed=1)
     x_t = process.q_sample(schedule, x0, t, eps)
     value = CONVERSIONS[source](schedule, x0, x_t, t, "sample")
     there = CONVERSIONS[target](schedule, value, x_t, t, source)
@@ -121,7 +118,7 @@ def test_posterior_of_two_given_steps() -> None:
 
 def test_merged_noises_are_an_orthogonal_rotation_that_keeps_x_t() -> None:
     schedule, t = NoiseSchedule.linear(), torch.tensor([0, 500, 999])
-    before, step, x0 = draw(3, 4, 2, 2), draw(3, 4, 2, 2, seed=1), draw(3, 4, 2, 2, seed=2)
+    before, step, x0 = randn(3, 4, 2, 2), randn(3, 4, 2, 2, seed=1), randn(3, 4, 2, 2, seed=2)
     eps, w = process.merge_noises(schedule, before, step, t)
     torch.testing.assert_close(eps**2 + w**2, before**2 + step**2, rtol=1e-10, atol=1e-12)
     alpha, alpha_bar_prev, beta = (
@@ -180,7 +177,7 @@ def test_the_network_receives_the_timesteps_of_its_own_process() -> None:
 
 def test_predict_splits_the_output_and_knows_its_type() -> None:
     schedule, t = NoiseSchedule.linear(), torch.tensor([3, 700])
-    x0, eps, learned_range = draw(2, 4, 2, 2), draw(2, 4, 2, 2, seed=1), draw(2, 4, 2, 2, seed=2)
+    x0, eps, learned_range = randn(2, 4, 2, 2), randn(2, 4, 2, 2, seed=1), randn(2, 4, 2, 2, seed=2)
     x_t = process.q_sample(schedule, x0, t, eps)
     outputs: dict[PredictionType, Tensor] = {
         "epsilon": eps,
@@ -204,7 +201,7 @@ def test_predict_splits_the_output_and_knows_its_type() -> None:
 
 def test_zero_snr_refuses_what_noise_cannot_tell() -> None:
     schedule, last = NoiseSchedule.linear().zero_terminal_snr(), torch.tensor([5, 999])
-    x_t, output = draw(2, 4, 2, 2), draw(2, 4, 2, 2, seed=1)
+    x_t, output = randn(2, 4, 2, 2), randn(2, 4, 2, 2, seed=1)
     for kind in ("epsilon", "score", "step_noise"):
         with pytest.raises(ValueError, match=f"{kind} cannot determine x0 at t = 999"):
             process.to_x0(schedule, output, x_t, last, kind)
@@ -217,7 +214,7 @@ def test_zero_snr_refuses_what_noise_cannot_tell() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_half_types_are_promoted_and_float64_stays(dtype: torch.dtype) -> None:
     schedule, t = NoiseSchedule.linear(), torch.tensor([0, 999])
-    x, output = draw(2, 4, 2, 2, dtype=dtype), draw(2, 8, 2, 2, seed=1, dtype=dtype)
+    x, output = randn(2, 4, 2, 2, dtype=dtype), randn(2, 8, 2, 2, seed=1, dtype=dtype)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     prediction = process.predict(schedule, output, x, t, "epsilon")
     results = [prediction.x0, prediction.eps, prediction.log_variance, process.q_sample(schedule, x, t, x)]

@@ -14,6 +14,7 @@ from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.process import Prediction, predict
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import ddim_encode_step, ddim_step, ddpm_step
+from tests.networks import randn
 
 LINEAR = NoiseSchedule.linear()
 Step = Callable[[NoiseSchedule, Prediction, Tensor, Tensor, Tensor], Tensor]
@@ -26,10 +27,6 @@ STEPS: dict[str, Step] = {
     "learned": lambda schedule, prediction, x, t, z: ddpm_step(schedule, prediction, x, t, variance="learned", noise=z),
     "greedy": lambda schedule, prediction, x, t, z: ddpm_step(schedule, prediction, x, t, variance="none"),
 }
-
-
-def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def exact_prediction(schedule: NoiseSchedule, x: Tensor, t: Tensor, mean: float, std: float) -> Prediction:
@@ -132,12 +129,12 @@ def test_oracle_noise_leads_back_to_x0(
 ) -> None:
     """A network that always knows the noise of the current x reaches x0 from anywhere."""
     schedule = getattr(NoiseSchedule, name)().respaced(20)
-    x0, x = draw(2, 4, 2, 2, dtype=dtype), draw(2, 4, 2, 2, seed=1, dtype=dtype)
+    x0, x = randn(2, 4, 2, 2, dtype=dtype), randn(2, 4, 2, 2, seed=1, dtype=dtype)
     to = {"epsilon": process.to_eps, "v_prediction": process.to_v, "sample": process.to_x0}[prediction_type]
     for index in reversed(range(schedule.num_steps)):
         t = torch.full((2,), index)
         output = torch.cat([to(schedule, x0, x, t, "sample"), torch.zeros_like(x)], dim=1)
-        noise = draw(2, 4, 2, 2, seed=2 + index, dtype=dtype)
+        noise = randn(2, 4, 2, 2, seed=2 + index, dtype=dtype)
         x = STEPS[method](schedule, predict(schedule, output, x, t, prediction_type), x, t, noise)
     torch.testing.assert_close(x, x0, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-10)
     assert x.dtype == dtype
@@ -147,14 +144,14 @@ def test_oracle_noise_leads_back_to_x0(
 def test_ddim_with_eta_one_is_ddpm_with_beta_tilde(spec: str) -> None:
     schedule = LINEAR.respaced(spec)
     t = torch.tensor([0, 1, schedule.num_steps // 2, schedule.num_steps - 1])
-    x, output, noise = draw(4, 4, 2, 2), draw(4, 4, 2, 2, seed=1), draw(4, 4, 2, 2, seed=2)
+    x, output, noise = randn(4, 4, 2, 2), randn(4, 4, 2, 2, seed=1), randn(4, 4, 2, 2, seed=2)
     prediction = predict(schedule, output, x, t, "epsilon")
     ddim = ddim_step(schedule, prediction, x, t, eta=1.0, noise=noise)
     torch.testing.assert_close(ddim, ddpm_step(schedule, prediction, x, t, noise=noise), rtol=1e-10, atol=1e-10)
 
 
 def test_learned_range_ends_are_the_fixed_variances() -> None:
-    t, x, noise = torch.tensor([1, 999]), draw(2, 4, 2, 2), draw(2, 4, 2, 2, seed=1)
+    t, x, noise = torch.tensor([1, 999]), randn(2, 4, 2, 2), randn(2, 4, 2, 2, seed=1)
     for value, variance in ((-1.0, "beta_tilde"), (1.0, "beta")):
         output = torch.cat([x, torch.full_like(x, value)], dim=1)
         prediction = predict(LINEAR, output, x, t, "epsilon")
@@ -163,8 +160,8 @@ def test_learned_range_ends_are_the_fixed_variances() -> None:
 
 
 def test_no_noise_is_added_at_the_last_step_and_is_at_all_others() -> None:
-    t, x = torch.tensor([0, 1, 999]), draw(3, 4, 2, 2)
-    prediction = predict(LINEAR, draw(3, 8, 2, 2, seed=1), x, t, "epsilon")
+    t, x = torch.tensor([0, 1, 999]), randn(3, 4, 2, 2)
+    prediction = predict(LINEAR, randn(3, 8, 2, 2, seed=1), x, t, "epsilon")
     for name in ("ddim_half", "ddim_full", "beta_tilde", "beta", "learned"):
         quiet = STEPS[name](LINEAR, prediction, x, t, torch.zeros_like(x))
         moved = STEPS[name](LINEAR, prediction, x, t, torch.ones_like(x))
@@ -189,7 +186,7 @@ def test_encoding_and_decoding_return_to_first_order_in_the_step() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    t, x = torch.tensor([5]), draw(1, 4, 2, 2)
+    t, x = torch.tensor([5]), randn(1, 4, 2, 2)
     prediction = predict(LINEAR, x, x, t, "epsilon")
     with pytest.raises(ValueError, match=r"eta must be 0 .* got 1\.5"):
         ddim_step(LINEAR, prediction, x, t, eta=1.5, noise=x)

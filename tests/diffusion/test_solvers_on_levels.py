@@ -1,4 +1,4 @@
-"""Steps on noise levels and on the SDE, the noise passed in; DDIM and DDPM have their own in diffusion/test_solvers.py.
+"""Steps on noise levels and on the SDE, the noise passed in; DDIM and DDPM have their own in test_solvers.py.
 
 Oracles: Gaussian data N(mean, std^2), whose flow, denoiser and score are known (the numbers in the tables are those of
 an independent float64 implementation); the algebra that ties the six systems together; stationary laws. A step on
@@ -20,13 +20,10 @@ from pixart_ft.diffusion.names import PredictionType, Predictor
 from pixart_ft.diffusion.process import predict
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.sigmas import karras_sigmas, x0_at_sigma
+from tests.networks import randn
 
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
 MEAN, STD = 0.3, 0.5
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def numbers(*values: float) -> Tensor:
@@ -71,7 +68,7 @@ def test_euler_and_heun_err_as_the_closed_form_says_and_fall_at_their_orders() -
 
 
 def test_a_step_to_no_noise_gives_the_guess_of_x0_itself() -> None:
-    y, guess = draw(1, 4, 2, 2), draw(1, 4, 2, 2, seed=1)
+    y, guess = randn(1, 4, 2, 2), randn(1, 4, 2, 2, seed=1)
     assert torch.equal(solvers.euler_step(y, guess, 157.0, 0.0), guess)
     assert torch.equal(solvers.euler_ancestral_step(y, guess, 157.0, 0.0, eta=1.0), guess)
 
@@ -80,11 +77,11 @@ def test_a_step_to_no_noise_gives_the_guess_of_x0_itself() -> None:
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_euler_ancestral_is_ddim_and_at_eta_one_ddpm_in_other_variables(schedule: NoiseSchedule, eta: float) -> None:
     """y = x_t / sqrt(alpha_bar), the same noise, a network that bends: equal at each of the 20 steps."""
-    x = ddpm = draw(2, 4, 3, 3)
+    x = ddpm = randn(2, 4, 3, 3)
     levels = [0.0, *schedule.sigmas.tolist()]
     y = x * math.sqrt(1 + levels[-1] ** 2)
     for index in reversed(range(schedule.num_steps)):
-        t, noise, sigma = torch.full((2,), index), draw(2, 4, 3, 3, seed=index + 1), levels[index + 1]
+        t, noise, sigma = torch.full((2,), index), randn(2, 4, 3, 3, seed=index + 1), levels[index + 1]
 
         def guess(x: Tensor, t: Tensor = t) -> process.Prediction:
             return predict(schedule, torch.tanh(x) + 0.001 * t[0], x, t, "epsilon")
@@ -102,7 +99,7 @@ def test_euler_ancestral_is_ddim_and_at_eta_one_ddpm_in_other_variables(schedule
 def test_ancestral_step_of_the_sde_is_ddpm_with_variance_beta() -> None:
     """(x + beta score) / sqrt(alpha) is the posterior's mean at the guess of x0 (Ho et al. 2020, eq. 11)."""
     schedule = LINEAR.respaced(20)
-    x, output, noise = draw(3, 4, 2, 2), draw(3, 4, 2, 2, seed=1), draw(3, 4, 2, 2, seed=2)
+    x, output, noise = randn(3, 4, 2, 2), randn(3, 4, 2, 2, seed=1), randn(3, 4, 2, 2, seed=2)
     for index in (1, 10, 19):
         t = torch.full((3,), index)
         score = process.to_score(schedule, output, x, t, "epsilon")
@@ -115,7 +112,7 @@ def test_ancestral_step_of_the_sde_is_ddpm_with_variance_beta() -> None:
 @pytest.mark.parametrize("predictor", ["euler_maruyama", "reverse_diffusion", "ancestral"])
 def test_one_step_of_the_sde_is_its_drift_and_diffusion_to_first_order(predictor: Predictor) -> None:
     """x + beta (x/2 + score) + sqrt(beta) noise, up to beta^2: the rest falls a hundredfold when beta does tenfold."""
-    x, score, noise = draw(1, 4, 2, 2), draw(1, 4, 2, 2, seed=1), draw(1, 4, 2, 2, seed=2)
+    x, score, noise = randn(1, 4, 2, 2), randn(1, 4, 2, 2, seed=1), randn(1, 4, 2, 2, seed=2)
     rest = []
     for beta in (1e-2, 1e-3):
         step = solvers.sde_step(predictor, x, score, beta, noise) - math.sqrt(beta) * noise
@@ -228,7 +225,7 @@ def test_ancestral_split_keeps_the_level_and_adds_ddims_noise(eta: float) -> Non
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("sigma", [0.01, 0.777, 157.0, 2e4])
 def test_x0_is_read_from_every_kind_of_output_at_any_level(kind: PredictionType, sigma: float) -> None:
-    x0, eps, half = draw(2, 4, 3, 3), draw(2, 4, 3, 3, seed=1), draw(2, 4, 3, 3, seed=2)
+    x0, eps, half = randn(2, 4, 3, 3), randn(2, 4, 3, 3, seed=1), randn(2, 4, 3, 3, seed=2)
     a = 1 / math.sqrt(1 + sigma**2)
     output = {"epsilon": eps, "v_prediction": a * eps - sigma * a * x0, "sample": x0}[kind]
     for given in (output, torch.cat([output, half], dim=1)):
@@ -250,4 +247,4 @@ def test_x0_is_read_from_every_kind_of_output_at_any_level(kind: PredictionType,
 )
 def test_mistakes_are_named(ask: Callable[[Any], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ask(draw(1, 4, 2, 2))
+        ask(randn(1, 4, 2, 2))
