@@ -1,4 +1,4 @@
-"""Training samples as functions of the draw index, and the numbers of a run that they depend on.
+"""Training samples as functions of the draw index.
 
 A draw is one training sample; the DRAW INDEX counts draws since the run began, over epochs and processes. Picture,
 posterior sample, noise, t and caption dropout are functions of (seed, draw index), so that a resumed run continues
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pixart_ft.data.cache import CachedPictures
 from pixart_ft.data.captions import drop_captions, pad_text
-from pixart_ft.diffusion.names import TimestepLaw
+from pixart_ft.diffusion.names import TimestepLaw, unknown
 from pixart_ft.diffusion.weighting import (
     importance_timesteps,
     logit_normal_timesteps,
@@ -25,23 +25,14 @@ from pixart_ft.vae import LatentScale
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The numbers of a run. Steps are optimizer steps; `every` fields of 0 mean never."""
+class Chance:
+    """What is left to chance in a draw, and by which laws."""
 
-    steps: int
-    batch_size: int  # pictures per process and micro-batch
-    accumulation: int
     seed: int
     caption_dropout: float
     timestep_law: TimestepLaw
     logit_mean: float
     logit_std: float
-    clip_norm: float  # 0: no clipping
-    log_every: int
-    validate_every: int
-    samples_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +65,7 @@ class Batch:
 def draw_batch(
     data: TrainingSet,
     draws: Sequence[int],
-    plan: Plan,
+    chance: Chance,
     *,
     global_batch: int,
     num_steps: int,
@@ -88,35 +79,37 @@ def draw_batch(
     which thereby depends on the losses before this step too.
     """
     count = len(data.pictures)
-    rows = [int(epoch_order(plan.seed, d // count, count)[d % count]) for d in draws]
+    rows = [int(epoch_order(chance.seed, d // count, count)[d % count]) for d in draws]
     mean, std = data.pictures.latents(rows)
     shape = tuple(mean.shape[1:])
-    t, weight = _timesteps(draws, plan, global_batch, num_steps, within or range(num_steps), law)
-    dropped = uniform(plan.seed, draws, "caption dropout") < plan.caption_dropout
+    t, weight = _timesteps(draws, chance, global_batch, num_steps, within or range(num_steps), law)
+    dropped = uniform(chance.seed, draws, "caption dropout") < chance.caption_dropout
     texts = drop_captions(data.pictures.texts(rows), dropped.tolist(), data.null_caption)
     embeds, mask = pad_text(texts)
     return Batch(
-        x0=data.scale.scaled(mean + std * normal(plan.seed, draws, "posterior", shape)),
-        eps=normal(plan.seed, draws, "noise", shape),
+        x0=data.scale.scaled(mean + std * normal(chance.seed, draws, "posterior", shape)),
+        eps=normal(chance.seed, draws, "noise", shape),
         t=t,
         weight=weight,
         embeds=embeds,
         mask=mask,
-        rest=normal(plan.seed, draws, "second noise", shape) if two_noises else None,
+        rest=normal(chance.seed, draws, "second noise", shape) if two_noises else None,
     )
 
 
 def _timesteps(
-    draws: Sequence[int], plan: Plan, global_batch: int, num_steps: int, within: range, law: Tensor | None
+    draws: Sequence[int], chance: Chance, global_batch: int, num_steps: int, within: range, law: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    u, first, count = uniform(plan.seed, draws, "timestep"), within.start, len(within)
+    u, first, count = uniform(chance.seed, draws, "timestep"), within.start, len(within)
     ones = torch.ones(len(draws), dtype=torch.float32)
-    if plan.timestep_law == "uniform":
+    if chance.timestep_law == "uniform":
         return first + uniform_timesteps(u, count), ones
-    if plan.timestep_law == "stratified":
+    if chance.timestep_law == "stratified":
         return first + stratified_timesteps(u, torch.tensor(draws), global_batch, count), ones
-    if plan.timestep_law == "logit_normal":
-        return logit_normal_timesteps(u, num_steps, mean=plan.logit_mean, std=plan.logit_std, within=within), ones
-    assert law is not None, "importance sampling needs the law of t"
-    t, weight = importance_timesteps(u, law)
-    return first + t, weight.to(torch.float32)
+    if chance.timestep_law == "logit_normal":
+        return logit_normal_timesteps(u, num_steps, mean=chance.logit_mean, std=chance.logit_std, within=within), ones
+    if chance.timestep_law == "importance":
+        assert law is not None, "importance sampling needs the law of t"
+        t, weight = importance_timesteps(u, law)
+        return first + t, weight.to(torch.float32)
+    raise unknown(chance.timestep_law, "timestep_law", TimestepLaw)

@@ -7,6 +7,7 @@ their average, the optimizer's moments, the step number, and what was logged so 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.diffusion.weighting import LossHistory
-from pixart_ft.draws import Plan, TrainingSet, draw_batch
+from pixart_ft.draws import Chance, TrainingSet, draw_batch
 from pixart_ft.ema import Ema, all_finite
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation import HeldOutSet, evaluating
@@ -33,6 +34,21 @@ from pixart_ft.watching import Watch
 # Consecutive steps with a non-finite gradient before training gives up. A gradient scaler needs 17 to come down from
 # 65536 to 1/2, so under float16 some are part of a healthy start.
 MAX_BAD_STEPS, MAX_BAD_STEPS_SCALED = 10, 40
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how often. Steps are optimizer steps; `every` fields of 0 mean never."""
+
+    steps: int
+    batch_size: int  # pictures per process and micro-batch
+    accumulation: int
+    clip_norm: float  # 0: no clipping
+    log_every: int
+    validate_every: int
+    samples_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
 
 
 class _Stopped(BaseException):
@@ -52,6 +68,7 @@ class Trainer:
         transformer: torch.nn.Module,
         objective: Objective,
         data: TrainingSet,
+        chance: Chance,
         optimizer: torch.optim.Optimizer,
         ema: Ema,
         learning_rate: LearningRate,
@@ -69,7 +86,8 @@ class Trainer:
         then `keep_adapter` may keep it. `export` writes the result after the last step, before that is looked at.
         `describe` writes into each checkpoint what else belongs there.
         """
-        self.accelerator, self.objective, self.data, self.plan = accelerator, objective, data, plan
+        self.accelerator, self.objective, self.plan = accelerator, objective, plan
+        self.data, self.chance = data, chance
         self.folder, self.ema, self.transformer, self.learning_rate = folder, ema, transformer, learning_rate
         self.describe, self.export, self.keep_adapter = describe, export, keep_adapter
         self.records = Records(folder.log, accelerator)
@@ -89,7 +107,7 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
         self.step = 0
         self.window = LossWindow()
-        importance = plan.timestep_law == "importance"
+        importance = chance.timestep_law == "importance"
         self.history = LossHistory.empty(objective.schedule.num_steps) if importance else None
         self._bad_steps = 0
         self._saved_at = -1
@@ -156,7 +174,7 @@ class Trainer:
             last = micro == self.plan.accumulation - 1
             draws = self.draws_of(self.step, micro)
             # the adapter's own dropout is the one draw that torch makes by itself
-            torch.manual_seed(generator(self.plan.seed, draws[0], "adapter dropout").initial_seed())
+            torch.manual_seed(generator(self.chance.seed, draws[0], "adapter dropout").initial_seed())
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 t, weight, terms = self._forward(draws)
                 self.accelerator.backward(terms["loss"].mean() / self.plan.accumulation)
@@ -183,7 +201,7 @@ class Trainer:
         batch = draw_batch(
             self.data,
             draws,
-            self.plan,
+            self.chance,
             global_batch=self.global_batch,
             num_steps=self.objective.schedule.num_steps,
             within=within,

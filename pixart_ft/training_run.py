@@ -130,6 +130,7 @@ def _run(
         data=TrainingSet(encoded.train, encoded.scale, encoded.null_caption),
         optimizer=optimizer,
         ema=ema,
+        chance=start.chance,
         learning_rate=start.learning_rate,
         plan=plan,
         folder=folder,

@@ -16,11 +16,12 @@ from pixart_ft.base import Base
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.datasets import Row, verify_pictures
-from pixart_ft.draws import Plan
+from pixart_ft.draws import Chance
 from pixart_ft.errors import UserError
 from pixart_ft.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.objective import Objective
 from pixart_ft.targets import check_rank, check_targets, trainable
+from pixart_ft.trainer import Plan
 from pixart_ft.training_data import read_rows
 from pixart_ft.training_objective import build_objective
 
@@ -34,6 +35,7 @@ class Start:
     objective: Objective
     schedule_config: dict[str, object]
     plan: Plan
+    chance: Chance
     learning_rate: LearningRate
     checkpoint: Path | None  # to continue from
     rows: list[Row]
@@ -88,6 +90,7 @@ def look(config: TrainConfig, resume: str | None = None, init_from: str | None =
         objective=objective,
         schedule_config=schedule_config,
         plan=_plan(config),
+        chance=_chance(config),
         learning_rate=learning_rate_of(config),
         checkpoint=checkpoint,
         rows=rows,
@@ -167,15 +170,20 @@ def _plan(config: TrainConfig) -> Plan:
         steps=config.train.steps,
         batch_size=config.train.batch_size,
         accumulation=config.train.accumulation,
-        seed=config.run.seed,
-        caption_dropout=config.diffusion.caption_dropout,
-        timestep_law=config.diffusion.timestep_law,
-        logit_mean=config.diffusion.logit_mean,
-        logit_std=config.diffusion.logit_std,
         clip_norm=config.optim.clip_norm,
         log_every=config.logging.every,
         validate_every=config.validation.every,
         samples_every=config.validation.samples_every,
         checkpoint_every=config.train.checkpoint_every,
         keep_checkpoints=config.train.keep_checkpoints,
+    )
+
+
+def _chance(config: TrainConfig) -> Chance:
+    return Chance(
+        seed=config.run.seed,
+        caption_dropout=config.diffusion.caption_dropout,
+        timestep_law=config.diffusion.timestep_law,
+        logit_mean=config.diffusion.logit_mean,
+        logit_std=config.diffusion.logit_std,
     )

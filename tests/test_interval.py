@@ -45,7 +45,7 @@ from pixart_ft.trained_on import TrainedOn, changes
 from tests.adapters import make_adapter
 from tests.rounding import PICTURE, gap
 from tests.runs import STEPS, losses, short_run, train
-from tests.toy_run import PLAN, toy_set
+from tests.toy_run import CHANCE, toy_set
 
 PROMPTS = ["a red circle on grey", "A photo of the black triangle on pink "]
 INTERVAL = (300.0, 700.0)
@@ -339,11 +339,13 @@ def test_the_command_line_takes_two_numbers_and_a_picture_remembers_them(
 
 @pytest.mark.parametrize("law", get_args(TimestepLaw))
 def test_every_law_of_t_stays_in_the_range_and_the_whole_is_as_without(tmp_path: Path, law: TimestepLaw) -> None:
-    data, plan = toy_set(tmp_path), replace(PLAN, timestep_law=law, logit_mean=1.0)
+    data, chance = toy_set(tmp_path), replace(CHANCE, timestep_law=law, logit_mean=1.0)
 
     def draw(count: int, within: range | None) -> Batch:
         even = torch.full((len(within or range(1000)),), 1.0, dtype=torch.float64)
-        return draw_batch(data, range(count), plan, global_batch=4, num_steps=1000, within=within, law=even / len(even))
+        return draw_batch(
+            data, range(count), chance, global_batch=4, num_steps=1000, within=within, law=even / len(even)
+        )
 
     within = range(100, 132)
     t = draw(400, within).t

@@ -13,22 +13,18 @@ from torch import Tensor, nn
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.draws import Plan, TrainingSet
+from pixart_ft.draws import Chance, TrainingSet
 from pixart_ft.ema import Ema
 from pixart_ft.learning_rate import LearningRate
 from pixart_ft.objective import Objective
-from pixart_ft.trainer import Trainer
+from pixart_ft.trainer import Plan, Trainer
 from pixart_ft.vae import LatentScale
 
+CHANCE = Chance(seed=3, caption_dropout=0.0, timestep_law="importance", logit_mean=0.0, logit_std=1.0)
 PLAN = Plan(
     steps=12,
     batch_size=4,
     accumulation=1,
-    seed=3,
-    caption_dropout=0.0,
-    timestep_law="importance",
-    logit_mean=0.0,
-    logit_std=1.0,
     clip_norm=0.0,
     log_every=1,
     validate_every=0,
@@ -82,6 +78,7 @@ def toy_trainer(folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | N
         optimizer=torch.optim.SGD(trained.values(), lr=0.0, momentum=0.5),
         ema=Ema(trained, 0.9),
         learning_rate=LearningRate(0.5, 0, "constant", 12),
+        chance=CHANCE,
         plan=replace(PLAN, **plan),
         folder=run,
         draw_samples=None if draw_samples is None else lambda: draw_samples(network),
