@@ -1,5 +1,6 @@
 # make quickstart   install into .venv, fine-tune the embedded demo, leave pictures in runs/quickstart
 # make test         the test suite (installs into .venv if needed)
+# make fast         its mathematics and configuration alone, in half a minute
 # make check        format, lint, types, tests
 # make test-processors  the tests of numbers on the kernels of other processors, with one thread and two
 # make test-lowest  the tests that meet the libraries, with the oldest versions that pyproject.toml allows, in .venv-lowest
@@ -20,6 +21,9 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; own = ".".join(map(str, sys.version_inf
 	sys.exit("make needs Python $(OLDEST_PYTHON) or newer, and $(PYTHON) is " + own + \
 	": give another, as in  make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" if old else 0)'
 
+# Mathematics and configuration: no diffusers scheduler, no network, no file of weights.
+FAST := tests/diffusion tests/test_config.py tests/test_settings.py tests/test_yaml_text.py tests/test_learning_rate.py \
+	tests/test_randomness.py
 # The tests whose results are numbers, and the kernels to run them on; `own` are the fastest that this processor has.
 NUMBERS := tests/diffusion tests/test_flow.py tests/test_schedulers.py tests/test_samplers.py \
 	tests/test_schedulers_in_pipelines.py tests/test_golden.py tests/test_rounding.py tests/test_sampling.py \
@@ -36,7 +40,7 @@ KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 KERNELS_own :=
 PROCESSORS := $(foreach kernels,default avx2 own,$(foreach threads,1 2,test-on-$(kernels)-$(threads)))
 
-.PHONY: test-processors $(PROCESSORS) test-lowest quickstart test test-slow check planted format install clean
+.PHONY: test-processors $(PROCESSORS) test-lowest quickstart test fast test-slow check planted format install clean
 
 install: $(INSTALLED)
 
@@ -55,6 +59,9 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+fast: $(INSTALLED)
+	$(BIN)/python -m pytest -q $(FAST)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

@@ -156,6 +156,7 @@ def test_the_state_is_saved_then_the_result_and_then_the_end_is_looked_at_once(t
     again = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2)
     again.load(tmp_path / "run" / "checkpoints" / "step-000002")
     trainer, met[:] = again, []
+    again.describe = lambda folder: met.append(("saved", again.step))
     again.export = lambda place: met.append(("exported", place.step))
     again.run()  # nothing to train, nothing new to save; what the end leaves is made anew
     assert met == [("exported", 2), ("drawn", 2)]
