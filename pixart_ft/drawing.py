@@ -77,13 +77,19 @@ def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler | Sto
             "the noise would stay; take another number of steps, or spacing trailing"
         )
     if settings.image is not None:
-        scheduler.set_begin_index(scheduler.step_starts[_skipped(settings)])
+        begin_late(scheduler, settings.strength)
     return scheduler
+
+
+def begin_late(scheduler: Any, strength: float) -> None:
+    """Let sampling begin with a picture: run this share of the scheduler's steps, the last ones."""
+    starts = scheduler.step_starts
+    scheduler.set_begin_index(starts[_skipped(len(starts), strength)])
 
 
 def inversion_calls(settings: Settings) -> int:
     """How many network calls find the noise of the start picture."""
-    return settings.steps - 1 - _skipped(settings) if settings.inversion else 0
+    return settings.steps - 1 - _skipped(settings.steps, settings.strength) if settings.inversion else 0
 
 
 def settled(settings: Settings, model: Abilities, adapter: str | None = None) -> Settings:
@@ -190,9 +196,9 @@ def _learned(settings: Settings) -> bool:
     return EVERY_SAMPLER[settings.sampler].needs_variance and settings.options.get("variance", "learned") == "learned"
 
 
-def _skipped(settings: Settings) -> int:
+def _skipped(steps: int, strength: float) -> int:
     """The steps that a start picture saves; at least one is run."""
-    return 0 if settings.image is None else settings.steps - max(1, round(settings.steps * settings.strength))
+    return steps - max(1, round(steps * strength))
 
 
 def _idle_options(settings: Settings) -> list[str]:

@@ -24,7 +24,7 @@ from pixart_ft.adapters import load_adapter, warn_of_other_process
 from pixart_ft.attention import check_text
 from pixart_ft.data.captions import encode_captions, pad_text
 from pixart_ft.data.datasets import picture_pixels
-from pixart_ft.drawing import calls_to_come, size_faults, strength_faults, warn_of_size
+from pixart_ft.drawing import begin_late, calls_to_come, size_faults, strength_faults, warn_of_size
 from pixart_ft.errors import UserError
 from pixart_ft.intervals import Interval, adapter_interval_faults, guidance_interval_faults
 from pixart_ft.pipeline_folder import open_as_stock, own_scheduler
@@ -168,8 +168,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
         self._set_timesteps(num_inference_steps, timesteps, sigmas)
         scheduler = self.scheduler
         if image is not None:
-            steps = len(scheduler.step_starts)
-            scheduler.set_begin_index(scheduler.step_starts[steps - max(1, round(steps * strength))])
+            begin_late(scheduler, strength)
         calls = None if self._adaptive else calls_to_come(scheduler)
         _refuse(adapter_interval_faults(adapter_interval(self.transformer), calls))
         if guidance.on:
@@ -195,8 +194,9 @@ class PixArtPipeline(PixArtSigmaPipeline):
         if latents is not None and tuple(latents.shape) != (len(texts), *shape):
             raise ValueError(f"latents must be {(len(texts), *shape)} for these pictures, got {tuple(latents.shape)}")
         start = None if latents is None else latents.to(device, torch.float32) * scheduler.init_noise_sigma
+        x0 = None
         if image is not None:
-            start = self._begin(image, shape, generators)
+            x0 = encode_pixels(self._safe_vae(), picture_pixels(image, (width, height))[None], device)
         to_come = scheduler.timesteps[first_call(scheduler) :]
 
         with self.progress_bar(total=None if self._adaptive else len(to_come)) as bar:
@@ -218,6 +218,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
                 guidance=guidance,
                 generators=generators,
                 shape=shape,
+                x0=x0,
                 start=start,
                 eta=eta,
                 on_call=on_call,
@@ -314,16 +315,6 @@ class PixArtPipeline(PixArtSigmaPipeline):
             raise ValueError(f"this pipeline has no text encoder: give {name}_embeds")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         return encode_captions(self.text_encoder, self.tokenizer, prompts, max_tokens=limit)
-
-    def _begin(self, image: Image.Image, shape: tuple[int, int, int], generators: Sequence[torch.Generator]) -> Tensor:
-        """The picture, noised to the step that the scheduler begins with."""
-        scheduler = self.scheduler
-        size = (shape[2] * self.vae_scale_factor, shape[1] * self.vae_scale_factor)
-        x0 = encode_pixels(self._safe_vae(), picture_pixels(image, size)[None], self._execution_device)
-        x0 = x0.expand(len(generators), *shape)
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        begin: Tensor = scheduler.add_noise(x0, noise, scheduler.timesteps[[scheduler.begin_index]])
-        return begin.to(self._execution_device)
 
     def _safe_vae(self) -> Any:
         """The VAE, in float32 where its config says that it overflows in float16, as the SDXL VAE does."""

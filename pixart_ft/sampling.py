@@ -57,6 +57,7 @@ def sample_latents(
     guidance: Guidance,
     generators: Sequence[torch.Generator],
     shape: tuple[int, int, int],
+    x0: Tensor | None = None,
     start: Tensor | None = None,
     eta: float = 0.0,
     autocast: torch.dtype | None = None,
@@ -67,7 +68,8 @@ def sample_latents(
     scheduler: one of `pixart_ft.schedulers`, or of diffusers, after `set_timesteps`.
     null: (L', D), or N of them, what the unconditional branch sees: the null caption, or negative prompts.
     generators: one CPU generator a picture, for its first noise and every later one.
-    start: the sample (N, *shape) to begin with, at the scheduler's begin index; None: noise, at the first call.
+    x0: latents (1 or N, *shape) of pictures to begin with, noised to the scheduler's begin index; None: noise alone.
+    start: the sample (N, *shape) to begin with, already that noisy, in place of both.
     eta: of a scheduler whose `step` takes one, as those of diffusers do.
     autocast: half type to run the network in; the latents stay float32.
 
@@ -77,8 +79,12 @@ def sample_latents(
     assert len(generators) == len(embeds)
     device, channels = embeds.device, shape[0]
     if start is None:
-        start = torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]).to(device)
-        start = start * scheduler.init_noise_sigma
+        noise = torch.stack([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators]).to(device)
+        if x0 is None:
+            start = noise * scheduler.init_noise_sigma
+        else:
+            begin = scheduler.timesteps[[first_call(scheduler)]]
+            start = scheduler.add_noise(x0.to(device).expand_as(noise), noise, begin)
     branches = partial(denoiser, transformer, guidance=guidance, channels=channels, size=shape[1:], autocast=autocast)
     if isinstance(scheduler, ProbabilityFlowScheduler) and scheduler.tolerance is not None:
         return _solved(scheduler, branches, embeds, mask, null, start, on_call)

@@ -268,21 +268,17 @@ class TextToImage:
             if progress is not None:
                 progress(len(sample))
 
-        begin = None
+        x0 = start = None
         if settings.image is not None:
             image, size = settings.image, (settings.width, settings.height)
             pixels = picture_pixels(image, size) if isinstance(image, Image.Image) else load_picture(image, size)
-            x0 = encode_pixels(self.vae, pixels[None])
-            x0 = x0.to(device).expand(len(jobs), *shape)
-            if settings.inversion:
-                assert isinstance(scheduler, RespacedDDIMScheduler)
-                calls = inversion_calls(settings)
-                begin = invert_latents(
-                    self.transformer, scheduler, x0, embeds, mask, calls=calls, autocast=autocast, on_call=on_call
-                )
-            else:
-                noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-                begin = scheduler.add_noise(x0, noise, scheduler.timesteps[[scheduler.begin_index]])
+            x0 = encode_pixels(self.vae, pixels[None]).to(device).expand(len(jobs), *shape)
+        if x0 is not None and settings.inversion:
+            assert isinstance(scheduler, RespacedDDIMScheduler)
+            calls = inversion_calls(settings)
+            start = invert_latents(
+                self.transformer, scheduler, x0, embeds, mask, calls=calls, autocast=autocast, on_call=on_call
+            )
         return sample_latents(
             self.transformer,
             scheduler,
@@ -292,7 +288,8 @@ class TextToImage:
             guidance=Guidance(settings.guidance, settings.guidance_interval),
             generators=generators,
             shape=shape,
-            start=begin,
+            x0=x0,
+            start=start,
             autocast=autocast,
             on_call=on_call,
         )
