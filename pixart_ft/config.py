@@ -55,7 +55,8 @@ Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Every = Annotated[int, Field(ge=0, le=MOST_STEPS)]  # 0: not on the way
 Batch = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
 SamplerSteps = Annotated[int, Field(ge=1, le=1000)]  # the schedules have a thousand
-Guidance = Annotated[float, Field(ge=1, le=LARGEST_GUIDANCE)]
+Guidance = Annotated[float, Field(ge=1, le=LARGEST_GUIDANCE, description="classifier-free guidance scale; 1 = off")]
+GUIDANCE = 4.5  # by default, in sampling and in the grids of a training
 Scale = Annotated[float, Field(ge=1e-6, le=1e6)]  # float32 holds it, its square and its inverse beside 1
 
 
@@ -191,7 +192,7 @@ class Validation(Section):
     seeds: tuple[Seed, ...] = Field((0,), min_length=1, max_length=64, description="seeds of the sample grid")
     sampler: Sampler = Field("ddim", description="sampler of the grid")
     steps: SamplerSteps = Field(25, description="sampler steps")
-    guidance: Guidance = Field(4.5, description="classifier-free guidance scale; 1 = off")
+    guidance: Guidance = GUIDANCE
     samples_every: Every = Field(250, description="steps between sample grids; 0 = before and after")
 
 

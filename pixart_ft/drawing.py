@@ -6,40 +6,55 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from PIL import Image
 
 from pixart_ft.diffusion.names import PredictionType, ScheduleName, TimeConditioning, VarianceState
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.errors import UserError
+from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.intervals import WHOLE, Interval, adapter_interval_faults, guidance_interval_faults
-from pixart_ft.samplers import CONDITIONS, EVERY_SAMPLER
+from pixart_ft.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS
 from pixart_ft.schedulers import SCHEDULERS, build_scheduler
 from pixart_ft.schedulers.base import PixArtScheduler
 from pixart_ft.schedulers.stock import StockScheduler
+from pixart_ft.settings import Section
 
 FAR_AREA = 2.0  # times the training's area, or 1 / that: beyond it, a warning
 FAR_RATIO = 4.0  # of the sides; PixArt-Sigma's own buckets end there
 
 
+_DEFAULTS: dict[str, Any] = {key: part.default for key, part in GenerateConfig.model_fields.items()}
+
+
 @dataclass(frozen=True)
 class Settings:
-    """How pictures are sampled; together with the model, a prompt and a seed it fixes a picture."""
+    """How pictures are sampled; together with the model, a prompt and a seed it fixes a picture.
 
-    sampler: str = "ddim"
-    steps: int = 30
-    guidance: float = 4.5
-    guidance_interval: tuple[float, float] | None = None  # timesteps between which guidance acts; None: everywhere
-    negative_prompt: str = ""  # in place of the null caption, unless empty
+    The defaults are those of the command, by the same names.
+    """
+
+    sampler: str = _DEFAULTS["sampler"]
+    steps: int = _DEFAULTS["steps"]
+    guidance: float = _DEFAULTS["guidance"]
+    guidance_interval: Interval | None = None  # timesteps between which guidance acts; None: everywhere
+    negative_prompt: str = _DEFAULTS["negative_prompt"]  # in place of the null caption, unless empty
     options: Mapping[str, object] = field(default_factory=dict)  # the sampler's own: EVERY_SAMPLER[sampler].settings
-    schedule: Literal["base", ScheduleName] = "base"  # the noise levels walked through; base: those trained on
-    time_conditioning: TimeConditioning = "snr_matched"  # what another schedule tells the network
+    schedule: Literal["base", ScheduleName] = _DEFAULTS["schedule"]  # walked through; base: the one trained on
+    time_conditioning: TimeConditioning = _DEFAULTS["time_conditioning"]  # what another schedule tells the network
     image: Path | Image.Image | None = None  # a picture to start from
-    strength: float = 0.6  # share of the steps that are run on it
-    inversion: bool = False  # start from the noise that DDIM finds for it, not from a random one
+    strength: float = _DEFAULTS["strength"]  # share of the steps that are run on it
+    inversion: bool = _DEFAULTS["inversion"]  # start from the noise that DDIM finds for it, not from a random one
     width: int | None = None  # pixels; None: the size the model was trained at
     height: int | None = None
+
+    @classmethod
+    def of(cls, config: Section) -> Self:
+        """What a configuration says by the same names; the rest is as by default."""
+        said = {part.name: getattr(config, part.name) for part in fields(cls) if hasattr(config, part.name)}
+        options = {key: getattr(config, key, None) for key in OPTIONS}
+        return cls(**said, options={key: value for key, value in options.items() if value is not None})
 
 
 @dataclass(frozen=True)

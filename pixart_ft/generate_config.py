@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pixart_ft.config import (
+    GUIDANCE,
     HUB_BASE,
     LARGEST_SIDE,
     MOST_PICTURES,
@@ -76,7 +77,7 @@ class GenerateConfig(Config):
     inversion: bool = Field(False, description="start from the noise that DDIM finds for image, not from a random one")
     sampler: Sampler = Field("ddim", description=_SAMPLERS)
     steps: SamplerSteps = Field(30, description="sampler steps")
-    guidance: Guidance = Field(4.5, description="classifier-free guidance scale; 1 = off")
+    guidance: Guidance = GUIDANCE
     # `intervals` knows the run's timesteps; these ends only keep the numbers sane
     guidance_interval: tuple[Annotated[float, Field(ge=-1_000_000, le=1_000_000)], ...] | None = Field(
         None,
@@ -190,7 +191,3 @@ class GenerateConfig(Config):
             "sampler {} takes variance beta_tilde or beta, not {}; the sampler that steps by the learned one is iddpm",
         ),
     )
-
-    def sampler_options(self) -> dict[str, object]:
-        """The options of the sampler that were given."""
-        return {key: getattr(self, key) for key in OPTIONS if getattr(self, key) is not None}

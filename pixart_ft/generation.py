@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -124,24 +125,11 @@ def _load_model(config: GenerateConfig, base: Base, prompts: Sequence[str]) -> T
 
 def _settings(config: GenerateConfig, abilities: Abilities) -> Settings:
     """How to sample, in the terms of the model."""
-    width, height = config.width, config.height
-    if config.aspect_ratio is not None:
-        width, height = size_of(config.aspect_ratio, abilities)
-    return Settings(
-        sampler=config.sampler,
-        steps=config.steps,
-        guidance=config.guidance,
-        guidance_interval=_pair(config.guidance_interval),
-        negative_prompt=config.negative_prompt,
-        options=config.sampler_options(),
-        schedule=config.schedule,
-        time_conditioning=config.time_conditioning,
-        image=config.image,
-        strength=config.strength,
-        inversion=config.inversion,
-        width=width,
-        height=height,
-    )
+    settings = Settings.of(config)
+    if config.aspect_ratio is None:
+        return settings
+    width, height = size_of(config.aspect_ratio, abilities)
+    return replace(settings, width=width, height=height)
 
 
 def _pair(ends: tuple[float, ...] | None) -> Interval | None:

@@ -24,7 +24,7 @@ from pixart_ft.adapters import load_adapter, warn_of_other_process
 from pixart_ft.attention import check_text
 from pixart_ft.data.captions import encode_captions, pad_text
 from pixart_ft.data.datasets import picture_pixels
-from pixart_ft.drawing import begin_late, calls_to_come, size_faults, strength_faults, warn_of_size
+from pixart_ft.drawing import Settings, begin_late, calls_to_come, size_faults, strength_faults, warn_of_size
 from pixart_ft.errors import UserError
 from pixart_ft.intervals import Interval, adapter_interval_faults, guidance_interval_faults
 from pixart_ft.pipeline_folder import open_as_stock, own_scheduler
@@ -92,7 +92,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
         num_inference_steps: int = 20,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 4.5,
+        guidance_scale: float = Settings.guidance,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -111,7 +111,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
         max_sequence_length: int = 300,
         guidance_interval: tuple[float, float] | None = None,
         image: Image.Image | None = None,
-        strength: float = 0.6,
+        strength: float = Settings.strength,
         callback_on_step_end: OnStep | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:

@@ -33,7 +33,7 @@ class Guidance:
     ends included), the unconditional branch is not run (Kynkaanniemi et al. 2024 guide in the middle only).
     """
 
-    scale: float = 4.5
+    scale: float
     interval: Interval | None = None
 
     @property

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 import pixart_ft
 from pixart_ft.config import TrainConfig, load_config
 from pixart_ft.diffusion.names import Spacing
+from pixart_ft.drawing import Settings
 from pixart_ft.errors import UserError
 from pixart_ft.generate_config import GenerateConfig
 from pixart_ft.samplers import EVERY_SAMPLER, OPTIONS, SAMPLERS, Sampler, users_of
@@ -221,7 +222,7 @@ def test_an_option_is_for_the_samplers_that_use_it(sampler: str) -> None:
     for option in OPTIONS:
         values = given(sampler, option)
         if option in SAMPLERS[sampler].settings:
-            options = load(GenerateConfig, values).sampler_options()
+            options = Settings.of(load(GenerateConfig, values)).options
             assert options == {key: value for key, value in values.items() if key in OPTIONS}, option
         else:
             with pytest.raises(UserError, match=f'{option} is .*, unused while sampler is "{sampler}"; change one'):
@@ -237,7 +238,7 @@ def test_the_help_names_the_samplers_of_an_option() -> None:
 
 
 def test_no_option_is_given_unless_asked_for() -> None:
-    assert load(GenerateConfig, {"prompts": ["a"], "sampler": "edm"}).sampler_options() == {}
+    assert Settings.of(load(GenerateConfig, {"prompts": ["a"], "sampler": "edm"})).options == {}
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
