@@ -22,8 +22,8 @@ class TextEncoder:
     """
 
     max_tokens: int
-    tokenizer: PreTrainedTokenizerBase
-    encoder: T5EncoderModel | None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    encoder: T5EncoderModel | None = None
     known: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -46,7 +46,7 @@ class TextEncoder:
         new = [text for text in dict.fromkeys(map(prepare_text, prompts)) if text not in self.known]
         if not new:
             return
-        if self.encoder is None:
+        if self.encoder is None or self.tokenizer is None:
             raise ValueError(f"the text encoder was freed before {new[0]!r} was encoded; give load() all prompts")
         warn_of_losses(self.tokenizer, new, self.max_tokens)
         found = encode_each(self.encoder, self.tokenizer, new, max_tokens=self.max_tokens, batch_size=1)

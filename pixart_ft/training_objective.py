@@ -11,13 +11,13 @@ import torch
 from pixart_ft.adapter_files import AdapterMetadata
 from pixart_ft.base import Base
 from pixart_ft.config import Diffusion, TrainConfig, Validation
-from pixart_ft.diffusion.names import PredictionType, TimeConditioning
+from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.diffusion.weighting import logit_normal_timesteps
+from pixart_ft.drawing import Abilities, Settings, calls_to_come, scheduler_for
 from pixart_ft.errors import UserError
 from pixart_ft.intervals import adapter_interval_faults, covers, shown
 from pixart_ft.objective import Objective
-from pixart_ft.schedulers import build_scheduler
 
 
 def build_objective(config: TrainConfig, base: Base) -> tuple[Objective, dict[str, object]]:
@@ -49,7 +49,7 @@ def build_objective(config: TrainConfig, base: Base) -> tuple[Objective, dict[st
     faults = _faults(objective, learned_variance=base.variance != "none")
     faults += _range_faults(choice, objective)
     if config.validation.prompts:
-        faults += _sampling_faults(config.validation, objective)
+        faults += _sampling_faults(config.validation, objective, abilities_after(objective, base))
     if faults:
         raise UserError("\n  - ".join([f"diffusion: these settings do not work with {config.model.base}:", *faults]))
     if prediction_type != native_prediction:
@@ -59,6 +59,22 @@ def build_objective(config: TrainConfig, base: Base) -> tuple[Objective, dict[st
             stacklevel=2,
         )
     return objective, described
+
+
+def abilities_after(objective: Objective, base: Base, size: int | None = None) -> Abilities:
+    """What can be drawn with what is trained: on its process, at the size of its pictures (pixels; None: the base's).
+
+    An objective without the learned variance leaves it to a network that has moved on.
+    """
+    variance: VarianceState = "trained" if objective.trains_variance else "stale"
+    return Abilities(
+        objective.schedule,
+        objective.prediction_type,
+        "none" if base.variance == "none" else variance,
+        base.native_size if size is None else size,
+        base.size_unit,
+        objective.timestep_range,
+    )
 
 
 def warn_of_relearning(adapter: AdapterMetadata, objective: Objective, time_conditioning: TimeConditioning) -> None:
@@ -84,7 +100,7 @@ def _described(choice: Diffusion, base: Mapping[str, object], num_steps: int) ->
     return described | ({"rescale_betas_zero_snr": True} if choice.zero_snr else {})
 
 
-def _sampling_faults(choice: Validation, objective: Objective) -> list[str]:
+def _sampling_faults(choice: Validation, objective: Objective, abilities: Abilities) -> list[str]:
     """Why the sample grids cannot be drawn as asked."""
     if choice.sampler == "iddpm" and not objective.trains_variance:
         return [
@@ -92,11 +108,8 @@ def _sampling_faults(choice: Validation, objective: Objective) -> list[str]:
             "leaves stale; set validation.sampler ddpm or ddim, or diffusion.objective hybrid"
         ]
     try:
-        scheduler = build_scheduler(choice.sampler, objective.schedule, objective.prediction_type)
-        scheduler.set_timesteps(choice.steps)
-        faults = adapter_interval_faults(
-            objective.timestep_range, scheduler.timesteps.tolist(), key="diffusion.timestep_range"
-        )
+        calls = calls_to_come(scheduler_for(Settings.of(choice), abilities))
+        faults = adapter_interval_faults(abilities.adapter_interval, calls, key="diffusion.timestep_range")
     except ValueError as error:
         faults = [str(error)]
     return [f"validation.sampler {choice.sampler} with validation.steps {choice.steps}: {fault}" for fault in faults]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import PixArtTransformer2DModel
 
 from pixart_ft import models
 from pixart_ft.adapter_files import AdapterMetadata, LoraSettings
@@ -22,25 +23,23 @@ from pixart_ft.before_after import HELD_OUT, LEARNED
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
 from pixart_ft.data.cache import picture_digests
-from pixart_ft.data.captions import TEXT_PREPARATION, pad_text
-from pixart_ft.diffusion.names import VarianceState
+from pixart_ft.data.captions import TEXT_PREPARATION, prepare_text
+from pixart_ft.drawing import Abilities, Settings
 from pixart_ft.draws import TrainingSet
 from pixart_ft.ema import Ema
 from pixart_ft.files import versions, write_text
 from pixart_ft.keeping import Keeper
-from pixart_ft.objective import Objective
 from pixart_ft.pictures import Sample
 from pixart_ft.report import finish
 from pixart_ft.run_lock import RunLock
-from pixart_ft.sampling import Guidance, sample_latents
-from pixart_ft.schedulers import build_scheduler
 from pixart_ft.settings import to_yaml
+from pixart_ft.text_encoder import TextEncoder
+from pixart_ft.text_to_image import TextToImage
 from pixart_ft.trained_on import Changes, announce, check_continues, trained_on
 from pixart_ft.trainer import Trainer
 from pixart_ft.training_data import DTYPES, Encoded, compute_dtype, encode_once
-from pixart_ft.training_objective import warn_of_relearning
+from pixart_ft.training_objective import abilities_after, warn_of_relearning
 from pixart_ft.training_start import accelerator_for, look, with_precision
-from pixart_ft.vae import decode_to_pictures
 
 
 def run_training(
@@ -103,13 +102,14 @@ def _run(
     optimizer = _optimizer(config, list(trained.values()))
     ema = Ema(trained, config.train.ema_decay) if config.train.ema_decay else Ema.off()
 
+    abilities = abilities_after(objective, base, resolution)
     metadata = AdapterMetadata(
         base=_base_to_find(base.name),
         base_fingerprint=fingerprint,
         prediction_type=objective.prediction_type,
         schedule=schedule_config,
         time_conditioning=config.diffusion.time_conditioning,
-        variance=_variance_after(objective, base),
+        variance=abilities.variance,
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         max_tokens=config.data.max_tokens,
@@ -117,7 +117,7 @@ def _run(
         weights="raw",
         samples_seen=0,
         revision=base.revision,
-        interval=objective.timestep_range,
+        interval=abilities.adapter_interval,
     )
     limit_adapter(transformer, metadata.interval)
     keeper = Keeper(
@@ -135,7 +135,7 @@ def _run(
         plan=plan,
         folder=folder,
         held_out=encoded.held_out,
-        draw_samples=_sampler(config, encoded, base, resolution, transformer, objective, accelerator),
+        draw_samples=_sampler(config, encoded, base, abilities, transformer, fingerprint, accelerator),
         describe=about.write,
         export=keeper.at_the_end,
         keep_adapter=keeper.on_the_way,
@@ -176,13 +176,6 @@ def _base_to_find(base: str) -> str:
     return str(folder.absolute()) if base != "demo" and folder.is_dir() else base
 
 
-def _variance_after(objective: Objective, base: Base) -> VarianceState:
-    """The learned variance after training: an objective without it leaves it to a network that has moved on."""
-    if base.variance == "none":
-        return "none"
-    return "trained" if objective.trains_variance else "stale"
-
-
 def _weights_dtype(config: TrainConfig) -> torch.dtype:
     if config.model.dtype != "auto":
         return DTYPES[config.model.dtype]
@@ -207,38 +200,33 @@ def _sampler(
     config: TrainConfig,
     encoded: Encoded,
     base: Base,
-    resolution: int,
-    transformer: torch.nn.Module,
-    objective: Objective,
+    abilities: Abilities,
+    transformer: PixArtTransformer2DModel,
+    fingerprint: str,
     accelerator: Accelerator,
 ) -> Callable[[], list[Sample]] | None:
     """Draws the fixed prompts with the network as it stands, one picture for every prompt and seed."""
     if not encoded.prompts or not accelerator.is_main_process:
         return None if not encoded.prompts else list
-    choice, device = config.validation, accelerator.device
-    vae = models.decoder_only(models.load_vae(base, dtype=torch.float32)).to(device)
-    side = resolution // base.vae_factor
-    half = None if config.train.mixed_precision == "no" else compute_dtype(config)
-    scheduler = build_scheduler(choice.sampler, objective.schedule, objective.prediction_type)
+    choice, vae = config.validation, models.load_vae(base, dtype=torch.float32)
+    known = dict(zip(map(prepare_text, choice.prompts), encoded.prompts, strict=True)) | {"": encoded.null_caption}
+    model = TextToImage(
+        transformer=transformer,
+        vae=models.decoder_only(vae).to(accelerator.device),
+        text=TextEncoder(config.data.max_tokens, known=known),
+        abilities=abilities,
+        base=base,
+        fingerprint=fingerprint,
+        adapter=None,
+        dtype=torch.float32 if config.train.mixed_precision == "no" else compute_dtype(config),
+    )
+    settings, seeds = model.settled(Settings.of(choice)), choice.seeds
 
     def draw() -> list[Sample]:
         samples = []
-        for prompt, text in zip(choice.prompts, encoded.prompts, strict=True):
-            embeds, mask = pad_text([text] * len(choice.seeds))
-            scheduler.set_timesteps(choice.steps)
-            latents = sample_latents(
-                transformer,
-                scheduler,
-                embeds.to(device),
-                mask.to(device),
-                encoded.null_caption.to(device),
-                guidance=Guidance(choice.guidance),
-                generators=[torch.Generator("cpu").manual_seed(seed) for seed in choice.seeds],
-                shape=(vae.config.latent_channels, side, side),
-                autocast=half,
-            )
-            pictures = decode_to_pictures(vae, latents)
-            samples += [Sample(prompt, *one) for one in zip(choice.seeds, pictures, strict=True)]
+        for prompt in choice.prompts:
+            pictures = model.draw([(prompt, seed) for seed in seeds], settings, batch_size=len(seeds))
+            samples += [Sample(prompt, *one) for one in zip(seeds, pictures, strict=True)]
         return samples
 
     return draw
