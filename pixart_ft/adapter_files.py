@@ -9,8 +9,9 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import LARGEST_RANK
@@ -19,6 +20,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
 from pixart_ft.intervals import WHOLE, Interval, adapter_interval_faults, covers, shown
 
+Weights = Literal["ema", "raw"]  # of a run: averaged, or the last
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 # Where a finished run keeps its adapters: the one to use, and the last weights if that one is an average.
@@ -70,7 +72,7 @@ class AdapterMetadata:
     alpha: float
     max_tokens: int
     text_preparation: str
-    weights: Literal["ema", "raw"]
+    weights: Weights
     samples_seen: int
     revision: str | None = None
     time_conditioning: "TimeConditioning" = "index"
@@ -78,22 +80,48 @@ class AdapterMetadata:
     interval: Interval = WHOLE
 
 
-def find_adapter(path: str | Path, *, weights: Literal["ema", "raw"] = "ema") -> Path:
-    """The adapter folder behind `path`: itself, the final one of a run folder, or the one that RUN@STEP kept then.
+MetadataOf = Callable[[Path], AdapterMetadata]  # of an adapter folder
 
-    `weights` chooses between a run's averaged and last weights; a run without an average has only the last ones, and
-    a step of a run with one only the average. Raises UserError if there is no such adapter.
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter as it describes itself; `adapters` loads its weights.
+
+    name       as it was given: an adapter folder, a run folder, or RUN@STEP
+    folder     the adapter folder that this means
+    metadata   what it was trained on and how
+    settings   of its LoRA
     """
+
+    name: str
+    folder: Path
+    metadata: AdapterMetadata
+    settings: LoraSettings
+
+    @classmethod
+    def read(cls, path: str | Path, *, weights: Weights = "ema") -> Self:
+        """The adapter behind `path`: an adapter folder, the final one of a run folder, or what RUN@STEP kept then.
+
+        `weights` chooses between a run's averaged and last weights; a run without an average has only the last ones,
+        and a step of a run with one only the average. Raises UserError if there is no such adapter, or its files are
+        damaged or of another version.
+        """
+        metadata_of = cache(read_metadata)  # where it is may depend on what is found there
+        folder = _find(path, weights, metadata_of)
+        return cls(str(path), folder, metadata_of(folder), read_settings(folder))
+
+
+def _find(path: str | Path, weights: Weights, metadata_of: MetadataOf) -> Path:
     if not str(path).strip():
         raise UserError("adapter: its folder is an empty text; give an adapter folder or a run folder")
     path = Path(path).expanduser()
     if (path / METADATA).is_file():
         return path
     if path.exists():
-        return _final(path, weights)
+        return _final(path, weights, metadata_of)
     run, at, step = str(path).rpartition("@")
     if at and step.isdecimal() and Path(run).is_dir():
-        return _at_step(Path(run), int(step), weights)
+        return _at_step(Path(run), int(step), weights, metadata_of)
     _refuse_inside_of_run(path)
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
@@ -107,12 +135,12 @@ def kept_on_the_way(run: Path) -> str:
     return f"kept on the way: {', '.join(f'{run}@{step}' for step in steps)}" if steps else "none was kept on the way"
 
 
-def _final(path: Path, weights: Literal["ema", "raw"]) -> Path:
+def _final(path: Path, weights: Weights, metadata_of: MetadataOf) -> Path:
     main, raw = (path / place for place in FINAL_ADAPTERS.values())
     if (main / METADATA).is_file():
         if weights == "raw" and (raw / METADATA).is_file():
             return raw
-        if weights == "raw" and read_metadata(main).weights == "ema":
+        if weights == "raw" and metadata_of(main).weights == "ema":
             raise UserError(f"adapter: the run {path} kept only its averaged weights; use --weights ema")
         return main
     _refuse_inside_of_run(path)
@@ -126,13 +154,13 @@ def _final(path: Path, weights: Literal["ema", "raw"]) -> Path:
     raise UserError(f"adapter: {path} is neither an adapter folder nor a run folder (with {FINAL_ADAPTERS['ema']})")
 
 
-def _at_step(run: Path, step: int, weights: Literal["ema", "raw"]) -> Path:
+def _at_step(run: Path, step: int, weights: Weights, metadata_of: MetadataOf) -> Path:
     kept, main = RunFolder(run).adapter_at(step), run / FINAL_ADAPTERS["ema"]
-    if (main / METADATA).is_file() and read_metadata(main).step == step:
-        return _final(run, weights)
+    if (main / METADATA).is_file() and metadata_of(main).step == step:
+        return _final(run, weights, metadata_of)
     if not (kept / METADATA).is_file():
         raise UserError(f"adapter: the run {run} has no adapter of step {step} ({kept_on_the_way(run)})")
-    if weights == "raw" and read_metadata(kept).weights == "ema":
+    if weights == "raw" and metadata_of(kept).weights == "ema":
         raise UserError(f"adapter: of step {step} the run {run} kept only the averaged weights; use --weights ema")
     return kept
 

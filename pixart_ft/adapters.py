@@ -7,28 +7,26 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from pixart_ft.adapter_files import (
     METADATA,
     NULL_CAPTION,
     WEIGHTS,
+    Adapter,
     AdapterMetadata,
     LoraSettings,
     acting_interval,
-    find_adapter,
-    read_metadata,
-    read_settings,
     some,
 )
 from pixart_ft.adapter_switch import AdapterSwitch, adapter_interval
@@ -36,7 +34,7 @@ from pixart_ft.data.captions import TEXT_PREPARATION
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.ema import all_finite
 from pixart_ft.errors import UserError
-from pixart_ft.files import write_folder
+from pixart_ft.files import sha256, write_folder
 from pixart_ft.intervals import WHOLE, Interval, shown
 from pixart_ft.models import fingerprint
 from pixart_ft.randomness import generator
@@ -118,31 +116,37 @@ def save_adapter(
     write_folder(folder, write)
 
 
-def load_adapter(
-    transformer: PixArtTransformer2DModel,
-    path: str | Path,
-    *,
-    scale: float = 1.0,
-    weights: Literal["ema", "raw"] = "ema",
-    interval: Interval | None = None,
-) -> tuple[AdapterMetadata, Tensor]:
-    """Attach the adapter at `path` to its base, frozen, and return its metadata and null caption (1,D).
+@dataclass(frozen=True)
+class Attached:
+    """An adapter on a transformer."""
 
-    The update is multiplied by `scale`; path and `weights` as in `find_adapter`. It acts at the network's timesteps in
-    `interval`, both ends included, and the network is the bare base elsewhere; None: where it was trained. Raises
-    UserError if this is not the base it was trained on, or unless every weight in the file found its place and every
-    place its weight, and for an interval that there is not.
+    path: str  # as it was given
+    scale: float
+    interval: Interval  # the network's timesteps that it acts at
+    sha256: str  # of the weights, which may be trained anew at the same path
+    metadata: AdapterMetadata = field(repr=False)
+
+
+def load_adapter(
+    transformer: PixArtTransformer2DModel, adapter: Adapter, *, scale: float = 1.0, interval: Interval | None = None
+) -> tuple[Attached, Tensor]:
+    """Attach an adapter to its base, frozen, and return it as it is there and its null caption (1,D).
+
+    The update is multiplied by `scale`. It acts at the network's timesteps in `interval`, both ends included, and the
+    network is the bare base elsewhere; None: where it was trained. Raises UserError if this is not the base it was
+    trained on, or unless every weight in the file found its place and every place its weight, and for an interval that
+    there is not.
     """
-    folder = find_adapter(path, weights=weights)
-    metadata = _metadata_for(transformer, folder)
-    interval = acting_interval(metadata, interval)
-    attach(transformer, read_settings(folder), seed=0)
-    _fill(transformer, folder)
+    _check_base(transformer, adapter)
+    interval = acting_interval(adapter.metadata, interval)
+    attach(transformer, adapter.settings, seed=0)
+    mark = _fill(transformer, adapter.folder)
     for parameter in _parameters(transformer).values():
         parameter.requires_grad_(False)
     scale_adapter(transformer, scale)
     limit_adapter(transformer, interval)
-    return metadata, _read_null_caption(folder)
+    null_caption = _read_null_caption(adapter.folder)
+    return Attached(adapter.name, scale, interval, mark, adapter.metadata), null_caption
 
 
 def scale_adapter(transformer: PixArtTransformer2DModel, scale: float) -> None:
@@ -168,15 +172,13 @@ def warn_of_other_process(metadata: AdapterMetadata, scheduler: Any) -> None:
         )
 
 
-def fill_adapter(transformer: PixArtTransformer2DModel, path: str | Path) -> AdapterMetadata:
-    """Give the attached adapter the weights saved at `path`, to train them on; returns their metadata.
+def fill_adapter(transformer: PixArtTransformer2DModel, adapter: Adapter) -> None:
+    """Give the attached adapter the weights of a saved one, to train them on.
 
     Raises UserError as `load_adapter` does; the rank and the targets must be the same, alpha may differ.
     """
-    folder = find_adapter(path)
-    metadata = _metadata_for(transformer, folder)
-    _fill(transformer, folder)
-    return metadata
+    _check_base(transformer, adapter)
+    _fill(transformer, adapter.folder)
 
 
 def merge(transformer: PixArtTransformer2DModel) -> None:
@@ -201,9 +203,9 @@ def merge(transformer: PixArtTransformer2DModel) -> None:
     del transformer.peft_config
 
 
-def _metadata_for(transformer: PixArtTransformer2DModel, folder: Path) -> AdapterMetadata:
-    """The adapter's metadata, or UserError if it was trained on another base than `transformer`."""
-    metadata, present = read_metadata(folder), fingerprint(transformer)
+def _check_base(transformer: PixArtTransformer2DModel, adapter: Adapter) -> None:
+    """Raise UserError if the adapter was trained on another base than `transformer`, or on captions of another kind."""
+    folder, metadata, present = adapter.folder, adapter.metadata, fingerprint(transformer)
     if metadata.text_preparation != TEXT_PREPARATION:
         raise UserError(
             f"adapter: {folder} was trained on captions prepared by {metadata.text_preparation}, and this version "
@@ -215,12 +217,14 @@ def _metadata_for(transformer: PixArtTransformer2DModel, folder: Path) -> Adapte
             f"adapter: {folder} was trained on the base {metadata.base} ({metadata.base_fingerprint}), "
             f"not on {given} ({present}); use --model {metadata.base}"
         )
-    return metadata
 
 
-def _fill(transformer: PixArtTransformer2DModel, folder: Path) -> None:
-    """Copy the saved weights into the attached adapter: all of them and no other, or UserError with lists."""
-    saved = _read_tensors(folder / WEIGHTS)
+def _fill(transformer: PixArtTransformer2DModel, folder: Path) -> str:
+    """Copy the saved weights into the attached adapter: all of them and no other, or UserError with lists.
+
+    Returns the SHA-256 of their file.
+    """
+    saved, mark = _read_tensors(folder / WEIGHTS)
     places = {_file_key(name): parameter for name, parameter in _parameters(transformer).items()}
     shared = saved.keys() & places.keys()
     faults = {
@@ -236,6 +240,7 @@ def _fill(transformer: PixArtTransformer2DModel, folder: Path) -> None:
     with torch.no_grad():
         for key, parameter in places.items():
             parameter.copy_(saved[key])
+    return mark
 
 
 def _layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -254,14 +259,16 @@ def _file_key(name: str) -> str:
 
 def _read_null_caption(folder: Path) -> Tensor:
     path = folder / NULL_CAPTION
-    found = _read_tensors(path).get("null_caption")
+    found = _read_tensors(path)[0].get("null_caption")
     if found is None or found.ndim != 2 or not all_finite([found]):
         raise UserError(f"adapter: cannot read {path}: it holds no null_caption; copy the adapter again")
     return found
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """What a file of tensors holds, and its SHA-256."""
     try:
-        return load_file(path)
+        content = path.read_bytes()
+        return load(content), sha256(content)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error

@@ -65,13 +65,13 @@ def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
 def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
     from pixart_ft.places import check_generation  # without torch: a wrong path is known at once
 
-    check_generation(config)
-    from pixart_ft.generation import dry_run, run_generation
+    adapter = check_generation(config)
+    from pixart_ft.generation import dry_run, generate
 
     if "dry_run" in options:
-        _print_plan(dry_run(config), config)
+        _print_plan(dry_run(config, adapter), config)
     else:
-        run_generation(config, Path(options["from"]) if "from" in options else None)
+        generate(config, adapter, Path(options["from"]) if "from" in options else None)
 
 
 def _print_plan(facts: Sequence[str], config: Config) -> None:

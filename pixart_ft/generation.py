@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pixart_ft.adapter_files import find_adapter, read_metadata
+from pixart_ft.adapter_files import Adapter
 from pixart_ft.base import Base
 from pixart_ft.comparison import Cells, comparison_sheets, run_comparison, settled_cells
 from pixart_ft.config import HUB_BASE, MOST_PICTURES
@@ -37,11 +37,16 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     `comparison.run_comparison`.
     again: the picture whose recipe `config` was read from; warns of what has changed since then.
     """
+    return generate(config, check_generation(config), again)
+
+
+def generate(config: GenerateConfig, adapter: Adapter | None, again: Path | None = None) -> list[Path]:
+    """As `run_generation`, once `check_generation` has found the adapter."""
     started = time.perf_counter()
-    prompts, base, settings, cells = _look(config)
+    prompts, base, settings, cells = _look(config, adapter)
     if config.aspect_ratio is not None:
         print(f"aspect_ratio {config.aspect_ratio}: {settings.width} x {settings.height} pixels")
-    model = _load_model(config, base, prompts)
+    model = _load_model(config, base, adapter, prompts)
     if config.compare:
         return run_comparison(config, model, prompts, cells)
     seeds = range(config.seed, config.seed + config.images_per_prompt)
@@ -69,9 +74,9 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     return list(jobs)
 
 
-def dry_run(config: GenerateConfig) -> list[str]:
-    """What `run_generation` would draw; raises UserError as it does before it loads a weight. Writes nothing."""
-    prompts, base, settings, cells = _look(config)
+def dry_run(config: GenerateConfig, adapter: Adapter | None) -> list[str]:
+    """What `generate` would draw; raises UserError as it does before it loads a weight. Writes nothing."""
+    prompts, base, settings, cells = _look(config, adapter)
     device = _device(config.device)
     dtype = str(_dtype(config.dtype, device)).removeprefix("torch.")
     if config.compare:
@@ -86,17 +91,14 @@ def dry_run(config: GenerateConfig) -> list[str]:
     ]
 
 
-def _look(config: GenerateConfig) -> tuple[list[str], Base, Settings, Cells]:
+def _look(config: GenerateConfig, adapter: Adapter | None) -> tuple[list[str], Base, Settings, Cells]:
     """Prompts, base, how to sample, the cells of a comparison: all that can be refused before weights are loaded."""
-    check_generation(config)
     prompts = _prompts(config)
-    base = Base.read(_base(config), _revision(config))
-    folder = _adapter(config)
-    metadata = None if folder is None else read_metadata(folder)
-    abilities = abilities_of(base, metadata, _pair(config.lora_interval))
-    adapter = None if config.lora is None else str(config.lora)
-    settings = settled(_settings(config, abilities), abilities, adapter)
-    cells = settled_cells(config, settings, abilities, adapter) if config.compare else {}
+    base = _base(config, adapter)
+    abilities = abilities_of(base, adapter, _pair(config.lora_interval))
+    name = None if adapter is None else adapter.name
+    settings = settled(_settings(config, abilities), abilities, name)
+    cells = settled_cells(config, settings, abilities, name) if config.compare else {}
     probe(config.out, "out")
     if config.compare:
         check_own(comparison_sheets(config, prompts), "sampler")
@@ -105,13 +107,12 @@ def _look(config: GenerateConfig) -> tuple[list[str], Base, Settings, Cells]:
     return prompts, base, settings, cells
 
 
-def _load_model(config: GenerateConfig, base: Base, prompts: Sequence[str]) -> TextToImage:
+def _load_model(config: GenerateConfig, base: Base, adapter: Adapter | None, prompts: Sequence[str]) -> TextToImage:
     """The base and adapter that a configuration asks for, all texts encoded and the text encoder freed."""
     device = _device(config.device)
     model = TextToImage.of(
         base,
-        config.lora,
-        _adapter(config),
+        adapter,
         config.lora_scale,
         _pair(config.lora_interval),
         dtype=_dtype(config.dtype, device),
@@ -145,23 +146,16 @@ def _cost(settings: Settings, calls: int | None, on_average: float | None) -> st
     return f"each batch: {settings.steps} {settings.sampler} steps, {calls} network calls{both}"
 
 
-def _adapter(config: GenerateConfig) -> Path | None:
-    """The folder of the adapter asked for."""
-    return None if config.lora is None else find_adapter(config.lora, weights=config.weights)
+def _base(config: GenerateConfig, adapter: Adapter | None) -> Base:
+    """The base asked for; without one, what the adapter was trained on; without either, the Hub's.
 
-
-def _base(config: GenerateConfig) -> str:
-    """The base asked for; without one, what the adapter was trained on; without either, the Hub's."""
-    if config.model is not None:
-        return config.model
-    return HUB_BASE if config.lora is None else read_metadata(find_adapter(config.lora)).base
-
-
-def _revision(config: GenerateConfig) -> str | None:
-    """The revision asked for, else the one that the adapter was trained on if its base, from the Hub, is taken."""
-    if config.revision is not None or config.model is not None or config.lora is None:
-        return config.revision
-    return None if Path(_base(config)).is_dir() else read_metadata(find_adapter(config.lora)).revision
+    One of the Hub that the adapter was trained on comes in the revision of its training, unless another is asked for.
+    """
+    if config.model is not None or adapter is None:
+        return Base.read(config.model or HUB_BASE, config.revision)
+    trained_on = adapter.metadata
+    moves = config.revision is None and not Path(trained_on.base).is_dir()
+    return Base.read(trained_on.base, trained_on.revision if moves else config.revision)
 
 
 def _prompts(config: GenerateConfig) -> list[str]:

@@ -19,6 +19,7 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_
 from PIL import Image
 from torch import Tensor
 
+from pixart_ft.adapter_files import Adapter, Weights
 from pixart_ft.adapter_switch import adapter_interval
 from pixart_ft.adapters import load_adapter, warn_of_other_process
 from pixart_ft.attention import check_text
@@ -75,14 +76,15 @@ class PixArtPipeline(PixArtSigmaPipeline):
         path: str | Path,
         *,
         scale: float = 1.0,
-        weights: Literal["ema", "raw"] = "ema",
+        weights: Weights = "ema",
         interval: Interval | None = None,
     ) -> None:
-        """Attach an adapter of this package; arguments and errors as of `adapters.load_adapter`."""
+        """Attach an adapter of this package; arguments and errors as of `Adapter.read` and `adapters.load_adapter`."""
         if hasattr(self.transformer, "adapter_switch"):
             raise UserError("adapter: this pipeline has one already; load the pipeline anew for another")
-        adapter, _ = load_adapter(self.transformer, path, scale=scale, weights=weights, interval=interval)
-        warn_of_other_process(adapter, self.scheduler)
+        adapter = Adapter.read(path, weights=weights)
+        load_adapter(self.transformer, adapter, scale=scale, interval=interval)
+        warn_of_other_process(adapter.metadata, self.scheduler)
 
     @torch.no_grad()
     def __call__(

@@ -5,7 +5,7 @@ No torch: a wrong path is known in an instant, before the libraries are imported
 
 from pathlib import Path
 
-from pixart_ft.adapter_files import find_adapter
+from pixart_ft.adapter_files import Adapter
 from pixart_ft.base_place import resolve_base
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
@@ -16,9 +16,12 @@ from pixart_ft.generate_config import GenerateConfig
 DEMO_PICTURES = Path(__file__).parent / "demo" / "pictures"
 
 
-def check_training(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> None:
-    """Raise one UserError with every path of a training that leads nowhere; arguments as of `run_training`."""
-    mistakes = Mistakes()
+def check_training(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Adapter | None:
+    """Raise one UserError with every path of a training that leads nowhere; arguments as of `run_training`.
+
+    Returns the adapter that it starts from.
+    """
+    mistakes, adapter = Mistakes(), None
     with mistakes.noted():
         resolve_base(config.model.base)
     for name, part in ((config.data.folder, "train"), (config.data.held_out, "held_out")):
@@ -31,8 +34,9 @@ def check_training(config: TrainConfig, resume: str | None = None, init_from: st
         RunFolder(config.run.folder).check_new(resume=resume is not None)
     if init_from is not None:
         with mistakes.noted():
-            find_adapter(init_from)
+            adapter = Adapter.read(init_from)
     mistakes.raise_if_any()
+    return adapter
 
 
 def _check_apart(config: TrainConfig) -> None:
@@ -54,19 +58,20 @@ def _check_apart(config: TrainConfig) -> None:
             )
 
 
-def check_generation(config: GenerateConfig) -> None:
-    """Raise one UserError with every path of a generation that leads nowhere."""
-    mistakes = Mistakes()
+def check_generation(config: GenerateConfig) -> Adapter | None:
+    """Raise one UserError with every path of a generation that leads nowhere; returns its adapter."""
+    mistakes, adapter = Mistakes(), None
     if config.model is not None:
         with mistakes.noted():
             resolve_base(config.model)
     if config.lora is not None:
         with mistakes.noted():
-            find_adapter(config.lora, weights=config.weights)
+            adapter = Adapter.read(config.lora, weights=config.weights)
     for key, file in (("image", config.image), ("prompts_file", config.prompts_file)):
         if file is not None and not file.is_file():
             mistakes.add(f"{key}: there is no file {file}")
     mistakes.raise_if_any()
+    return adapter
 
 
 def picture_folder(name: str, part: str) -> Path:

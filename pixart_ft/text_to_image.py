@@ -3,9 +3,9 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
@@ -14,8 +14,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft import models
-from pixart_ft.adapter_files import AdapterMetadata, acting_interval, find_adapter, read_metadata
-from pixart_ft.adapters import limit_adapter, load_adapter, scale_adapter
+from pixart_ft.adapter_files import Adapter, Weights, acting_interval
+from pixart_ft.adapters import Attached, limit_adapter, load_adapter, scale_adapter
 from pixart_ft.base import Base
 from pixart_ft.data.captions import pad_text
 from pixart_ft.data.datasets import load_picture, picture_pixels
@@ -30,30 +30,18 @@ from pixart_ft.text_encoder import TextEncoder
 from pixart_ft.vae import decode_to_pictures, encode_pixels
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """The adapter on the transformer."""
-
-    path: str
-    scale: float
-    interval: Interval  # the network's timesteps that it acts at
-    sha256: str  # of the weights, which may be trained anew at the same path
-    metadata: AdapterMetadata = field(repr=False)
-
-
-def abilities_of(
-    base: Base, adapter: AdapterMetadata | None = None, lora_interval: Interval | None = None
-) -> Abilities:
+def abilities_of(base: Base, adapter: Adapter | None = None, lora_interval: Interval | None = None) -> Abilities:
     """What a base, with an adapter, can draw; `lora_interval` as in `TextToImage.load`.
 
     Raises UserError for an interval that there is not.
     """
     schedule, prediction_type, variance, interval = base.schedule, base.prediction_type, base.variance, WHOLE
     if adapter is not None:
-        trained_on = NoiseSchedule.from_diffusers_config(adapter.schedule)
-        schedule = conditioned(trained_on, schedule, adapter.time_conditioning)
-        prediction_type, variance = adapter.prediction_type, adapter.variance
-        interval = acting_interval(adapter, lora_interval)
+        metadata = adapter.metadata
+        trained_on = NoiseSchedule.from_diffusers_config(metadata.schedule)
+        schedule = conditioned(trained_on, schedule, metadata.time_conditioning)
+        prediction_type, variance = metadata.prediction_type, metadata.variance
+        interval = acting_interval(metadata, lora_interval)
     return Abilities(schedule, prediction_type, variance, base.native_size, base.size_unit, interval)
 
 
@@ -67,7 +55,7 @@ class TextToImage:
     abilities: Abilities
     base: Base
     fingerprint: str  # of the base's transformer
-    adapter: Adapter | None
+    adapter: Attached | None
     dtype: torch.dtype
 
     @classmethod
@@ -78,7 +66,7 @@ class TextToImage:
         lora: str | Path | None = None,
         lora_scale: float = 1.0,
         lora_interval: Interval | None = None,
-        weights: Literal["ema", "raw"] = "ema",
+        weights: Weights = "ema",
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -98,35 +86,32 @@ class TextToImage:
         Raises UserError when a part is missing, or the adapter is for another base or lacks a key.
         """
         read = Base.read(base, revision)
-        folder = None if lora is None else find_adapter(lora, weights=weights)
-        return cls.of(read, lora, folder, lora_scale, lora_interval, dtype=dtype, device=device, prompts=prompts)
+        adapter = None if lora is None else Adapter.read(lora, weights=weights)
+        return cls.of(read, adapter, lora_scale, lora_interval, dtype=dtype, device=device, prompts=prompts)
 
     @classmethod
     def of(
         cls,
         base: Base,
-        lora: str | Path | None = None,
-        folder: Path | None = None,
-        lora_scale: float = 1.0,
-        lora_interval: Interval | None = None,
+        adapter: Adapter | None,
+        lora_scale: float,
+        lora_interval: Interval | None,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-        prompts: Sequence[str] | None = None,
+        prompts: Sequence[str] | None,
     ) -> Self:
-        """As `load` does, of a base that is read and an adapter that is found."""
-        metadata = None if folder is None else read_metadata(folder)
-        abilities = abilities_of(base, metadata, lora_interval)
-        text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=metadata.max_tokens if metadata else 300)
+        """As `load`, of a base and an adapter that are read."""
+        abilities = abilities_of(base, adapter, lora_interval)
+        max_tokens = 300 if adapter is None else adapter.metadata.max_tokens
+        text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=max_tokens)
         if prompts is not None:
             text.encode_and_free(prompts)
         held = torch.float32 if dtype == torch.float16 else dtype
         transformer = models.load_transformer(base, dtype=held)
-        adapter = None
-        if folder is not None and metadata is not None:
-            _, text.known[""] = load_adapter(transformer, folder, scale=lora_scale, interval=lora_interval)
-            mark = sha256(folder / "adapter_model.safetensors")
-            adapter = Adapter(str(lora), lora_scale, abilities.adapter_interval, mark, metadata)
+        attached = None
+        if adapter is not None:
+            attached, text.known[""] = load_adapter(transformer, adapter, scale=lora_scale, interval=lora_interval)
         return cls(
             transformer=transformer.to(device),
             vae=models.load_vae(base, dtype=dtype).to(device),
@@ -134,7 +119,7 @@ class TextToImage:
             abilities=abilities,
             base=base,
             fingerprint=models.fingerprint(transformer),
-            adapter=adapter,
+            adapter=attached,
             dtype=dtype,
         )
 

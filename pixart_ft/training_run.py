@@ -92,8 +92,9 @@ def _run(
         found = check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     attach(transformer, lora, seed=config.run.seed)
-    if init_from is not None:
-        warn_of_relearning(fill_adapter(transformer, init_from), objective, config.diffusion.time_conditioning)
+    if start.adapter is not None:
+        fill_adapter(transformer, start.adapter)
+        warn_of_relearning(start.adapter.metadata, objective, config.diffusion.time_conditioning)
     if config.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     use_plain_attention(transformer)

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from pixart_ft import models, places
+from pixart_ft.adapter_files import Adapter
 from pixart_ft.base import Base
 from pixart_ft.checkpoint import RunFolder
 from pixart_ft.config import TrainConfig
@@ -38,6 +39,7 @@ class Start:
     chance: Chance
     learning_rate: LearningRate
     checkpoint: Path | None  # to continue from
+    adapter: Adapter | None  # whose weights it starts from
     rows: list[Row]
     held_rows: list[Row]
     parameters: int  # that are trained
@@ -74,7 +76,7 @@ def dry_run(config: TrainConfig, resume: str | None = None, init_from: str | Non
 
 def look(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Start:
     """Check all that can be checked without weights; arguments as of `run_training`. Raises UserError."""
-    places.check_training(config, resume, init_from)
+    adapter = places.check_training(config, resume, init_from)
     base = Base.read(config.model.base, config.model.revision)
     resolution = _resolution(config, base)
     objective, schedule_config = build_objective(config, base)
@@ -93,6 +95,7 @@ def look(config: TrainConfig, resume: str | None = None, init_from: str | None =
         chance=_chance(config),
         learning_rate=learning_rate_of(config),
         checkpoint=checkpoint,
+        adapter=adapter,
         rows=rows,
         held_rows=held_rows,
         parameters=parameters,

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from pixart_ft import models
-from pixart_ft.adapter_files import find_adapter
+from pixart_ft.adapter_files import Adapter
 from pixart_ft.adapters import load_adapter
 from pixart_ft.base import Base
 from pixart_ft.config import TrainConfig, load_config
@@ -92,7 +92,7 @@ def measured(objective: Objective, held_out: HeldOutSet, adapter: Path | None) -
     """The bound with the learned and with the fixed variance, of the base or of an adapter on it."""
     transformer = models.load_transformer(Base.read("demo"), dtype=torch.float32)
     if adapter is not None:
-        load_adapter(transformer, adapter)
+        load_adapter(transformer, Adapter.read(adapter))
     schedule = at_common_levels(objective.schedule)
     return {
         variance: held_out_bound(
@@ -148,7 +148,7 @@ def variance_effect(work: Path) -> str:
     for name, number in (("base", None), ("hybrid", 0), ("simple", 1), ("vlb, learned", 8), ("vlb, beta tilde", 9)):
         transformer = models.load_transformer(base, dtype=torch.float32)
         if number is not None:
-            load_adapter(transformer, find_adapter(work / f"row-{number:02d}"))
+            load_adapter(transformer, Adapter.read(work / f"row-{number:02d}"))
         terms = held_out_loss(transformer, objective, held_out, batch_size=20)["vlb"]
         bits[name] = terms * objective.schedule.num_steps
     pairs = [(name, "base") for name in bits if name != "base"]

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pixart_ft.adapter_files import FINAL_ADAPTERS, AdapterMetadata, LoraSettings, find_adapter, read_metadata
+from pixart_ft.adapter_files import FINAL_ADAPTERS, Adapter, AdapterMetadata, LoraSettings, Weights, read_metadata
 from pixart_ft.adapters import attach, fill_adapter, load_adapter, merge, save_adapter
 from pixart_ft.base import Base
 from pixart_ft.data.captions import TEXT_PREPARATION
@@ -165,8 +165,9 @@ def test_a_rank_above_what_a_layer_can_use_is_refused_by_the_layer(tiny: Path) -
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.0])
 def test_saved_and_loaded_gives_the_same_output_times_scale(tiny: Path, saved: Path, scale: float) -> None:
     loaded = base(tiny)
-    found, null = load_adapter(loaded, saved, scale=scale)
-    assert found == metadata(base(tiny)) and torch.equal(null, NULL)
+    found, null = load_adapter(loaded, Adapter.read(saved), scale=scale)
+    assert found.metadata == metadata(base(tiny)) and (found.path, found.scale) == (str(saved), scale)
+    assert torch.equal(null, NULL)
     assert not any(p.requires_grad for p in loaded.parameters())
     expected = trained(tiny)
     for name, parameter in lora(expected).items():
@@ -206,13 +207,13 @@ def test_other_values_such_as_an_average_can_be_saved(tiny: Path, tmp_path: Path
     halves = {name: parameter.detach() / 2 for name, parameter in lora(transformer).items()}
     save_adapter(tmp_path / "half", transformer, metadata(transformer), NULL, halves)
     loaded = base(tiny)
-    load_adapter(loaded, tmp_path / "half")
+    load_adapter(loaded, Adapter.read(tmp_path / "half"))
     assert all(torch.equal(parameter, halves[name]) for name, parameter in lora(loaded).items())
 
 
 def test_merged_transformer_saves_in_a_stock_pipeline_and_reloads(tiny: Path, saved: Path, tmp_path: Path) -> None:
     transformer = base(tiny)
-    load_adapter(transformer, saved, scale=0.7)
+    load_adapter(transformer, Adapter.read(saved), scale=0.7)
     expected = output(transformer)
     merge(transformer)
     assert not hasattr(transformer, "peft_config") and transformer.state_dict().keys() == base(tiny).state_dict().keys()
@@ -227,13 +228,13 @@ def test_another_base_is_refused_by_name(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"trained on the base demo \(\w{16}\), not on .*other \(\w{16}\); use --model demo"
     ):
-        load_adapter(other, saved)
+        load_adapter(other, Adapter.read(saved))
     assert not lora(other)
 
 
 def test_a_bfloat16_base_takes_the_adapter_too(tiny: Path, saved: Path) -> None:
     half = base(tiny, torch.bfloat16)
-    load_adapter(half, saved)
+    load_adapter(half, Adapter.read(saved))
     assert (output(half, torch.bfloat16).float() - output(trained(tiny))).abs().max() < 0.1
 
 
@@ -262,54 +263,57 @@ def test_every_key_must_land_and_every_place_be_filled(
     message = spoil(weights)
     save_file(weights, saved / "adapter_model.safetensors")
     with pytest.raises(UserError, match=message):
-        load_adapter(base(tiny), saved)
+        load_adapter(base(tiny), Adapter.read(saved))
 
 
 def test_fill_starts_a_new_adapter_from_old_weights(tiny: Path, saved: Path) -> None:
     transformer = base(tiny)
     attach(transformer, SETTINGS, seed=5)
-    assert fill_adapter(transformer, saved).samples_seen == 64
+    fill_adapter(transformer, Adapter.read(saved))
     assert all(torch.equal(parameter, lora(trained(tiny))[name]) for name, parameter in lora(transformer).items())
     assert all(parameter.requires_grad for parameter in lora(transformer).values())
     wider = base(tiny)
     attach(wider, replace(SETTINGS, rank=8), seed=5)
     with pytest.raises(UserError, match=r"32 of another shape \(another lora\.rank\?\)"):
-        fill_adapter(wider, saved)
+        fill_adapter(wider, Adapter.read(saved))
 
 
-def test_find_adapter_knows_folders_and_runs_and_helps(tiny: Path, saved: Path, tmp_path: Path) -> None:
-    assert find_adapter(saved) == find_adapter(str(saved), weights="raw") == saved
+def test_adapters_are_found_by_folder_and_by_run(tiny: Path, saved: Path, tmp_path: Path) -> None:
+    def folder(path: Path | str, weights: Weights = "ema") -> Path:
+        return Adapter.read(path, weights=weights).folder
+
+    assert folder(saved) == folder(str(saved), "raw") == saved
     run = tmp_path / "runs" / "style"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("")
     with pytest.raises(UserError, match=r"the run .*style has no final adapter yet: finish it with --resume auto"):
-        find_adapter(run)
+        Adapter.read(run)
     with pytest.raises(UserError, match=r"there is no .*stile; did you mean .*style\?"):
-        find_adapter(run.with_name("stile"))
+        Adapter.read(run.with_name("stile"))
     with pytest.raises(UserError, match=r"there is no .*; give an adapter folder or a run folder"):
-        find_adapter(tmp_path / "no" / "where")
+        Adapter.read(tmp_path / "no" / "where")
     with pytest.raises(UserError, match="neither an adapter folder nor a run folder"):
-        find_adapter(saved / "adapter_model.safetensors")
+        Adapter.read(saved / "adapter_model.safetensors")
 
     shutil.copytree(saved, run / FINAL_ADAPTERS["ema"])
-    assert find_adapter(run) == find_adapter(run, weights="raw") == run / "final" / "adapter"  # a run without average
+    assert folder(run) == folder(run, "raw") == run / "final" / "adapter"  # a run without average
     content = json.loads((saved / "pixart_ft.json").read_text())
     (run / "final" / "adapter" / "pixart_ft.json").write_text(json.dumps(content | {"weights": "ema"}))
     with pytest.raises(UserError, match="kept only its averaged weights"):
-        find_adapter(run, weights="raw")
+        Adapter.read(run, weights="raw")
     shutil.copytree(saved, run / FINAL_ADAPTERS["raw"])
-    assert find_adapter(run, weights="raw") == run / "final" / "adapter_raw"
-    assert find_adapter(run) == run / "final" / "adapter"
+    assert folder(run, "raw") == run / "final" / "adapter_raw"
+    assert folder(run) == run / "final" / "adapter"
 
     (saved / "pixart_ft.json").unlink()
     with pytest.raises(UserError, match=r"has no pixart_ft\.json, so it was not made here"):
-        find_adapter(saved)
+        Adapter.read(saved)
 
 
 def test_damaged_adapters_name_the_file(tiny: Path, saved: Path) -> None:
     (saved / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match=r"cannot read .*adapter_model\.safetensors"):
-        load_adapter(base(tiny), saved)
+        load_adapter(base(tiny), Adapter.read(saved))
     content = json.loads((saved / "pixart_ft.json").read_text())
     (saved / "pixart_ft.json").write_text(json.dumps(content | {"future": 1}))
     with pytest.raises(UserError, match=r"another version of pixart_ft \(fields future\)"):
@@ -323,11 +327,11 @@ def test_damaged_adapters_name_the_file(tiny: Path, saved: Path) -> None:
         read_metadata(saved)
     (saved / "pixart_ft.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*pixart_ft\.json"):
-        load_adapter(base(tiny), saved)
+        load_adapter(base(tiny), Adapter.read(saved))
 
 
 def test_captions_prepared_in_another_way_are_refused(tiny: Path, saved: Path) -> None:
     content = json.loads((saved / "pixart_ft.json").read_text())
     (saved / "pixart_ft.json").write_text(json.dumps(content | {"text_preparation": "as it came"}))
     with pytest.raises(UserError, match="prepared by as it came"):
-        load_adapter(load_transformer(Base.read(tiny), dtype=torch.float32), saved)
+        load_adapter(load_transformer(Base.read(tiny), dtype=torch.float32), Adapter.read(saved))

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
 from pixart_ft import models
-from pixart_ft.adapter_files import find_adapter
+from pixart_ft.adapter_files import Adapter
 from pixart_ft.adapters import load_adapter
 from pixart_ft.base import Base
 from pixart_ft.checkpoint import RunFolder
@@ -201,7 +201,7 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_adapter_that_is_damaged(base: Path, adapter: Path, name: str) -> None:
     def read() -> None:
         transformer = models.load_transformer(Base.read(base), dtype=torch.float32)
-        load_adapter(transformer, find_adapter(adapter))
+        load_adapter(transformer, Adapter.read(adapter))
 
     assert survives(read, adapter / name) == []
 
@@ -227,7 +227,7 @@ def test_a_file_of_tensors_without_the_null_caption(base: Path, adapter: Path) -
     for tensors in ({"other": torch.zeros(1, 32)}, {"null_caption": torch.zeros(32)}):
         path.write_bytes(save(tensors))
         with pytest.raises(UserError, match=r"null_caption\.safetensors: it holds no null_caption"):
-            load_adapter(models.load_transformer(Base.read(base), dtype=torch.float32), adapter)
+            load_adapter(models.load_transformer(Base.read(base), dtype=torch.float32), Adapter.read(adapter))
     path.write_bytes(whole)
 
 

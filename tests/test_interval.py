@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pixart_ft import cli
-from pixart_ft.adapter_files import LoraSettings, read_metadata
+from pixart_ft.adapter_files import Adapter, LoraSettings, read_metadata
 from pixart_ft.adapters import attach, limit_adapter, load_adapter, merge
 from pixart_ft.base import Base
 from pixart_ft.data.captions import pad_text
@@ -80,7 +80,7 @@ def limited(tiny: Path, adapter: Path) -> TextToImage:
 def by_hand(tiny: Path, limited: TextToImage) -> TextToImage:
     adapted = load_transformer(Base.read(tiny), dtype=torch.float32)
     assert limited.adapter is not None
-    load_adapter(adapted, limited.adapter.path)
+    load_adapter(adapted, Adapter.read(limited.adapter.path))
     return replace(limited, transformer=ByHand(load_transformer(Base.read(tiny), dtype=torch.float32), adapted).eval())
 
 
@@ -171,7 +171,7 @@ def test_pipelines_draw_the_same(tiny: Path, adapter: Path, limited: TextToImage
     if kind is PixArtPipeline:
         pipeline.load_lora(adapter, interval=INTERVAL)
     else:
-        load_adapter(pipeline.transformer, adapter, interval=INTERVAL)
+        load_adapter(pipeline.transformer, Adapter.read(adapter), interval=INTERVAL)
     more = {} if kind is PixArtPipeline else {"clean_caption": False, "use_resolution_binning": False}
 
     def drawn() -> Tensor:
@@ -208,7 +208,7 @@ def test_a_pipeline_refuses_what_would_do_nothing_and_warns_of_another_process(t
 
 def test_one_call_has_one_side_and_training_is_always_inside(tiny: Path, adapter: Path) -> None:
     transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
-    load_adapter(transformer, adapter, interval=INTERVAL)
+    load_adapter(transformer, Adapter.read(adapter), interval=INTERVAL)
     embeds, mask = pad_text([torch.randn(3, 32)] * 2)
     x = torch.randn(2, 4, 8, 8)
 
@@ -236,7 +236,7 @@ def test_one_call_has_one_side_and_training_is_always_inside(tiny: Path, adapter
 
 def test_an_adapter_of_an_interval_is_not_merged(tiny: Path, adapter: Path) -> None:
     transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
-    load_adapter(transformer, adapter, interval=INTERVAL)
+    load_adapter(transformer, Adapter.read(adapter), interval=INTERVAL)
     with pytest.raises(UserError, match=r"acts at the timesteps \[300, 700\] alone.*load it with the interval \[0, 10"):
         merge(transformer)
     limit_adapter(transformer, (0, 1000))

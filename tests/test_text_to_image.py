@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft import models
+from pixart_ft.adapter_files import Adapter
 from pixart_ft.adapters import load_adapter, merge
 from pixart_ft.base import Base
 from pixart_ft.drawing import Settings
@@ -71,7 +72,7 @@ def test_stock_pipeline_with_the_adapter_merged_draws_the_same(
     tiny: Path, adapter: Path, adapted: TextToImage, guidance: float, negative: str
 ) -> None:
     transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
-    load_adapter(transformer, adapter)
+    load_adapter(transformer, Adapter.read(adapter))
     merge(transformer)
     pipeline = PixArtSigmaPipeline.from_pretrained(str(tiny), transformer=transformer)
     pipeline.scheduler = DDIMScheduler.from_config(

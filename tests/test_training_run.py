@@ -21,7 +21,7 @@ from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
 from pixart_ft import models, report, watching
-from pixart_ft.adapter_files import find_adapter, read_metadata
+from pixart_ft.adapter_files import Adapter, read_metadata
 from pixart_ft.base import Base
 from pixart_ft.before_after import HELD_OUT, LEARNED, before_after
 from pixart_ft.checkpoint import RunFolder
@@ -564,8 +564,8 @@ def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(
     assert sorted(means) == list(range(STEPS + 1))
     assert list(kept(run)) == [f"step-{step:06d}" for step in sorted({4, lowest} - {STEPS})]
 
-    found = find_adapter(f"{run}@4")
-    metadata = read_metadata(found)
+    adapter = Adapter.read(f"{run}@4")
+    found, metadata = adapter.folder, adapter.metadata
     assert (found, metadata.step, metadata.samples_seen, metadata.weights) == (
         run / "adapters" / "step-000004",
         4,
@@ -577,7 +577,7 @@ def test_every_sample_step_keeps_an_adapter_and_so_does_the_lowest_loss(
     plain = {name.removeprefix("base_model.model."): value for name, value in saved.items()}
     assert len(plain) == len(average)
     assert all(torch.equal(plain[name.replace(".default.", ".")], value) for name, value in average.items())
-    assert find_adapter(f"{run}@{STEPS}") == run / "final" / "adapter"
+    assert Adapter.read(f"{run}@{STEPS}").folder == run / "final" / "adapter"
     assert read_metadata(run / "final" / "adapter").step == STEPS
 
     printed = capsys.readouterr().out
@@ -609,9 +609,9 @@ def test_what_is_no_adapter_of_a_run_is_told_what_is(options: Options) -> None:
         f"{run}s@3": "there is no .*; did you mean",
     }.items():
         with pytest.raises(UserError, match=message):
-            find_adapter(path)
+            Adapter.read(path)
     with pytest.raises(UserError, match=r"of step 2 the run .* kept only the averaged weights; use --weights ema"):
-        find_adapter(f"{run}@2", weights="raw")
+        Adapter.read(f"{run}@2", weights="raw")
     cut_off(
         3,
         options,
@@ -621,7 +621,7 @@ def test_what_is_no_adapter_of_a_run_is_told_what_is(options: Options) -> None:
     )
     assert list(kept(run)) == ["step-000002"]  # that of step 4 belonged to a course that was left
     train(options, validation__samples_every=2, validation__every=0, resume="auto")
-    assert find_adapter(f"{run}@6", weights="raw") == run / "final" / "adapter_raw"
+    assert Adapter.read(f"{run}@6", weights="raw").folder == run / "final" / "adapter_raw"
 
 
 def test_the_lowest_held_out_loss_is_that_of_a_trained_step() -> None:

@@ -14,7 +14,7 @@ from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
 from pixart_ft import models, objective, prepared
-from pixart_ft.adapter_files import LoraSettings
+from pixart_ft.adapter_files import Adapter, LoraSettings
 from pixart_ft.adapters import attach, load_adapter
 from pixart_ft.base import Base
 from pixart_ft.config import load_config
@@ -162,8 +162,8 @@ def test_held_out_loss_by_hand(run: Path, tiny: Path, options: dict[str, dict[st
         return {name: value.mean().item() for name, value in terms.items()}
 
     base, averaged, last = (models.load_transformer(Base.read(tiny), dtype=torch.float32) for _ in range(3))
-    load_adapter(averaged, run)
-    load_adapter(last, run, weights="raw")
+    load_adapter(averaged, Adapter.read(run))
+    load_adapter(last, Adapter.read(run, weights="raw"))
     by_hand = [measured(base), measured(averaged)]
     logged = [{name: e["mean"] for name, e in r["held_out"].items()} for r in log(run, "held_out")]
     assert logged == [pytest.approx(expected, rel=1e-5) for expected in by_hand]
