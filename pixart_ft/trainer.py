@@ -153,7 +153,7 @@ class Trainer:
 
         The state goes to disk first. Raises KeyboardInterrupt when it has, after a request to stop.
         """
-        last = self.step == self.plan.steps
+        last = self.step >= self.plan.steps
         if last or self._due(self.plan.checkpoint_every):
             self.save()
         if not self._stopping:

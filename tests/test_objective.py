@@ -13,11 +13,12 @@ from torch import Tensor
 from pixart_ft import models
 from pixart_ft.base import Base
 from pixart_ft.data.captions import pad_text
-from pixart_ft.diffusion.names import LossSpace, ObjectiveKind, SuForm, Weighting
+from pixart_ft.diffusion.names import LossSpace, ObjectiveKind, PredictionType, SuForm, Weighting
 from pixart_ft.diffusion.objectives import simple_term, su_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.objective import Objective
+from tests.networks import randn
 
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
 T = torch.tensor([0, 100, 700, 999])
@@ -222,3 +223,18 @@ def test_an_error_is_called_by_what_it_is_of(choice: dict[str, Any], title: str)
 def test_every_error_has_its_name() -> None:
     for space in get_args(LossSpace):
         assert Objective(LINEAR, "epsilon", "simple", space=space).titles["simple"]
+
+
+@pytest.mark.parametrize("prediction_type", get_args(PredictionType))
+def test_in_the_hybrid_the_bound_moves_the_variance_alone(prediction_type: PredictionType) -> None:
+    """In vlb it moves everything, and the simple term, which is only looked at, nothing."""
+    noised = Noised.of(LINEAR, randn(4, 4, 3, 3), T, randn(4, 4, 3, 3, seed=1))
+    output = randn(4, 8, 3, 3, seed=2).requires_grad_()
+    hybrid, bound = (Objective(LINEAR, prediction_type, kind).terms_of(output, noised) for kind in ("hybrid", "vlb"))
+    by_loss, by_simple, by_vlb = (
+        torch.autograd.grad(term.sum(), output, retain_graph=True)[0]
+        for term in (hybrid["loss"], hybrid["simple"], bound["loss"])
+    )
+    assert torch.equal(by_loss[:, :4], by_simple[:, :4]) and (by_simple[:, 4:] == 0).all()
+    assert (by_loss[:, 4:] != 0).all() and (by_vlb != 0).all()
+    assert torch.equal(bound["simple"], hybrid["simple"]) and not bound["simple"].requires_grad

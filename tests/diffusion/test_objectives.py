@@ -1,7 +1,7 @@
 """The losses. Oracles: closed forms, exact zeros of gradients, float64. See also test_golden.py."""
 
 import math
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -9,11 +9,10 @@ from torch import Tensor
 
 from pixart_ft.diffusion import process
 from pixart_ft.diffusion.names import FixedVariance, LossSpace, PredictionType
-from pixart_ft.diffusion.objectives import simple_term, su_factors, su_term, vlb_term
+from pixart_ft.diffusion.objectives import simple_term, su_factors, su_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import loss_weights
-from pixart_ft.objective import Objective
 from tests.networks import randn
 
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
@@ -25,12 +24,6 @@ TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 def batch(schedule: NoiseSchedule = LINEAR) -> Noised:
     """Data noised to the four indices T."""
     return Noised.of(schedule, randn(4, 4, 3, 3), T, randn(4, 4, 3, 3, seed=1))
-
-
-def hybrid(
-    schedule: NoiseSchedule, output: Tensor, noised: Noised, prediction_type: PredictionType, **settings: Any
-) -> dict[str, Tensor]:
-    return Objective(schedule, prediction_type, "hybrid", **settings).terms_of(output, noised)
 
 
 def output_for(kind: PredictionType, x0: Tensor, x_t: Tensor, schedule: NoiseSchedule = LINEAR) -> Tensor:
@@ -51,28 +44,33 @@ def test_each_half_of_the_output_is_moved_by_its_own_term_alone(
 ) -> None:
     noised = batch()
     output = randn(4, 8, 3, 3, seed=2).requires_grad_()
-    terms = hybrid(LINEAR, output, noised, prediction_type, space=space)
-    by_vlb = torch.autograd.grad(terms["vlb"].sum(), output, retain_graph=True)[0]
-    by_simple = torch.autograd.grad(terms["simple"].sum(), output)[0]
+    vlb = vlb_term(LINEAR, variance_alone(output), noised, prediction_type)
+    (by_vlb,) = torch.autograd.grad(vlb.sum(), output)
+    (by_simple,) = torch.autograd.grad(simple_term(LINEAR, output, noised, prediction_type, space=space).sum(), output)
     assert (by_vlb[:, :4] == 0).all() and (by_simple[:, 4:] == 0).all()
     assert (by_vlb[:, 4:] != 0).all() and (by_simple[:, :4] != 0).all()
+    whole = vlb_term(LINEAR, output, noised, prediction_type)
+    torch.testing.assert_close(whole, vlb, rtol=0, atol=0)
+    assert (torch.autograd.grad(whole.sum(), output)[0] != 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("prediction_type", TYPES)
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE], ids=["linear", "cosine"])
-def test_hybrid_of_a_half_precision_output_is_finite_and_equals_float64(
+def test_terms_of_a_half_precision_output_are_finite_and_equal_float64(
     schedule: NoiseSchedule, prediction_type: PredictionType, dtype: torch.dtype
 ) -> None:
     noised = batch(schedule)
     half = Noised(noised.x0.float(), noised.eps.float(), T, noised.x_t.float())
     output = (3 * randn(4, 8, 3, 3, seed=2, dtype=dtype)).requires_grad_()
-    terms = hybrid(schedule, output, half, prediction_type)
-    exact = hybrid(schedule, output.double(), noised, prediction_type)
-    for name, term in terms.items():
+    for find in (simple_term, vlb_term):
+        term, exact = (
+            find(schedule, output, half, prediction_type),
+            find(schedule, output.double(), noised, prediction_type),
+        )
         assert term.dtype == torch.float32 and term.isfinite().all()
-        torch.testing.assert_close(term.double(), exact[name], rtol=1e-5, atol=1e-5)
-    assert torch.autograd.grad(terms["loss"].mean(), output)[0].isfinite().all()
+        torch.testing.assert_close(term.double(), exact, rtol=1e-5, atol=1e-5)
+        assert torch.autograd.grad(term.mean(), output)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("prediction_type", TYPES)
@@ -135,9 +133,10 @@ def test_without_signal_v_and_x0_networks_train_in_both_spaces_and_eps_is_refuse
     for prediction_type in ("v_prediction", "sample"):
         output = randn(4, 8, 3, 3, seed=2).requires_grad_()
         for space in TYPES:
-            terms = hybrid(ZERO_SNR, output, noised, prediction_type, space=space)
-            assert terms["loss"].isfinite().all()
-            assert torch.autograd.grad(terms["loss"].sum(), output)[0].isfinite().all()
+            simple = simple_term(ZERO_SNR, output, noised, prediction_type, space=space)
+            loss = simple + vlb_term(ZERO_SNR, output, noised, prediction_type)
+            assert loss.isfinite().all()
+            assert torch.autograd.grad(loss.sum(), output)[0].isfinite().all()
     for space in ("v_prediction", "sample", "posterior_mean"):
         with pytest.raises(ValueError, match="epsilon cannot determine x0 at t = 999"):
             simple_term(ZERO_SNR, noised.eps, noised, "epsilon", space=space)
@@ -153,41 +152,6 @@ def test_huber_is_the_square_up_to_delta_and_a_line_beyond() -> None:
     torch.testing.assert_close(penalty(0.5), torch.tensor([0.01, 0.25, 1.75, 2.75], dtype=torch.float64))
     torch.testing.assert_close(penalty(3.0), offset.flatten() ** 2)
     torch.testing.assert_close(penalty(1e6), offset.flatten() ** 2)
-
-
-def test_a_weight_acts_on_the_simple_term_alone_and_leaves_its_name_unweighted() -> None:
-    noised = batch()
-    output, weight = randn(4, 8, 3, 3, seed=2), loss_weights(LINEAR, "min_snr", "epsilon", min_snr_gamma=2.0)[T]
-    plain = hybrid(LINEAR, output, noised, "epsilon", vlb_scale=0.5)
-    weighted = hybrid(LINEAR, output, noised, "epsilon", vlb_scale=0.5, weighting="min_snr", min_snr_gamma=2.0)
-    assert torch.equal(weighted["simple"], plain["simple"]) and torch.equal(weighted["vlb"], plain["vlb"])
-    torch.testing.assert_close(weighted["loss"], weight * plain["simple"] + 0.5 * plain["vlb"])
-    simple = Objective(LINEAR, "epsilon", "simple", weighting="min_snr", min_snr_gamma=2.0).terms_of(output, noised)
-    assert torch.equal(simple["simple"], plain["simple"])
-    torch.testing.assert_close(simple["loss"], weight * plain["simple"])
-    assert weighted["loss"].dtype == torch.float64
-
-
-def test_hybrid_is_simple_plus_the_scaled_bound() -> None:
-    noised = batch()
-    output = randn(4, 8, 3, 3, seed=2)
-    terms = hybrid(LINEAR, output, noised, "epsilon", vlb_scale=0.25)
-    torch.testing.assert_close(terms["loss"], terms["simple"] + 0.25 * terms["vlb"])
-    torch.testing.assert_close(terms["vlb"], vlb_term(LINEAR, output, noised, "epsilon"))
-    torch.testing.assert_close(terms["simple"], simple_term(LINEAR, output, noised, "epsilon"))
-
-
-@pytest.mark.parametrize("prediction_type", TYPES)
-def test_the_pure_bound_moves_mean_and_variance(prediction_type: PredictionType) -> None:
-    noised = batch()
-    output = randn(4, 8, 3, 3, seed=2).requires_grad_()
-    terms = Objective(LINEAR, prediction_type, "vlb").terms_of(output, noised)
-    both = hybrid(LINEAR, output, noised, prediction_type)
-    torch.testing.assert_close(terms["vlb"], both["vlb"])
-    torch.testing.assert_close(terms["simple"], both["simple"])
-    assert torch.equal(terms["loss"], terms["vlb"])
-    (gradient,) = torch.autograd.grad(terms["loss"].sum(), output)
-    assert (gradient != 0).all() and not terms["simple"].requires_grad
 
 
 @pytest.mark.parametrize("variance", ["beta_tilde", "beta"])
@@ -300,11 +264,11 @@ def test_mistakes_are_named() -> None:
     noised = batch()
     eps = noised.eps
     with pytest.raises(ValueError, match="needs a learned variance: 8 output channels, not 4"):
-        hybrid(LINEAR, eps, noised, "epsilon")
+        vlb_term(LINEAR, variance_alone(eps), noised, "epsilon")
     with pytest.raises(ValueError, match="unknown prediction type 'flow'; choose epsilon, "):
         simple_term(LINEAR, eps, noised, "flow")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs a learned variance: 8 output channels, not 4"):
-        Objective(LINEAR, "epsilon", "vlb").terms_of(eps, noised)
+        vlb_term(LINEAR, eps, noised, "epsilon")
     with pytest.raises(ValueError, match="unknown loss space 'noise'; choose epsilon, "):
         simple_term(LINEAR, eps, noised, "epsilon", space="noise")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown norm 'l1'; choose squared or huber"):
