@@ -21,7 +21,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; own = ".".join(map(str, sys.version_inf
 	sys.exit("make needs Python $(OLDEST_PYTHON) or newer, and $(PYTHON) is " + own + \
 	": give another, as in  make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" if old else 0)'
 
-# Mathematics and configuration: no diffusers scheduler, no network, no file of weights.
+# Mathematics and configuration: no pipeline is built, nothing is trained.
 FAST := tests/diffusion tests/test_config.py tests/test_settings.py tests/test_yaml_text.py tests/test_learning_rate.py \
 	tests/test_randomness.py
 # The tests whose results are numbers, and the kernels to run them on; `own` are the fastest that this processor has.
