@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import same_results_list
+import yaml
 from same_results_list import TRAIN, Content, names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,10 +99,8 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(path.read_text().splitlines(), 1):
                 record = json.loads(line)
                 yield from _flat({key: value for key, value in record.items() if key not in TIMES}, f"line {number}")
-        case ".json":
-            yield from _flat(json.loads(path.read_text()), "")
-        case _:
-            yield from ((f"line {number}", line) for number, line in enumerate(path.read_text().splitlines(), 1))
+        case _:  # JSON is YAML too
+            yield from _flat(yaml.safe_load(path.read_text()), "")
 
 
 def recipes(out: Path) -> Content:

@@ -34,6 +34,7 @@ def test_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
         folder = tmp_path / name / "run"
         folder.mkdir(parents=True)
         (folder / "log.jsonl").write_text(json.dumps({"step": 1, "time": time, "train": {"loss": value}}) + "\n")
+        (folder / "config.yaml").write_text(f"train:\n  steps: 3\n  rate: {value}\n")
         save_file({"w": np.full(4, value)}, folder / "w.safetensors", {"time": "kept"})
         text = PngImagePlugin.PngInfo()
         text.add_text("recipe", json.dumps({"lora": f"{folder.parent}/a", "versions": {"x": value}}))
@@ -43,6 +44,7 @@ def test_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
         return differences(*(contents("run", [pattern], tmp_path / name) for name in ("before", "after")))
 
     assert compared("*.jsonl") == ["log.jsonl line 1 train loss: 1.0 -> 2.0"]
+    assert compared("*.yaml") == ["config.yaml train rate: 1.0 -> 2.0"]
     assert compared("*.safetensors") == ["w.safetensors w: 4 of 4 numbers, by up to 1.0e+00"]
     assert compared("*.png") == ["a.png: 4 of 4 numbers, by up to 1.0e+00"]
     told = differences(recipes(tmp_path / "before"), recipes(tmp_path / "after"))
