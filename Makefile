@@ -22,19 +22,19 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; own = ".".join(map(str, sys.version_inf
 	": give another, as in  make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" if old else 0)'
 
 # Mathematics and configuration: no pipeline is built, nothing is trained.
-FAST := tests/diffusion tests/test_config.py tests/test_settings.py tests/test_yaml_text.py tests/test_learning_rate.py \
+FAST := tests/diffusion tests/config/test_train.py tests/config/test_reading.py tests/config/test_yaml_text.py tests/training/test_learning_rate.py \
 	tests/test_randomness.py
 # The tests whose results are numbers, and the kernels to run them on; `own` are the fastest that this processor has.
-NUMBERS := tests/diffusion tests/test_flow.py tests/test_schedulers.py tests/test_samplers.py \
-	tests/test_schedulers_in_pipelines.py tests/test_golden.py tests/test_rounding.py tests/test_sampling.py \
-	tests/test_guidance.py tests/test_prepared.py tests/test_pipeline.py tests/test_text_to_image.py \
-	tests/test_image_to_image.py tests/test_attention.py tests/test_adapters.py tests/test_evaluation.py \
-	tests/test_objective.py tests/test_training_wiring.py tests/test_diffusion_settings.py tests/test_ema.py \
-	tests/data/test_cache.py tests/data/test_captions.py tests/test_vae.py
+NUMBERS := tests/diffusion tests/diffusion/test_flow.py tests/schedulers/test_schedulers.py tests/config/test_samplers.py \
+	tests/schedulers/test_in_pipelines.py tests/test_golden.py tests/test_rounding.py tests/sampling/test_loop.py \
+	tests/sampling/test_guidance.py tests/model/test_shared_calls.py tests/sampling/test_pipeline.py tests/sampling/test_text_to_image.py \
+	tests/sampling/test_image_to_image.py tests/model/test_attention.py tests/adapters/test_lora.py tests/evaluation/test_held_out.py \
+	tests/evaluation/test_objective.py tests/training/test_wiring.py tests/training/test_diffusion_settings.py tests/training/test_ema.py \
+	tests/data/test_cache.py tests/model/test_text.py tests/model/test_vae.py
 # Those that meet the libraries most, to be run with the oldest of them.
-LIBRARIES := tests/data tests/diffusion tests/test_adapters.py tests/test_attention.py tests/test_config.py \
-	tests/test_ema.py tests/test_evaluation.py tests/test_flow.py tests/test_generation.py tests/test_golden.py \
-	tests/test_models.py tests/test_pictures.py tests/test_pipeline.py tests/test_schedulers_in_pipelines.py
+LIBRARIES := tests/data tests/diffusion tests/adapters/test_lora.py tests/model/test_attention.py tests/config/test_train.py \
+	tests/training/test_ema.py tests/evaluation/test_held_out.py tests/diffusion/test_flow.py tests/sampling/test_command.py tests/test_golden.py \
+	tests/model/test_loading.py tests/pictures/test_sheets.py tests/sampling/test_pipeline.py tests/schedulers/test_in_pipelines.py
 KERNELS_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 KERNELS_own :=

@@ -4,15 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pixart_ft.config import TrainConfig, load_config
-    from pixart_ft.drawing import Settings
+    from pixart_ft.config.generate import GenerateConfig
+    from pixart_ft.config.train import TrainConfig, load_config
     from pixart_ft.errors import UserError
-    from pixart_ft.generate_config import GenerateConfig
-    from pixart_ft.generation import run_generation
-    from pixart_ft.pipeline import PixArtPipeline
-    from pixart_ft.recipes import read_recipe
-    from pixart_ft.text_to_image import TextToImage
-    from pixart_ft.training_run import run_training
+    from pixart_ft.pictures.recipes import read_recipe
+    from pixart_ft.sampling.command import run_generation
+    from pixart_ft.sampling.pipeline import PixArtPipeline
+    from pixart_ft.sampling.settings import Settings
+    from pixart_ft.sampling.text_to_image import TextToImage
+    from pixart_ft.training.run import run_training
 
 __version__ = "0.1.0"
 __all__ = [

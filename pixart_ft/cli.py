@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixart_ft.config import TrainConfig
+from pixart_ft.config.generate import GenerateConfig
+from pixart_ft.config.key_types import expected, is_empty, is_pair
+from pixart_ft.config.reading import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
+from pixart_ft.config.train import TrainConfig
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of, versions
-from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.key_types import expected, is_empty, is_pair
-from pixart_ft.settings import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
 from pixart_ft.text import is_text, no_text, visible
 
 WIDTH = 110
@@ -53,11 +53,11 @@ def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
     begin = options.get("resume"), options.get("init_from")
     check_training(config, *begin)
     if "dry_run" in options:
-        from pixart_ft.training_start import dry_run
+        from pixart_ft.training.start import dry_run
 
         _print_plan(dry_run(config, *begin), config)
         return
-    from pixart_ft.training_run import run_training
+    from pixart_ft.training.run import run_training
 
     run_training(config, *begin, accept_changes="accept_changes" in options)
 
@@ -66,7 +66,7 @@ def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
     from pixart_ft.places import check_generation  # without torch: a wrong path is known at once
 
     adapter = check_generation(config)
-    from pixart_ft.generation import dry_run, generate
+    from pixart_ft.sampling.command import dry_run, generate
 
     if "dry_run" in options:
         _print_plan(dry_run(config, adapter), config)
@@ -245,7 +245,7 @@ def _config(command: Command, given: Mapping[str, list[str]], problems: list[str
         if option not in MAY_BE_EMPTY and is_empty(given.get(option)):
             problems.append(f"--{option.replace('_', '-')} is empty; give its value, or leave it out")
     if "from" in given and not is_empty(given["from"]):
-        from pixart_ft.recipes import config_of
+        from pixart_ft.pictures.recipes import config_of
 
         picture = Path(given["from"][-1])
         values = config_of(picture, overrides)

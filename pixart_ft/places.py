@@ -5,13 +5,13 @@ No torch: a wrong path is known in an instant, before the libraries are imported
 
 from pathlib import Path
 
-from pixart_ft.adapter_files import Adapter
-from pixart_ft.base_place import resolve_base
-from pixart_ft.checkpoint import RunFolder
-from pixart_ft.config import TrainConfig
+from pixart_ft.adapters.files import Adapter
+from pixart_ft.config.generate import GenerateConfig
+from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import check_folder
 from pixart_ft.errors import Mistakes, UserError
-from pixart_ft.generate_config import GenerateConfig
+from pixart_ft.model.place import resolve_base
+from pixart_ft.runs.folder import RunFolder
 
 DEMO_PICTURES = Path(__file__).parent / "demo" / "pictures"
 

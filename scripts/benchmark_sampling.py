@@ -22,9 +22,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
-from pixart_ft.base_place import resolve_base
-from pixart_ft.pipeline import PixArtPipeline
-from pixart_ft.vae import decode_to_pictures
+from pixart_ft.model.place import resolve_base
+from pixart_ft.model.vae import decode_to_pictures
+from pixart_ft.sampling.pipeline import PixArtPipeline
 
 Draw = Callable[[], Tensor]
 

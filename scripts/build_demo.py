@@ -54,9 +54,9 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPip
 from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
 
-from pixart_ft.pictures import grid
-from pixart_ft.text_to_image import TextToImage
-from pixart_ft.vae import decode_to_pictures, encode_pixels
+from pixart_ft.model.vae import decode_to_pictures, encode_pixels
+from pixart_ft.pictures.sheets import grid
+from pixart_ft.sampling.text_to_image import TextToImage
 
 SIZE = 256
 STAGES = ("vae", "measure", "base", "write")

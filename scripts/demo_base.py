@@ -21,12 +21,12 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from pixart_ft.attention import use_plain_attention
-from pixart_ft.denoiser import denoise
 from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.vae import LatentScale, encode_moments
+from pixart_ft.model.attention import use_plain_attention
+from pixart_ft.model.network import denoise
+from pixart_ft.model.vae import LatentScale, encode_moments
 
 BATCH = 64
 CAPTION_DROPOUT = 0.1

@@ -16,7 +16,7 @@ from demo_course import Course
 from demo_muon import BatchedMuon
 from diffusers import AutoencoderKL
 
-from pixart_ft.vae import encode_moments
+from pixart_ft.model.vae import encode_moments
 
 CHECKPOINT_STEPS = 200
 KL_WEIGHT, KL_STEPS = 5e-4, 2000  # times the KL to N(0, 1) in nats per latent number; steps until it has its weight

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
-from pixart_ft.config import load_config
-from pixart_ft.drawing import Settings
-from pixart_ft.pictures import grid, save_png
-from pixart_ft.text_to_image import TextToImage
+from pixart_ft.config.train import load_config
+from pixart_ft.pictures.sheets import grid, save_png
+from pixart_ft.sampling.settings import Settings
+from pixart_ft.sampling.text_to_image import TextToImage
 
 ROWS = {"all": (0, 1000), "below 600": (0, 600), "below 800": (0, 800), "above 600": (600, 1000)}
 COLUMNS = 8

@@ -29,12 +29,12 @@ sys.path.insert(0, str(ROOT))
 # ruff: noqa: E402
 import matplotlib.figure  # noqa: F401  # what a run imports, once here: every run is forked from this process
 
-import pixart_ft.training_run  # noqa: F401
+import pixart_ft.training.run  # noqa: F401
 from pixart_ft.cli import main as command_line
+from pixart_ft.config.yaml_text import dump
 from pixart_ft.files import write_text
-from pixart_ft.run_log import RunLog
-from pixart_ft.yaml_text import dump
-from tests.tiny import build_picture_folder, build_tiny_pipeline
+from pixart_ft.runs.log import RunLog
+from tests.helpers.tiny import build_picture_folder, build_tiny_pipeline
 
 STEPS = 12
 PATIENCE = 120  # seconds a run may take to end after SIGTERM

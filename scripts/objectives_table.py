@@ -16,20 +16,26 @@ from pathlib import Path
 
 import torch
 
-from pixart_ft import models
-from pixart_ft.adapter_files import Adapter
-from pixart_ft.adapters import load_adapter
-from pixart_ft.base import Base
-from pixart_ft.config import TrainConfig, load_config
+from pixart_ft.adapters.files import Adapter
+from pixart_ft.adapters.lora import load_adapter
+from pixart_ft.config.train import TrainConfig, load_config
 from pixart_ft.diffusion.likelihood import Bound
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.sigmas import sigma_to_index
-from pixart_ft.evaluation import HeldOutSet, held_out_bound, held_out_loss, mean_over_pictures, paired_difference
-from pixart_ft.objective import Objective
-from pixart_ft.training_data import encode_once, read_rows
-from pixart_ft.training_objective import build_objective
-from pixart_ft.training_run import run_training
-from pixart_ft.training_start import accelerator_for
+from pixart_ft.evaluation.held_out import (
+    HeldOutSet,
+    held_out_bound,
+    held_out_loss,
+    mean_over_pictures,
+    paired_difference,
+)
+from pixart_ft.evaluation.objective import Objective
+from pixart_ft.model import loading
+from pixart_ft.model.base import Base
+from pixart_ft.training.encode import encode_once, read_rows
+from pixart_ft.training.objective import build_objective
+from pixart_ft.training.run import run_training
+from pixart_ft.training.start import accelerator_for
 
 LEVELS = 25
 
@@ -90,7 +96,7 @@ def at_common_levels(schedule: NoiseSchedule) -> NoiseSchedule:
 
 def measured(objective: Objective, held_out: HeldOutSet, adapter: Path | None) -> dict[str, Bound]:
     """The bound with the learned and with the fixed variance, of the base or of an adapter on it."""
-    transformer = models.load_transformer(Base.read("demo"), dtype=torch.float32)
+    transformer = loading.load_transformer(Base.read("demo"), dtype=torch.float32)
     if adapter is not None:
         load_adapter(transformer, Adapter.read(adapter))
     schedule = at_common_levels(objective.schedule)
@@ -146,7 +152,7 @@ def variance_effect(work: Path) -> str:
     held_out = replace(encoded.held_out, timestep_count=LEVELS)
     bits = {}
     for name, number in (("base", None), ("hybrid", 0), ("simple", 1), ("vlb, learned", 8), ("vlb, beta tilde", 9)):
-        transformer = models.load_transformer(base, dtype=torch.float32)
+        transformer = loading.load_transformer(base, dtype=torch.float32)
         if number is not None:
             load_adapter(transformer, Adapter.read(work / f"row-{number:02d}"))
         terms = held_out_loss(transformer, objective, held_out, batch_size=20)["vlb"]

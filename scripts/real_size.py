@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
-from pixart_ft.base_place import DEMO_FOLDER
 from pixart_ft.cli import main as pixart_ft
+from pixart_ft.model.place import DEMO_FOLDER
 
 
 def build_model(folder: Path) -> None:

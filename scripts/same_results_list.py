@@ -75,7 +75,7 @@ GOLDEN = ("schedule", "pointwise", "hybrid", "vlb", "lookup", "gmm", "traj", "si
 
 def make_shared(folder: Path) -> None:
     """What both checkouts use: a tiny base with random weights, small pictures and large ones."""
-    from tests.tiny import build_picture_folder, build_tiny_pipeline
+    from tests.helpers.tiny import build_picture_folder, build_tiny_pipeline
 
     build_tiny_pipeline(folder / "base")
     build_picture_folder(folder / "small", 12)

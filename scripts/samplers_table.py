@@ -27,14 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 
 from demo_pictures import fetch, rendered, styled_emoji
 
-from pixart_ft import models, places
-from pixart_ft.base import Base
+from pixart_ft import places
+from pixart_ft.config.samplers import SAMPLERS
 from pixart_ft.data.datasets import load_picture, picture_pixels, read_folder
-from pixart_ft.drawing import Settings
-from pixart_ft.pictures import grid
-from pixart_ft.samplers import SAMPLERS
-from pixart_ft.text_to_image import TextToImage
-from pixart_ft.vae import decode_to_pictures, encode_pixels
+from pixart_ft.model import loading
+from pixart_ft.model.base import Base
+from pixart_ft.model.vae import decode_to_pictures, encode_pixels
+from pixart_ft.pictures.sheets import grid
+from pixart_ft.sampling.settings import Settings
+from pixart_ft.sampling.text_to_image import TextToImage
 
 CALLS = (10, 25, 50, 250)
 FAMILIES = ("ddpm", "ddim", "iddpm", "euler", "edm", "score_sde")
@@ -99,7 +100,7 @@ def main() -> None:
     work = args.work / name
     work.mkdir(parents=True, exist_ok=True)
     model = TextToImage.load("demo", lora=args.lora, dtype=torch.bfloat16)
-    vae = models.load_vae(Base.read("demo"), dtype=torch.float32)
+    vae = loading.load_vae(Base.read("demo"), dtype=torch.float32)
     captions, real, others = real_pictures(args.noto, args.count)
     target = features(vae, real)
     through = [p for picture in real for p in _round_trip(vae, picture)]

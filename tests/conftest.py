@@ -34,7 +34,7 @@ def no_network() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny pipeline's folder (read only: it is shared by all tests)."""
-    from tests.tiny import build_tiny_pipeline
+    from tests.helpers.tiny import build_tiny_pipeline
 
     return build_tiny_pipeline(tmp_path_factory.mktemp("tiny"))
 
@@ -42,7 +42,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 12 captioned 64 x 64 pictures (read only)."""
-    from tests.tiny import build_picture_folder
+    from tests.helpers.tiny import build_picture_folder
 
     return build_picture_folder(tmp_path_factory.mktemp("pictures"), 12)
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from pixart_ft import __version__, cli
-from pixart_ft.config import HUB_BASE, TrainConfig, load_config
+from pixart_ft.config.generate import GenerateConfig
+from pixart_ft.config.reading import keys
+from pixart_ft.config.train import HUB_BASE, TrainConfig, load_config
 from pixart_ft.errors import UserError
-from pixart_ft.generate_config import GenerateConfig
-from pixart_ft.settings import keys
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,13 +10,13 @@ from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtT
 from transformers import T5EncoderModel
 
 from pixart_ft import places
-from pixart_ft.adapters import merge
-from pixart_ft.base_place import DEMO_FOLDER
+from pixart_ft.adapters.lora import merge
 from pixart_ft.data.datasets import read_folder
-from pixart_ft.sampling import Guidance, sample_latents
+from pixart_ft.model.place import DEMO_FOLDER
+from pixart_ft.sampling.loop import Guidance, sample_latents
+from pixart_ft.sampling.text_to_image import TextToImage
 from pixart_ft.schedulers import build_scheduler
-from pixart_ft.text_to_image import TextToImage
-from tests.adapters import make_adapter
+from tests.helpers.adapters import make_adapter
 
 ROOT = Path(__file__).parent.parent
 

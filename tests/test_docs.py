@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pixart_ft import cli
-from pixart_ft.samplers import EVERY_SAMPLER, SAMPLERS, STOCK_SAMPLERS
+from pixart_ft.config.samplers import EVERY_SAMPLER, SAMPLERS, STOCK_SAMPLERS
 
 ROOT = Path(__file__).parent.parent
 CITED = re.compile(r"[A-Z]\w+ (?:et al\.|& [A-Z]\w+) \(?(?:19|20)\d\d[a-z]?")

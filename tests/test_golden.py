@@ -22,9 +22,9 @@ from torch import Tensor
 from pixart_ft.diffusion import likelihood, objectives, process, sigmas, solvers, weighting
 from pixart_ft.diffusion.names import Decoder, LossSpace, Quantity, Variance
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from tests.golden_files import Golden, load_golden, mixture_denoiser, mixture_network
-from tests.golden_samplers import LOOKUPS, sde_value, sigma_value, traj_value
-from tests.golden_schedulers import scheduled_sigma_value, scheduled_traj_value
+from tests.helpers.golden_files import Golden, load_golden, mixture_denoiser, mixture_network
+from tests.helpers.golden_samplers import LOOKUPS, sde_value, sigma_value, traj_value
+from tests.helpers.golden_schedulers import scheduled_sigma_value, scheduled_traj_value
 
 TOLERANCE = 1e-9
 

@@ -1,4 +1,4 @@
-"""The bounds of tests/rounding.py: a call's errors grow no more than they say, and a wrong result lies beyond them."""
+"""The bounds of tests/helpers/rounding.py: a call's errors grow no more than they say, and a wrong result lies beyond them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixart_ft.base import Base
-from pixart_ft.data.captions import pad_text
-from pixart_ft.denoiser import denoise
-from pixart_ft.models import load_transformer
-from pixart_ft.samplers import SAMPLERS
-from tests.rounding import CALL, GROWTH, gap
-from tests.sampling_by_hand import SHAPE, ready, sample, texts
+from pixart_ft.config.samplers import SAMPLERS
+from pixart_ft.model.base import Base
+from pixart_ft.model.loading import load_transformer
+from pixart_ft.model.network import denoise
+from pixart_ft.model.text import pad_text
+from tests.helpers.rounding import CALL, GROWTH, gap
+from tests.helpers.sampling_by_hand import SHAPE, ready, sample, texts
 
 STOCK: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {"clip_sample": False},

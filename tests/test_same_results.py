@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from same_results import contents, differences, items, named, recipes, summary
 from same_results_list import GENERATE, GOLDEN, golden_names, names
 
-from pixart_ft.samplers import EVERY_SAMPLER
+from pixart_ft.config.samplers import EVERY_SAMPLER
 
 
 def test_the_last_bit_a_type_and_a_missing_name_are_differences() -> None:

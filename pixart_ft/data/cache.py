@@ -24,11 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from pixart_ft.data.captions import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.data.datasets import TRANSFORM, Row, in_threads, load_picture, verify_pictures
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, probe, sha256, sweep, write_bytes, write_text
-from pixart_ft.vae import encode_moments
+from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
+from pixart_ft.model.vae import encode_moments
 
 _SHARD_ITEMS = 256
 _SHARD_BYTES = 64 * 2**20

@@ -1,10 +1,10 @@
-"""diffusers schedulers for every sampler: one class for each row of `pixart_ft.samplers`, one for all stock ones."""
+"""diffusers schedulers for every sampler: one class for each row of `pixart_ft.config.samplers`, one for all stock ones."""
 
 from collections.abc import Mapping
 
+from pixart_ft.config.samplers import EVERY_SAMPLER, STOCK_SAMPLERS
 from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.samplers import EVERY_SAMPLER, STOCK_SAMPLERS
 from pixart_ft.schedulers.base import PixArtScheduler
 from pixart_ft.schedulers.discrete import (
     GreedyDDPMScheduler,
@@ -13,12 +13,7 @@ from pixart_ft.schedulers.discrete import (
     RespacedDDPMScheduler,
 )
 from pixart_ft.schedulers.sde import ProbabilityFlowScheduler, ScoreSDEScheduler
-from pixart_ft.schedulers.sigma import (
-    AnnealedLangevinScheduler,
-    EDMScheduler,
-    EulerAncestralScheduler,
-    EulerScheduler,
-)
+from pixart_ft.schedulers.sigma import AnnealedLangevinScheduler, EDMScheduler, EulerAncestralScheduler, EulerScheduler
 from pixart_ft.schedulers.stock import StockScheduler
 
 SCHEDULERS: dict[str, type[PixArtScheduler]] = {

@@ -13,12 +13,12 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from pixart_ft.config.samplers import SAMPLERS, SamplerFacts
 from pixart_ft.diffusion.names import PredictionType, check
 from pixart_ft.diffusion.process import promoted
 from pixart_ft.diffusion.schedules import NoiseSchedule, interpolate
 from pixart_ft.diffusion.sigmas import index_to_sigma
-from pixart_ft.samplers import SAMPLERS, SamplerFacts
-from pixart_ft.scheduler_config import process_of
+from pixart_ft.schedulers.stored import process_of
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 

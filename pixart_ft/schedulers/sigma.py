@@ -25,14 +25,7 @@ from pixart_ft.diffusion.sigmas import (
     trailing_sigmas,
     x0_at_sigma,
 )
-from pixart_ft.diffusion.solvers import (
-    churn,
-    churned_sigma,
-    euler_ancestral_step,
-    euler_step,
-    heun_step,
-    langevin_step,
-)
+from pixart_ft.diffusion.solvers import churn, churned_sigma, euler_ancestral_step, euler_step, heun_step, langevin_step
 from pixart_ft.schedulers.base import PixArtScheduler, with_process
 
 

@@ -8,10 +8,10 @@ import diffusers
 import torch
 from torch import Tensor
 
+from pixart_ft.config.samplers import StockFacts
 from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.diffusion.sigmas import index_to_timestep
-from pixart_ft.samplers import StockFacts
 from pixart_ft.schedulers.base import PixArtScheduler
 
 # Sampler -> the class of diffusers that does the same, or nearly; without one, PixArt-Sigma's own choice.

@@ -17,16 +17,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 import pixart_ft.data.cache as cache
-from pixart_ft.data.cache import (
-    CachedPictures,
-    TensorStore,
-    cache_captions,
-    cache_pictures,
-    component_id,
-)
-from pixart_ft.data.captions import encode_captions, null_caption
+from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
 from pixart_ft.data.datasets import Row, load_picture, read_folder
 from pixart_ft.errors import UserError
+from pixart_ft.model.text import encode_captions, null_caption
 
 
 def refuse() -> NoReturn:

@@ -17,7 +17,7 @@ from pixart_ft.diffusion.flow import Network
 from pixart_ft.diffusion.likelihood import Bound, ode_likelihood, prior_bits, variational_bound
 from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from tests.networks import gaussian_output, level
+from tests.helpers.networks import gaussian_output, level
 
 
 def float64(*values: float) -> Tensor:

@@ -13,7 +13,7 @@ from pixart_ft.diffusion.objectives import simple_term, su_factors, su_term, var
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import loss_weights
-from tests.networks import randn
+from tests.helpers.networks import randn
 
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
 ZERO_SNR = LINEAR.zero_terminal_snr()

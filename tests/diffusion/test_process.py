@@ -10,7 +10,7 @@ from torch import Tensor
 from pixart_ft.diffusion import process
 from pixart_ft.diffusion.names import PredictionType, Quantity
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from tests.networks import randn
+from tests.helpers.networks import randn
 
 CONVERSIONS: dict[Quantity, Callable[[NoiseSchedule, Tensor, Tensor, Tensor, Quantity], Tensor]] = {
     "epsilon": process.to_eps,

@@ -14,7 +14,7 @@ from pixart_ft.diffusion.names import PredictionType
 from pixart_ft.diffusion.process import Prediction, predict
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import ddim_encode_step, ddim_step, ddpm_step
-from tests.networks import randn
+from tests.helpers.networks import randn
 
 LINEAR = NoiseSchedule.linear()
 Step = Callable[[NoiseSchedule, Prediction, Tensor, Tensor, Tensor], Tensor]

@@ -20,7 +20,7 @@ from pixart_ft.diffusion.names import PredictionType, Predictor
 from pixart_ft.diffusion.process import predict
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.sigmas import karras_sigmas, x0_at_sigma
-from tests.networks import randn
+from tests.helpers.networks import randn
 
 LINEAR, COSINE = NoiseSchedule.linear(), NoiseSchedule.cosine()
 MEAN, STD = 0.3, 0.5

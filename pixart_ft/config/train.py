@@ -1,0 +1,268 @@
+"""The training configuration: every key, its type, default, meaning, and the rules between keys.
+
+The command line, the YAML files and the help all read the fields below, so a key is described once.
+`settings.py` reads a configuration and reports every mistake in it. No torch here: help is instant.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from pixart_ft.config.reading import Config, Section, load
+from pixart_ft.config.samplers import Sampler
+from pixart_ft.diffusion.intervals import WHOLE
+from pixart_ft.diffusion.names import (
+    LossSpace,
+    Norm,
+    ObjectiveKind,
+    PredictionType,
+    ScheduleName,
+    TimeConditioning,
+    TimestepLaw,
+    Variance,
+    Weighting,
+)
+
+HUB_BASE = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
+
+Decay = Literal["constant", "linear", "cosine"]  # of the learning rate, after the warm-up
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _place(path: Path) -> Path:
+    """With the home folder in place of ~; ValueError for what no path can hold."""
+    if "\0" in str(path):
+        raise ValueError("a zero byte")
+    return Path(os.path.expanduser(path))
+
+
+Folder = Annotated[Path, AfterValidator(_place)]
+Source = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a name such as "demo" or a Hub id
+
+# Limits that mean something: beyond them a run would not end, fit no machine, or leave what float32 holds.
+SEEDS = 2**64  # torch takes the seeds below it
+MOST_STEPS = 10**8  # years of steps on any machine
+MOST_PICTURES = 10**6  # one by one in memory, or drawn by one command
+LARGEST_BATCH = 4096
+LARGEST_SIDE = 8192  # pixels; four times the largest PixArt-Sigma
+LARGEST_RANK = 4096  # the widest layer of the largest; the layers adapted are asked later
+LARGEST_GUIDANCE = 100
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Every = Annotated[int, Field(ge=0, le=MOST_STEPS)]  # 0: not on the way
+Batch = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
+SamplerSteps = Annotated[int, Field(ge=1, le=1000)]  # the schedules have a thousand
+Guidance = Annotated[float, Field(ge=1, le=LARGEST_GUIDANCE, description="classifier-free guidance scale; 1 = off")]
+GUIDANCE = 4.5  # by default, in sampling and in the grids of a training
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]  # float32 holds it, its square and its inverse beside 1
+
+
+class Run(Section):
+    """where the run lives"""
+
+    name: str = Field("run", description="name of the run")
+    folder: Folder = Field(
+        default_factory=lambda valid: Path("runs") / valid["name"],
+        description="folder of everything the run writes; must not exist yet unless resumed",
+    )
+    seed: Seed = Field(0, description="seed of every random draw")
+
+
+class Model(Section):
+    """what is fine-tuned"""
+
+    base: Source = Field(HUB_BASE, description='"demo", a diffusers folder, or a Hub id')
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="frozen weights; auto = as train.mixed_precision"
+    )
+    text_encoder_dtype: Precision = Field("auto", description="T5 while encoding captions; auto likewise")
+    gradient_checkpointing: bool = Field(False, description="less memory, about 30 % slower")
+
+
+class Data(Section):
+    """what it learns from"""
+
+    folder: Source = Field(description='folder of pictures with captions, or "demo"')
+    held_out: Source | None = Field(None, description='folder only measured on, or "demo"')
+    held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of data.folder set aside for it")
+    resolution: int | None = Field(
+        None,
+        ge=16,
+        le=LARGEST_SIDE,
+        multiple_of=16,
+        description="side of the square pictures, pixels; null = the base's own",
+    )
+    cache: Folder = Field(Path(".cache/pixart_ft"), description="folder of encoded captions and pictures")
+    max_tokens: int = Field(300, ge=1, le=4096, description="longest caption, tokens; the rest is cut")
+
+
+class Diffusion(Section):
+    """the noise and the loss"""
+
+    schedule: Literal["base", ScheduleName] = Field("base", description="noise of each step; base = the model's own")
+    zero_snr: bool = Field(False, description="no signal left at the last step; wants v_prediction or sample")
+    time_conditioning: TimeConditioning = Field(
+        "index", description="what another schedule tells the network: its index, or where the base saw that noise"
+    )
+    prediction_type: Literal["base", PredictionType] = Field(
+        "base", description="what the network is taught to output; base = as it does"
+    )
+    objective: ObjectiveKind = Field(
+        "hybrid", description="hybrid = simple + learned variance; simple and su_* leave that stale"
+    )
+    loss_space: Literal["prediction", LossSpace] = Field(
+        "prediction", description="whose error the simple term is; prediction = the network's output"
+    )
+    error: Norm = Field("squared", description="penalty of the simple term")
+    huber_delta: Scale = Field(1.0, description="where Huber's penalty turns linear")
+    weighting: Weighting = Field(
+        "none", description="weight of the simple term by t; the same in every loss_space, none = plain error"
+    )
+    min_snr_gamma: Scale = Field(5.0, description="cap of min_snr, knee of soft_min_snr")
+    p2_gamma: float = Field(1.0, ge=0, le=5, description="exponent of p2")
+    variance: Variance = Field("learned", description="of the vlb objective")
+    vlb_scale: Scale = Field(1.0, description="weight of the hybrid VLB term, per bit/dim")
+    timestep_law: TimestepLaw = Field(
+        "uniform",
+        description="law of t; stratified: even over each global batch; importance: by loss, once each t has 10",
+    )
+    logit_mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal; below 0 = less noise")
+    logit_std: float = Field(1.0, ge=1e-3, le=10, description="of logit_normal")
+    timestep_range: tuple[Annotated[float, Field(ge=0, le=1000)], ...] = Field(
+        WHOLE,
+        min_length=2,
+        max_length=2,
+        description="the two network timesteps between which it is trained, measured and acts; 0 1000 = everywhere",
+    )
+    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of draws that see the null caption")
+
+
+class Lora(Section):
+    """the adapter"""
+
+    rank: int = Field(16, ge=1, le=LARGEST_RANK, description="inner width of each pair of matrices")
+    alpha: Scale = Field(16.0, description="strength: the update is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="layers to adapt, by the end of their names",
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs zeroed in training")
+
+
+class Optim(Section):
+    """how it steps"""
+
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8 bit: extra `quantized`")
+    learning_rate: float = Field(1e-4, ge=1e-10, le=1, description="peak step size")
+    weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled decay per unit of learning rate")
+    beta1: float = Field(0.9, ge=0, le=0.9999, description="memory of the mean gradient")
+    beta2: float = Field(0.999, ge=0, le=0.99999, description="memory of the squared gradient")
+    epsilon: float = Field(1e-8, ge=1e-20, le=1, description="added to Adam's denominator")
+    clip_norm: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient; 0 = no clipping")
+    warmup_steps: Every = Field(0, description="linear warm-up, steps; a tenth of a shorter run")
+    decay: Decay = Field("constant", description="after warm-up")
+
+
+class Train(Section):
+    """how long and how large"""
+
+    steps: Steps = Field(1000, description="length of the run, optimizer steps")
+    batch_size: Batch = Field(4, description="pictures per process and forward pass")
+    accumulation: int = Field(1, ge=1, le=10_000, description="forward passes per optimizer step")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        "auto", description="no = float32; auto = bf16 where the processor computes in it, else no"
+    )
+    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights per step; 0 = off")
+    checkpoint_every: Every = Field(250, description="steps between checkpoints; 0 = only the last")
+    keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints kept")
+
+
+class Validation(Section):
+    """what is measured and drawn on the way"""
+
+    every: Every = Field(100, description="steps between held-out losses; 0 = before and after")
+    pictures: int = Field(64, ge=1, le=MOST_PICTURES, description="most held-out pictures used")
+    timesteps: int = Field(8, ge=1, le=1000, description="size of the fixed grid of timesteps")
+    prompts: tuple[str, ...] = Field((), description="prompts of the sample grid; [] = no samples")
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1, max_length=64, description="seeds of the sample grid")
+    sampler: Sampler = Field("ddim", description="sampler of the grid")
+    steps: SamplerSteps = Field(25, description="sampler steps")
+    guidance: Guidance = GUIDANCE
+    samples_every: Every = Field(250, description="steps between sample grids; 0 = before and after")
+
+
+class Logging(Section):
+    """what is written down"""
+
+    every: Steps = Field(10, description="optimizer steps between log lines")
+    tensorboard: bool = Field(True, description="also write TensorBoard files into the run folder")
+
+
+def _has_simple_term(objective: str) -> bool:
+    return objective in ("hybrid", "simple")
+
+
+class TrainConfig(Config):
+    """Everything a training run is told."""
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data
+    diffusion: Diffusion = Diffusion()
+    lora: Lora = Lora()
+    optim: Optim = Optim()
+    train: Train = Train()
+    validation: Validation = Validation()
+    logging: Logging = Logging()
+
+    may_be_empty = ("validation.prompts",)
+    shipped = True
+    unused = (
+        ("model.revision", "model.base", lambda base: base != "demo"),
+        ("data.held_out_fraction", "data.held_out", lambda folder: folder is None),
+        ("diffusion.vlb_scale", "diffusion.objective", lambda objective: objective == "hybrid"),
+        ("diffusion.variance", "diffusion.objective", lambda objective: objective == "vlb"),
+        ("diffusion.loss_space", "diffusion.objective", _has_simple_term),
+        ("diffusion.error", "diffusion.objective", _has_simple_term),
+        ("diffusion.weighting", "diffusion.objective", _has_simple_term),
+        ("diffusion.huber_delta", "diffusion.error", lambda error: error == "huber"),
+        ("diffusion.min_snr_gamma", "diffusion.weighting", lambda weighting: "min_snr" in weighting),
+        ("diffusion.p2_gamma", "diffusion.weighting", lambda weighting: weighting == "p2"),
+        ("diffusion.logit_mean", "diffusion.timestep_law", lambda law: law == "logit_normal"),
+        ("diffusion.logit_std", "diffusion.timestep_law", lambda law: law == "logit_normal"),
+    )
+    rules = (
+        (
+            ("diffusion.time_conditioning", "diffusion.schedule", "diffusion.zero_snr"),
+            lambda conditioning, schedule, zero_snr: (
+                conditioning == "snr_matched" and schedule == "base" and not zero_snr
+            ),
+            "diffusion.time_conditioning is {} with schedule {} (zero_snr {}): the base's own schedule needs no match; "
+            "choose another schedule, or leave it at index",
+        ),
+        (
+            ("diffusion.objective", "diffusion.timestep_law"),
+            lambda objective, law: objective == "vlb" and law == "logit_normal",
+            "diffusion.objective {} with timestep_law {}: the bound is a sum over all t alike; use uniform, stratified "
+            "or importance, which undoes its own law",
+        ),
+        (
+            ("diffusion.timestep_range",),
+            lambda ends: ends[0] > ends[1],
+            "diffusion.timestep_range {} ends before it begins; give the lower timestep (less noise) first",
+        ),
+    )
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """A training configuration from a YAML file, a shipped name (`quickstart`) or a mapping.
+
+    overrides: dotted key -> value, or its text as on the command line, as {"train.steps": 60}. Raises UserError with
+    all mistakes together.
+    """
+    return load(TrainConfig, source, overrides)

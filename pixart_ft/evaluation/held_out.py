@@ -1,0 +1,129 @@
+"""The training loss and the variational bound on held-out pictures, at fixed timesteps and fixed noise."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import Tensor
+
+from pixart_ft.diffusion.likelihood import Bound, variational_bound
+from pixart_ft.diffusion.names import PredictionType, Variance
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.evaluation.objective import Objective
+from pixart_ft.model.network import denoise
+from pixart_ft.model.text import pad_text
+from pixart_ft.randomness import normal
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside, each submodule's own mode restored after."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """Held-out pictures as the loss sees them: scaled posterior means (P, C, H, W) and texts [(L_i, D)]."""
+
+    x0: Tensor
+    texts: Sequence[Tensor]
+    timestep_count: int  # size of the fixed grid of t
+    seed: int
+
+
+def timestep_grid(within: range, count: int) -> Tensor:
+    """`count` indices in the middles of equal strata of `within`, (count,) int64."""
+    return within.start + ((torch.arange(count, dtype=torch.float64) + 0.5) * len(within) / count).long()
+
+
+def held_out_loss(
+    transformer: PixArtTransformer2DModel,
+    objective: Objective,
+    held_out: HeldOutSet,
+    *,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> dict[str, Tensor]:
+    """Every term for every picture and t of the grid, (P, G) float64 on the CPU; the grid is of the t that are trained.
+
+    Picture p at grid point g always meets the same noise, a function of (seed, p * G + g), so that two
+    measurements differ by the network alone. No global random state is read; the modes of all modules are kept.
+    """
+    grid = timestep_grid(objective.within, held_out.timestep_count)
+    cells = [(p, g) for p in range(len(held_out.x0)) for g in range(len(grid))]
+    found: dict[str, list[Tensor]] = {}
+    with evaluating(transformer):
+        for start in range(0, len(cells), batch_size):
+            part = cells[start : start + batch_size]
+            pictures = [p for p, _ in part]
+            numbers = [p * len(grid) + g for p, g in part]
+            eps = normal(held_out.seed, numbers, "held-out noise", tuple(held_out.x0.shape[1:]))
+            embeds, mask = pad_text([held_out.texts[p] for p in pictures])
+            batch = [held_out.x0[pictures], eps, grid[[g for _, g in part]], embeds, mask]
+            if objective.draws_two_noises:
+                batch.append(normal(held_out.seed, numbers, "held-out rest", tuple(held_out.x0.shape[1:])))
+            terms = objective.terms(transformer, *(x.to(device) for x in batch))
+            for name, value in terms.items():
+                found.setdefault(name, []).append(value.cpu().double())
+    return {name: torch.cat(values).view(-1, len(grid)) for name, values in found.items()}
+
+
+def held_out_bound(
+    transformer: PixArtTransformer2DModel,
+    schedule: NoiseSchedule,
+    prediction_type: PredictionType,
+    held_out: HeldOutSet,
+    *,
+    variance: Variance,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Bound:
+    """The variational bound of the held-out pictures' latents, one noise for each picture and t, on the CPU.
+
+    Takes T network calls for each picture: give a respaced schedule, and say so, for it is that process's bound.
+    """
+    parts = []
+    with evaluating(transformer):
+        for start in range(0, len(held_out.x0), batch_size):
+            pictures = list(range(start, min(start + batch_size, len(held_out.x0))))
+            x0, texts = held_out.x0[pictures].to(device), [held_out.texts[p] for p in pictures]
+            embeds, mask = (x.to(device) for x in pad_text(texts))
+
+            def network(x_t: Tensor, timesteps: Tensor, embeds: Tensor = embeds, mask: Tensor = mask) -> Tensor:
+                return denoise(transformer, x_t, timesteps, embeds, mask)
+
+            def noise(index: int, pictures: Sequence[int] = pictures) -> Tensor:
+                numbers = [p * schedule.num_steps + index for p in pictures]
+                return normal(held_out.seed, numbers, "held-out bound", tuple(held_out.x0.shape[1:])).to(device)
+
+            parts.append(variational_bound(schedule, network, x0, prediction_type, noise=noise, variance=variance))
+    return Bound(*(torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(Bound)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over pictures and its standard error."""
+
+    mean: float
+    standard_error: float
+
+
+def mean_over_pictures(losses: Tensor) -> Estimate:
+    """Mean of (P, G) losses, each picture first averaged over the grid of t; the error is over pictures."""
+    per_picture = losses.mean(1)
+    error = per_picture.std(correction=1) / len(per_picture) ** 0.5 if len(per_picture) > 1 else torch.tensor(0.0)
+    return Estimate(per_picture.mean().item(), error.item())
+
+
+def paired_difference(before: Tensor, after: Tensor) -> Estimate:
+    """after - before per picture: the pictures' own spread cancels, so that small changes show. Both (P, G)."""
+    return mean_over_pictures(after - before)

@@ -1,0 +1,168 @@
+"""A base by its configurations, each read once: all that is known of it before a weight is loaded.
+
+What is no PixArt-Sigma, or would load silently wrong, is refused here, every fault in one report.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import hf_hub_download
+
+from pixart_ft.diffusion.names import PredictionType, VarianceState
+from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
+from pixart_ft.errors import Mistakes, UserError
+from pixart_ft.files import read_object
+from pixart_ft.model.faults import fit_faults, index_faults, transformer_faults, type_faults
+from pixart_ft.model.place import resolve_base
+from pixart_ft.model.vae import LatentScale, latent_scale_faults
+from pixart_ft.model.weights import readable
+from pixart_ft.schedulers.stored import process_of
+
+_INDEX = "model_index.json"
+_PARTS = {
+    "transformer": "transformer/config.json",
+    "vae": "vae/config.json",
+    "text_encoder": "text_encoder/config.json",
+    "scheduler": "scheduler/scheduler_config.json",
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Base:
+    """A PixArt-Sigma as it describes itself; `models` loads its weights.
+
+    name                              as it was given: "demo", a folder, or a Hub id
+    place                             the folder or Hub id that this means
+    revision                          asked for of a Hub model; None: its newest
+    commit                            what that was when it was read, for all further parts; None: a folder
+    transformer, vae, text_encoder    the configurations of its parts; None: its index says that it has no such part
+    schedule, prediction_type         the noise schedule it was trained with and what it predicts
+    schedule_config                   that schedule in the words of a diffusers scheduler config
+    """
+
+    name: str
+    place: str
+    revision: str | None
+    commit: str | None
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text_encoder: Mapping[str, Any] | None
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    schedule_config: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, name: str | Path, revision: str | None = None) -> Self:
+        """The base that `model.base` and `model.revision` mean.
+
+        Raises UserError with every fault: files that are absent or damaged, else what makes it no PixArt-Sigma.
+        """
+        place = resolve_base(str(name))
+        is_folder = Path(place).is_dir()
+        if revision is not None and is_folder:
+            raise UserError(
+                f"model.revision {revision!r} chooses among the versions of a Hub model, and {place} is a folder; "
+                "remove it"
+            )
+        file = _file(place, _INDEX, revision)
+        commit = None if is_folder else file.parent.name  # the Hub's cache has a folder for each commit
+        index = _read(file)
+        _refuse(place, index_faults(index.get("_class_name")))
+        parts: dict[str, dict[str, Any]] = {}
+        mistakes = Mistakes()
+        for part in _PARTS:
+            if part == "text_encoder" and index.get(part) in (None, [None, None]):
+                continue
+            with mistakes.noted():
+                parts[part] = _read_part(place, part, commit)
+        mistakes.raise_if_any()
+        transformer, vae, text_encoder = parts["transformer"], parts["vae"], parts.get("text_encoder")
+        faults = transformer_faults(transformer) + latent_scale_faults(vae) + fit_faults(transformer, vae, text_encoder)
+        try:
+            trained_with = _trained_with(parts["scheduler"])
+        except ValueError as error:
+            faults.append(f"{_PARTS['scheduler']}: {error}")
+        _refuse(place, faults)
+        return cls(str(name), place, revision, commit, transformer, vae, text_encoder, *trained_with)
+
+    def __repr__(self) -> str:
+        return f"Base({self.name!r}, {self.native_size} px, predicts {self.prediction_type}, variance {self.variance})"
+
+    @property
+    def variance(self) -> VarianceState:
+        """The state of its learned variance: "none" without the channels, else a stock base counts as trained.
+
+        An adapter's metadata may say "stale" instead.
+        """
+        channels = self.transformer.get("in_channels", 4)
+        return "trained" if self.transformer.get("out_channels", 8) == 2 * channels else "none"
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, along each side."""
+        factor: int = 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return factor
+
+    @property
+    def native_size(self) -> int:
+        """The side in pixels of the pictures that it was trained on."""
+        size: int = self.transformer.get("sample_size", 128)
+        return size * self.vae_factor
+
+    @property
+    def size_unit(self) -> int:
+        """What a picture's height and width must be multiples of: patch size times VAE factor."""
+        patch: int = self.transformer.get("patch_size", 2)
+        return patch * self.vae_factor
+
+    @property
+    def latent_scale(self) -> LatentScale:
+        """How the transformer's latents follow from the VAE's."""
+        return LatentScale.of(self.vae)
+
+
+def _refuse(place: str, faults: list[str]) -> None:
+    if faults:
+        raise UserError("\n  - ".join([f"model.base: {place} cannot be used:", *faults]))
+
+
+def _trained_with(config: Mapping[str, Any]) -> tuple[NoiseSchedule, PredictionType, dict[str, Any]]:
+    """Schedule, prediction type and the schedule's own words from a scheduler_config.json; ValueError for another's."""
+    if config.get("network_timesteps") is not None:
+        raise ValueError(
+            "it tells the network other timesteps than its own indices (network_timesteps): a way to sample from a "
+            "base, not a base; use the folder that it was made from"
+        )
+    process = process_of(config)
+    prediction_type = process["prediction_type"]
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            f"unknown prediction_type {prediction_type!r}; a PixArt-Sigma predicts epsilon, v_prediction or sample"
+        )
+    words = {key: process[key] for key in DIFFUSERS_KEYS if key in process}
+    return NoiseSchedule.from_diffusers_config(words), prediction_type, words
+
+
+def _read_part(place: str, part: str, commit: str | None) -> dict[str, Any]:
+    config = _read(_file(place, _PARTS[part], commit))
+    if faults := type_faults(part, config):
+        raise UserError(f"model.base: {place}/{_PARTS[part]}: {'; '.join(faults)}; copy or download the model again")
+    return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_object(file, "model.base", "copy or download the model again")
+
+
+def _file(place: str, name: str, revision: str | None) -> Path:
+    """A file of a base, from the Hub if it is one of the Hub's."""
+    path = Path(place) / name
+    if not Path(place).is_dir():
+        with readable(place, name):
+            return Path(hf_hub_download(place, name, revision=revision))
+    if not path.is_file():
+        held = ", ".join(sorted(entry.name for entry in Path(place).iterdir())) or "nothing"
+        raise UserError(f"model.base: {path} is missing (the folder holds {held}); give a whole diffusers PixArt-Sigma")
+    return path

@@ -1,0 +1,151 @@
+"""Recipes: what a picture was drawn by, in its PNG file; for this package, for other programs, and to draw it again."""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from pixart_ft.config.samplers import OPTIONS
+from pixart_ft.diffusion.intervals import WHOLE, shown
+from pixart_ft.errors import UserError
+
+RECIPE_KEY = "pixart_ft"  # the text chunk that holds the recipe, as JSON
+PARAMETERS_KEY = "parameters"  # the one that other programs read
+# Keys of a recipe that `pixart-ft generate` knows by the same name.
+_SAME = (
+    "seed",
+    "sampler",
+    "steps",
+    "guidance",
+    "guidance_interval",
+    "negative_prompt",
+    "schedule",
+    "time_conditioning",
+    "image",
+    "strength",
+    "inversion",
+    "width",
+    "height",
+    "model",
+    "revision",
+    "dtype",
+)
+
+
+def chunks(recipe: Mapping[str, object]) -> PngImagePlugin.PngInfo:
+    """The text chunks of a picture: its recipe, and where it has a prompt the same for other programs."""
+    found = PngImagePlugin.PngInfo()
+    found.add_text(RECIPE_KEY, json.dumps(recipe, allow_nan=False))
+    if "prompt" in recipe:
+        found.add_text(PARAMETERS_KEY, parameters(recipe))
+    return found
+
+
+def parameters(recipe: Mapping[str, Any]) -> str:
+    """The text that AUTOMATIC1111's web interface writes into its PNG files, and ComfyUI's and Civitai's readers know.
+
+    The prompt, the negative one, and a line of `Name: value`; a value with a comma or a colon is in quotation marks.
+    """
+    adapter = recipe.get("adapter") or {}
+    limits = adapter.get("interval")
+    size = f"{recipe['width']}x{recipe['height']}" if recipe.get("width") and recipe.get("height") else None
+    facts = {
+        "Steps": recipe.get("steps"),
+        "Sampler": recipe.get("sampler"),
+        "CFG scale": recipe.get("guidance"),
+        "Seed": recipe.get("seed"),
+        "Size": size,
+        "Model hash": recipe.get("fingerprint"),
+        "Model": recipe.get("model"),
+        "Lora": adapter.get("path"),
+        "Lora scale": adapter.get("scale"),
+        "Lora interval": None if limits in (None, list(WHOLE)) else shown(limits),
+        "Denoising strength": recipe.get("strength") if recipe.get("image") else None,
+        "Version": "pixart_ft " + recipe["versions"]["pixart_ft"] if "versions" in recipe else None,
+    }
+    negative = recipe.get("negative_prompt")
+    lines = [recipe["prompt"], *([f"Negative prompt: {negative}"] if negative else [])]
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in facts.items() if value is not None))
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The recipe in a PNG file. Raises UserError when there is no such file, or no recipe in it."""
+    try:
+        with Image.open(path) as image:
+            recipe = json.loads(getattr(image, "text", {})[RECIPE_KEY])
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture") from None
+    except Exception:  # a broken file makes Pillow raise almost anything
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise UserError(
+            f"{path} holds no recipe: it is not a PNG by pixart_ft, or a program that drops metadata saved it"
+        )
+    return recipe
+
+
+def config_of(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
+    """What a `GenerateConfig` must say to draw the picture again, without what makes no sense beside the keys `given`.
+
+    Raises UserError for a picture without a recipe, one of several pictures, and one drawn while a run trained.
+    """
+    recipe = read_recipe(path)
+    if "pictures" in recipe:
+        raise UserError(f"{path} is a sheet of several pictures; give one of them, from its folder")
+    if "run" in recipe and "lora" not in given:
+        where = f"the run {recipe['run']} trained, at step {recipe.get('step')}"
+        raise UserError(f"{path} was drawn while {where}; give --lora and an adapter of that run")
+    values = {key: recipe[key] for key in _SAME if recipe.get(key) not in (None, "")}
+    values["prompts"] = [recipe.get("prompt")]
+    if recipe.get("device") == "cpu":  # everywhere; other devices only where they are
+        values["device"] = "cpu"
+    adapter = recipe.get("adapter")
+    if isinstance(adapter, dict):
+        values |= {"lora": adapter.get("path"), "lora_scale": adapter.get("scale")}
+        values["lora_interval"] = adapter.get("interval")
+        metadata = adapter.get("metadata")
+        values["weights"] = metadata.get("weights") if isinstance(metadata, dict) else None
+    options = recipe.get("options")
+    if isinstance(options, dict) and not {"sampler", "compare"} & set(given):
+        values |= {key: options[key] for key in OPTIONS if options.get(key) is not None}
+    if isinstance(recipe.get("sampler"), list):  # a sheet of samplers
+        values |= {"compare": True, "compare_samplers": values.pop("sampler")}
+        values["compare_steps"] = values.pop("steps", None)
+    if "model" in given:
+        values.pop("revision", None)
+    if "prompts_file" in given:
+        values.pop("prompts")
+    return values
+
+
+def changes(recipe: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What has changed, under the same names, since a picture was drawn: its recipe against one of today."""
+    found = []
+    for what, name, mark in (
+        ("the base's weights", ("model",), ("fingerprint",)),
+        ("the adapter's weights", ("adapter", "path"), ("adapter", "sha256")),
+        ("the start picture", ("image",), ("image_sha256",)),
+    ):
+        if _inside(recipe, name) == _inside(now, name) and _inside(recipe, mark) != _inside(now, mark):
+            found.append(what)
+    versions = _inside(now, ("versions",)) or {}
+    found += [
+        f"{name} ({version}, now {versions[name]})"
+        for name, version in (_inside(recipe, ("versions",)) or {}).items()
+        if versions.get(name, version) != version
+    ]
+    return found
+
+
+def _inside(recipe: Any, names: Collection[str]) -> Any:
+    for name in names:
+        recipe = recipe.get(name) if isinstance(recipe, Mapping) else None
+    return recipe
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text

@@ -1,0 +1,310 @@
+"""A base with its adapter, ready to draw: prompts and seeds to pictures, and the recipe of each."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from pixart_ft.adapters.files import Adapter, Weights, acting_interval
+from pixart_ft.adapters.lora import Attached, limit_adapter, load_adapter, scale_adapter
+from pixart_ft.data.datasets import load_picture, picture_pixels
+from pixart_ft.diffusion.intervals import WHOLE, Interval, shown
+from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
+from pixart_ft.errors import UserError
+from pixart_ft.files import sha256, versions
+from pixart_ft.model import loading
+from pixart_ft.model.base import Base
+from pixart_ft.model.text import pad_text
+from pixart_ft.model.text_encoder import TextEncoder
+from pixart_ft.model.vae import decode_to_pictures, encode_pixels
+from pixart_ft.sampling.loop import Guidance, invert_latents, sample_latents
+from pixart_ft.sampling.settings import Abilities, Settings, inversion_calls, recipe_of, scheduler_for, settled
+from pixart_ft.schedulers import RespacedDDIMScheduler
+
+
+def abilities_of(base: Base, adapter: Adapter | None = None, lora_interval: Interval | None = None) -> Abilities:
+    """What a base, with an adapter, can draw; `lora_interval` as in `TextToImage.load`.
+
+    Raises UserError for an interval that there is not.
+    """
+    schedule, prediction_type, variance, interval = base.schedule, base.prediction_type, base.variance, WHOLE
+    if adapter is not None:
+        metadata = adapter.metadata
+        trained_on = NoiseSchedule.from_diffusers_config(metadata.schedule)
+        schedule = conditioned(trained_on, schedule, metadata.time_conditioning)
+        prediction_type, variance = metadata.prediction_type, metadata.variance
+        interval = acting_interval(metadata, lora_interval)
+    return Abilities(schedule, prediction_type, variance, base.native_size, base.size_unit, interval)
+
+
+@dataclass(eq=False, repr=False)
+class TextToImage:
+    """A PixArt-Sigma ready to draw: `TextToImage.load("demo", lora="runs/mine").generate("an apple")`."""
+
+    transformer: PixArtTransformer2DModel
+    vae: AutoencoderKL
+    text: TextEncoder
+    abilities: Abilities
+    base: Base
+    fingerprint: str  # of the base's transformer
+    adapter: Attached | None
+    dtype: torch.dtype
+
+    @classmethod
+    def load(
+        cls,
+        base: str | Path = "demo",
+        *,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
+        lora_interval: Interval | None = None,
+        weights: Weights = "ema",
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        prompts: Sequence[str] | None = None,
+    ) -> Self:
+        """Load base and adapter.
+
+        base: "demo", a diffusers folder, or a Hub id.
+        lora: an adapter folder or a run folder; lora_scale multiplies its effect, 1 as trained; weights
+            chooses between the averaged and the last weights of a run.
+        lora_interval: the network's timesteps that the adapter acts at, both ends included; (0, 1000) is all, None
+            where it was trained.
+        dtype: float32, bfloat16, or float16, under which the transformer's weights stay float32.
+        prompts: all that will be drawn, negative ones too: they are encoded first, and the text encoder, larger than
+            the transformer, is freed before that is loaded.
+
+        Raises UserError when a part is missing, or the adapter is for another base or lacks a key.
+        """
+        read = Base.read(base, revision)
+        adapter = None if lora is None else Adapter.read(lora, weights=weights)
+        return cls.of(read, adapter, lora_scale, lora_interval, dtype=dtype, device=device, prompts=prompts)
+
+    @classmethod
+    def of(
+        cls,
+        base: Base,
+        adapter: Adapter | None,
+        lora_scale: float,
+        lora_interval: Interval | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        prompts: Sequence[str] | None,
+    ) -> Self:
+        """As `load`, of a base and an adapter that are read."""
+        abilities = abilities_of(base, adapter, lora_interval)
+        max_tokens = 300 if adapter is None else adapter.metadata.max_tokens
+        text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=max_tokens)
+        if prompts is not None:
+            text.encode_and_free(prompts)
+        held = torch.float32 if dtype == torch.float16 else dtype
+        transformer = loading.load_transformer(base, dtype=held)
+        attached = None
+        if adapter is not None:
+            attached, text.known[""] = load_adapter(transformer, adapter, scale=lora_scale, interval=lora_interval)
+        return cls(
+            transformer=transformer.to(device),
+            vae=loading.load_vae(base, dtype=dtype).to(device),
+            text=text,
+            abilities=abilities,
+            base=base,
+            fingerprint=loading.fingerprint(transformer),
+            adapter=attached,
+            dtype=dtype,
+        )
+
+    def __repr__(self) -> str:
+        lora = "" if self.adapter is None else f", lora={self.adapter.path!r} at {self.adapter.scale:g}"
+        if self.adapter is not None and self.adapter.interval != WHOLE:
+            lora += f" in {shown(self.adapter.interval)}"
+        place = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+        can = f"{self.abilities.size} px, predicts {self.abilities.prediction_type}, variance {self.abilities.variance}"
+        return f"TextToImage({self.base.name!r}{lora}, {can}, {place})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.transformer.parameters()).device
+
+    def set_lora_scale(self, scale: float) -> None:
+        """Multiply the adapter's effect by `scale` from now on: 1 as trained, 0 the base alone.
+
+        Raises UserError if the model has no adapter.
+        """
+        if self.adapter is None:
+            raise UserError("lora_scale: this model has no adapter; load it with lora=")
+        scale_adapter(self.transformer, scale)
+        self.adapter = replace(self.adapter, scale=scale)
+
+    def set_lora_interval(self, interval: Interval | None) -> None:
+        """Let the adapter act at these of the network's timesteps from now on; as lora_interval of `load`.
+
+        Raises UserError if the model has no adapter, and for an interval that there is not.
+        """
+        if self.adapter is None:
+            raise UserError("lora_interval: this model has no adapter; load it with lora=")
+        interval = acting_interval(self.adapter.metadata, interval)
+        limit_adapter(self.transformer, interval)
+        self.adapter = replace(self.adapter, interval=interval)
+        self.abilities = replace(self.abilities, adapter_interval=interval)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seeds: int | Sequence[int] = 0,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        image: str | Path | Image.Image | None = None,
+        strength: float | None = None,
+        options: Mapping[str, object] | None = None,
+        settings: Settings | None = None,
+        batch_size: int = 4,
+        progress: bool = True,
+    ) -> list[Image.Image]:
+        """One picture for every prompt and seed: all seeds of the first prompt, then of the next.
+
+        settings: everything as a `Settings`; an argument that is given replaces what it says there, and what is not
+        said at all has its default there. options: the sampler's own settings, as {"eta": 0.5}. image: a picture to
+        start from, cropped to the size. batch_size pictures are drawn at once; progress shows a bar on the terminal.
+        Raises UserError as `settled` does.
+        """
+        settings = settings or Settings()
+        if options is None and sampler not in (None, settings.sampler):
+            options = {}  # those of the settings are another sampler's
+        said = {
+            "sampler": sampler,
+            "steps": steps,
+            "guidance": guidance,
+            "negative_prompt": negative_prompt,
+            "width": width,
+            "height": height,
+            "image": Path(image) if isinstance(image, str) else image,
+            "strength": strength,
+            "options": options,
+        }
+        given: dict[str, Any] = {key: value for key, value in said.items() if value is not None}
+        settings = self.settled(replace(settings, **given))
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        jobs = list(itertools.product(prompts, [seeds] if isinstance(seeds, int) else seeds))
+        self.text.encode([*prompts, settings.negative_prompt])  # all at once: warnings name them together
+        with self.progress_bar(len(jobs), settings, show=progress) as bar:
+            return list(self.draw(jobs, settings, batch_size=batch_size, progress=bar.update))
+
+    def progress_bar(self, count: int, settings: Settings, *, show: bool = True) -> tqdm:
+        """A bar over the network calls of `count` pictures; its `update` is for `draw`."""
+        calls = self.calls(settings)
+        total = None if calls is None else count * calls
+        return tqdm(total=total, desc="generating", unit=" calls", dynamic_ncols=True, disable=not show)
+
+    def settled(self, settings: Settings) -> Settings:
+        """The settings with this model's own size and the sampler's own options; see `drawing.settled`."""
+        return settled(settings, self.abilities, None if self.adapter is None else self.adapter.path)
+
+    def draw(
+        self,
+        jobs: Sequence[tuple[str, int]],
+        settings: Settings,
+        *,
+        batch_size: int = 4,
+        progress: Callable[[int], object] | None = None,
+    ) -> Iterator[Image.Image]:
+        """The picture of each (prompt, seed) in turn, `batch_size` at once; `settings` must be `settled`.
+
+        A seed means what it does in diffusers: torch.Generator("cpu").manual_seed(seed) draws the noise.
+        `progress` is called after each network call with the number of pictures it moved on.
+        """
+        for start in range(0, len(jobs), batch_size):
+            batch = jobs[start : start + batch_size]
+            yield from decode_to_pictures(self.vae, self.latents(batch, settings, progress=progress))
+
+    def latents(
+        self,
+        jobs: Sequence[tuple[str, int]],
+        settings: Settings,
+        *,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """The latents (N, C, H, W) float32 of (prompt, seed) pairs, all at once; arguments as in `draw`."""
+        assert settings.width is not None and settings.height is not None
+        device = self.device
+        factor = self.base.vae_factor
+        shape = (self.transformer.config.in_channels, settings.height // factor, settings.width // factor)
+        embeds, mask = (x.to(device) for x in pad_text([self.text.of(prompt) for prompt, _ in jobs]))
+        generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
+        scheduler = scheduler_for(settings, self.abilities)
+        autocast = None if self.dtype == torch.float32 else self.dtype
+
+        def on_call(call: int, sample: Tensor) -> None:
+            if progress is not None:
+                progress(len(sample))
+
+        x0 = start = None
+        if settings.image is not None:
+            image, size = settings.image, (settings.width, settings.height)
+            pixels = picture_pixels(image, size) if isinstance(image, Image.Image) else load_picture(image, size)
+            x0 = encode_pixels(self.vae, pixels[None]).to(device).expand(len(jobs), *shape)
+        if x0 is not None and settings.inversion:
+            assert isinstance(scheduler, RespacedDDIMScheduler)
+            calls = inversion_calls(settings)
+            start = invert_latents(
+                self.transformer, scheduler, x0, embeds, mask, calls=calls, autocast=autocast, on_call=on_call
+            )
+        return sample_latents(
+            self.transformer,
+            scheduler,
+            embeds,
+            mask,
+            self.text.of(settings.negative_prompt).to(device),
+            guidance=Guidance(settings.guidance, settings.guidance_interval),
+            generators=generators,
+            shape=shape,
+            x0=x0,
+            start=start,
+            autocast=autocast,
+            on_call=on_call,
+        )
+
+    def calls(self, settings: Settings) -> int | None:
+        """The network calls that one picture takes, guidance's second branch not counted; None if it decides itself."""
+        scheduler = scheduler_for(settings, self.abilities)
+        if settings.options.get("tolerance") is not None:
+            return None
+        return len(scheduler.timesteps) - (scheduler.begin_index or 0) + inversion_calls(settings)
+
+    def recipe(self, prompt: str, seed: int, settings: Settings) -> dict[str, object]:
+        """All that a picture follows from, as plain JSON values."""
+        return {"prompt": prompt, "seed": seed} | self.circumstances(settings)
+
+    def circumstances(self, settings: Settings) -> dict[str, object]:
+        """The part of a recipe that all pictures of these settings share."""
+        adapter = None if self.adapter is None else asdict(self.adapter)
+        values = {
+            **recipe_of(settings),
+            "model": self.base.name,
+            "revision": self.base.revision,
+            "fingerprint": self.fingerprint,
+            "adapter": adapter,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "versions": versions(),
+        }
+        if settings.image is not None:
+            image = settings.image
+            values["image_sha256"] = sha256(image if isinstance(image, Path) else image.tobytes())
+        plain: dict[str, object] = json.loads(json.dumps(values))
+        return plain

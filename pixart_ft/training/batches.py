@@ -1,0 +1,115 @@
+"""Training samples as functions of the draw index.
+
+A draw is one training sample; the DRAW INDEX counts draws since the run began, over epochs and processes. Picture,
+posterior sample, noise, t and caption dropout are functions of (seed, draw index), so that a resumed run continues
+bit for bit, and another number of processes or accumulation steps sees the same samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pixart_ft.data.cache import CachedPictures
+from pixart_ft.diffusion.names import TimestepLaw, unknown
+from pixart_ft.diffusion.weighting import (
+    importance_timesteps,
+    logit_normal_timesteps,
+    stratified_timesteps,
+    uniform_timesteps,
+)
+from pixart_ft.model.text import drop_captions, pad_text
+from pixart_ft.model.vae import LatentScale
+from pixart_ft.randomness import epoch_order, normal, uniform
+
+
+@dataclass(frozen=True)
+class Chance:
+    """What is left to chance in a draw, and by which laws."""
+
+    seed: int
+    caption_dropout: float
+    timestep_law: TimestepLaw
+    logit_mean: float
+    logit_std: float
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """Cached pictures with what is needed to read them."""
+
+    pictures: CachedPictures
+    scale: LatentScale
+    null_caption: Tensor  # (1, D), takes the place of dropped captions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the CPU.
+
+    x0, eps, rest  scaled latents, their noise, and a second one for the losses that want it, (N, C, H, W)
+    t, weight      (N,) index, and the weight that undoes the law it was drawn by
+    embeds, mask   text (N, L, D) and (N, L)
+    """
+
+    x0: Tensor
+    eps: Tensor
+    t: Tensor
+    weight: Tensor
+    embeds: Tensor
+    mask: Tensor
+    rest: Tensor | None
+
+
+def draw_batch(
+    data: TrainingSet,
+    draws: Sequence[int],
+    chance: Chance,
+    *,
+    global_batch: int,
+    num_steps: int,
+    within: range | None = None,
+    law: Tensor | None = None,
+    two_noises: bool = False,
+) -> Batch:
+    """The training samples with these draw indices; each depends on (seed, draw index) alone.
+
+    within are the t to draw from, None for all `num_steps`; law (len(within),) is theirs under importance sampling,
+    which thereby depends on the losses before this step too.
+    """
+    count = len(data.pictures)
+    rows = [int(epoch_order(chance.seed, d // count, count)[d % count]) for d in draws]
+    mean, std = data.pictures.latents(rows)
+    shape = tuple(mean.shape[1:])
+    t, weight = _timesteps(draws, chance, global_batch, num_steps, within or range(num_steps), law)
+    dropped = uniform(chance.seed, draws, "caption dropout") < chance.caption_dropout
+    texts = drop_captions(data.pictures.texts(rows), dropped.tolist(), data.null_caption)
+    embeds, mask = pad_text(texts)
+    return Batch(
+        x0=data.scale.scaled(mean + std * normal(chance.seed, draws, "posterior", shape)),
+        eps=normal(chance.seed, draws, "noise", shape),
+        t=t,
+        weight=weight,
+        embeds=embeds,
+        mask=mask,
+        rest=normal(chance.seed, draws, "second noise", shape) if two_noises else None,
+    )
+
+
+def _timesteps(
+    draws: Sequence[int], chance: Chance, global_batch: int, num_steps: int, within: range, law: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    u, first, count = uniform(chance.seed, draws, "timestep"), within.start, len(within)
+    ones = torch.ones(len(draws), dtype=torch.float32)
+    if chance.timestep_law == "uniform":
+        return first + uniform_timesteps(u, count), ones
+    if chance.timestep_law == "stratified":
+        return first + stratified_timesteps(u, torch.tensor(draws), global_batch, count), ones
+    if chance.timestep_law == "logit_normal":
+        return logit_normal_timesteps(u, num_steps, mean=chance.logit_mean, std=chance.logit_std, within=within), ones
+    if chance.timestep_law == "importance":
+        assert law is not None, "importance sampling needs the law of t"
+        t, weight = importance_timesteps(u, law)
+        return first + t, weight.to(torch.float32)
+    raise unknown(chance.timestep_law, "timestep_law", TimestepLaw)

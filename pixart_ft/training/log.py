@@ -1,0 +1,96 @@
+"""What a run writes down as it goes: windows of losses, and the records of its log and its trackers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+
+from pixart_ft.runs.log import RunLog
+
+QUARTILES = 4
+
+
+class LossWindow:
+    """Sums of every term since the last log line, whole and by quartile of t; part of the checkpoint."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[float]] = {}
+
+    def add(self, terms: Mapping[str, Tensor], t: Tensor, weight: Tensor, num_steps: int) -> None:
+        """Add per-sample terms (N,), times the weights (N,) that undo the law of their t (N,), all on the CPU."""
+        quartile = t * QUARTILES // num_steps
+        for name, values in terms.items():
+            sums = self.sums.setdefault(name, [0.0] * (2 * QUARTILES + 1))
+            for q in range(QUARTILES):
+                sums[q] += values[quartile == q].double().sum().item()
+                sums[QUARTILES + q] += weight[quartile == q].double().sum().item()
+            sums[-1] += len(values)
+
+    def means(self) -> dict[str, float]:
+        """`name` and `name_q1`..`name_q4` (q1 has the least noise); a quartile nobody visited is left out.
+
+        A quartile is divided by its weights, since importance sampling does not visit it every fourth time.
+        """
+        out = {}
+        for name, sums in self.sums.items():
+            totals, weights, count = sums[:QUARTILES], sums[QUARTILES:-1], sums[-1]
+            out[name] = sum(totals) / count
+            out |= {f"{name}_q{q + 1}": totals[q] / weights[q] for q in range(QUARTILES) if weights[q]}
+        return out
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run stands: optimizer steps done, pictures seen."""
+
+    step: int
+    samples: int
+
+
+class Records:
+    """The lines of a run's log, and the points and pictures of its trackers, of which there may be none.
+
+    Written by the main process alone; to the others every method is nothing.
+    """
+
+    def __init__(self, log: RunLog, accelerator: Accelerator) -> None:
+        self.log, self.accelerator = log, accelerator
+
+    def train(self, place: Place, losses: Mapping[str, float], facts: Mapping[str, float]) -> None:
+        """The mean losses of a window, and what else is known of its last step."""
+        self._append(place, {"train": losses, **facts})
+        points = {f"train/{name}": loss for name, loss in losses.items()}
+        self.accelerator.log({**points, **facts}, step=place.step)
+
+    def held_out(self, place: Place, losses: Mapping[str, Mapping[str, float]], over: Mapping[str, object]) -> None:
+        """The mean and standard error of each held-out loss; a line of the log only once for each step.
+
+        over: what of the process they are measured over, unless all.
+        """
+        if not self.has_held_out(place.step):
+            self._append(place, {"held_out": losses, **over})
+        points = {f"held_out/{name}": loss["mean"] for name, loss in losses.items()}
+        self.accelerator.log(points, step=place.step)
+
+    def has_held_out(self, step: int) -> bool:
+        """Whether the log has the held-out loss of this step."""
+        return any("held_out" in record and record["step"] == step for record in self.log.comparable())
+
+    def begins_anew(self, place: Place, why: Sequence[str]) -> None:
+        """From here on the held-out losses cannot be compared with those before."""
+        self._append(place, {"begins_anew": list(why)})
+
+    def samples(self, place: Place, sheet: Image.Image) -> None:
+        """A sheet of pictures, to trackers that show pictures."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                image = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
+                image = image.view(1, sheet.height, sheet.width, 3)
+                tracker.log_images({"samples": image.numpy()}, step=place.step, dataformats="NHWC")
+
+    def _append(self, place: Place, facts: Mapping[str, object]) -> None:
+        if self.accelerator.is_main_process:
+            self.log.append(vars(place), facts)

@@ -1,0 +1,114 @@
+"""What a finished run shows: the before/after sheet, the loss curves, and a summary on the terminal."""
+
+from collections.abc import Mapping, Sequence
+
+from PIL import Image
+
+from pixart_ft.adapters.files import FINAL_ADAPTERS
+from pixart_ft.data.datasets import Row
+from pixart_ft.errors import UserError, attempted
+from pixart_ft.evaluation.held_out import Estimate
+from pixart_ft.files import write_file
+from pixart_ft.pictures.sheets import loss_curve, term_curves
+from pixart_ft.runs.folder import RunFolder
+from pixart_ft.shell import pasteable
+from pixart_ft.training.before_after import before_after
+from pixart_ft.training.keeping import lowest_step
+from pixart_ft.training.log import Place
+from pixart_ft.training.trainer import Trainer
+from pixart_ft.training.watching import Comparison
+
+
+def finish(
+    folder: RunFolder,
+    trainer: Trainer,
+    prompts: Sequence[str],
+    rows: Mapping[str, Sequence[Row]],
+) -> None:
+    """Write the curves and sheets into `final/`, where the adapters are, and print the summary.
+
+    rows: the pictures that the sheet of before and after sets beside the prompts of the same caption, see there.
+    """
+    written = {"adapter": folder.path / FINAL_ADAPTERS["ema"]}
+    for sheet_before in folder.final.glob("*.png"):  # of an earlier end: what cannot be made anew must not stand for it
+        sheet_before.unlink()
+    records = folder.log.comparable()
+    title = ", ".join(filter(None, [folder.path.name, trainer.objective.where]))
+    if any(record.get("train") for record in records):
+        with attempted("the loss curve"):
+            loss_curve(records, folder.final / "loss.png", title=title)
+            written["loss curve"] = folder.final / "loss.png"
+            terms = folder.final / "loss_terms.png"
+            if term_curves(records, terms, titles=trainer.objective.titles, title=title):
+                written["its terms"] = terms
+    if prompts:
+        with attempted("the sheet of before and after"):
+            since = trainer.watch.since
+            before, after = (_first_seeds(folder, step, prompts) for step in (since, trainer.step))
+            sheet = before_after(prompts, before, after, rows, label=f"step {since}" if since else "before")
+            write_file(folder.final / "before_after.png", lambda aside: sheet.save(aside, format="PNG"))
+            written["before and after"] = folder.final / "before_after.png"
+    with attempted("the summary"):
+        print(summary(trainer.place, trainer.watch.comparison(), trainer.objective.titles, trainer.objective.where))
+    for what, path in written.items():
+        print(f"  {what:<18}{path}")
+    with attempted("the lines to paste"):
+        for what, line in commands(folder, trainer.step, prompts).items():
+            print(f"  {what:<18}{line}")
+
+
+def commands(folder: RunFolder, last_step: int, prompts: Sequence[str]) -> dict[str, str]:
+    """What can be pasted to draw with the result, and with the lowest held-out loss where that is another step's."""
+    example = prompts[0] if prompts else "my prompt"
+    found = {"draw with it": pasteable("generate", "--lora", folder.path, "--prompt", example)}
+    records = folder.log.comparable()
+    lowest = lowest_step(records)
+    if lowest not in (None, last_step):
+        loss = next(r["held_out"]["loss"]["mean"] for r in records if r["step"] == lowest and "held_out" in r)
+        found["lowest held-out"] = f"loss {loss:.4f} after step {lowest} of {last_step}"
+        if lowest in folder.adapter_steps():
+            found["draw with that"] = pasteable("generate", "--lora", f"{folder.path}@{lowest}", "--prompt", example)
+    if steps := folder.adapter_steps():
+        size = sum(file.stat().st_size for step in steps for file in folder.adapter_at(step).iterdir())
+        found["adapters kept"] = (
+            f"of steps {', '.join(map(str, steps))} ({size / 1e6:.0f} MB), as {folder.path}@{steps[0]}"
+        )
+    return found
+
+
+def _first_seeds(folder: RunFolder, step: int, prompts: Sequence[str]) -> list[Image.Image]:
+    """The picture of each prompt that was drawn at a step with the first seed.
+
+    Raises UserError where the pictures are no longer in the folder of samples.
+    """
+    files = sorted(folder.samples_at(step).glob("*.png"))
+    if not files or len(files) % len(prompts):
+        raise UserError(f"{folder.samples_at(step)} has {len(files)} pictures for {len(prompts)} prompts")
+    return [Image.open(file).convert("RGB") for file in files[:: len(files) // len(prompts)]]
+
+
+def summary(place: Place, held_out: Comparison, titles: Mapping[str, str], where: str = "") -> str:
+    """By how much the held-out loss changed, with the standard error of the paired difference over pictures.
+
+    where: the part of the process that it is measured at, if not all.
+    """
+    lines = [f"{place.step} steps, {place.samples} pictures seen"]
+    if held_out.change and held_out.since:
+        lines.append(f"  compared with step {held_out.since}, where the comparison began anew")
+    if held_out.change and where:
+        lines.append(f"  measured at {where}, where it was trained")
+    # "loss" is the sum of the others: first, and alone where there is only one other
+    names = ["loss", *(name for name in held_out.change if name != "loss" and len(held_out.change) > 2)]
+    for name in names if held_out.change else ():
+        change = held_out.change[name]
+        before, after = held_out.before[name], held_out.after[name]
+        title = "held-out loss" if name == "loss" else titles[name]
+        lines.append(f"  {title:<22}{before.mean:.4f} -> {after.mean:.4f}   change {_signed(change)}")
+    return "\n".join(lines)
+
+
+def _signed(change: Estimate) -> str:
+    if change.standard_error == 0:
+        return f"{change.mean:+.4f}"
+    errors = abs(change.mean) / change.standard_error
+    return f"{change.mean:+.4f} ± {change.standard_error:.4f} ({errors:.1f} standard errors)"

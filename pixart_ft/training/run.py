@@ -1,0 +1,244 @@
+"""From a configuration to a finished run: check, encode once, build the parts, train, leave adapter and pictures.
+
+What a user can get wrong is found before the run folder is made, and what is cheap to check before what is not.
+"""
+
+import importlib
+import importlib.util
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import PixArtTransformer2DModel
+
+from pixart_ft.adapters.files import AdapterMetadata, LoraSettings
+from pixart_ft.adapters.lora import attach, fill_adapter, limit_adapter
+from pixart_ft.config.reading import to_yaml
+from pixart_ft.config.train import TrainConfig
+from pixart_ft.data.cache import picture_digests
+from pixart_ft.files import versions, write_text
+from pixart_ft.model import loading
+from pixart_ft.model.attention import use_plain_attention
+from pixart_ft.model.base import Base
+from pixart_ft.model.text import TEXT_PREPARATION, prepare_text
+from pixart_ft.model.text_encoder import TextEncoder
+from pixart_ft.pictures.sheets import Sample
+from pixart_ft.runs.folder import RunFolder
+from pixart_ft.runs.lock import RunLock
+from pixart_ft.sampling.settings import Abilities, Settings
+from pixart_ft.sampling.text_to_image import TextToImage
+from pixart_ft.training.batches import TrainingSet
+from pixart_ft.training.before_after import HELD_OUT, LEARNED
+from pixart_ft.training.ema import Ema
+from pixart_ft.training.encode import DTYPES, Encoded, compute_dtype, encode_once
+from pixart_ft.training.keeping import Keeper
+from pixart_ft.training.objective import abilities_after, warn_of_relearning
+from pixart_ft.training.report import finish
+from pixart_ft.training.start import accelerator_for, look, with_precision
+from pixart_ft.training.trained_on import Changes, announce, check_continues, trained_on
+from pixart_ft.training.trainer import Trainer
+
+
+def run_training(
+    config: TrainConfig, resume: str | None = None, init_from: str | None = None, *, accept_changes: bool = False
+) -> Path:
+    """Train as `config` says and return the run folder.
+
+    resume: "auto" or a checkpoint folder, continues the run in config.run.folder with all its state. init_from: an
+    adapter or run folder whose weights start a new run. accept_changes: continue though what the run is trained on has
+    changed (see `trained_on`). Raises UserError for whatever the user can mend.
+    """
+    config = with_precision(config)
+    accelerator = accelerator_for(config)
+    folder = RunFolder(config.run.folder)
+    with RunLock(folder.path) as lock:
+        if accelerator.is_main_process and resume is not None and folder.path.is_dir():
+            lock.take()  # before anything in the folder is looked at
+        return _run(config, resume, init_from, accept_changes, accelerator, folder, lock)
+
+
+def _run(
+    config: TrainConfig,
+    resume: str | None,
+    init_from: str | None,
+    accept_changes: bool,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    lock: RunLock,
+) -> Path:
+    start = look(config, resume, init_from)
+    base, resolution, objective = start.base, start.resolution, start.objective
+    plan, checkpoint = start.plan, start.checkpoint
+    rows, held_rows, schedule_config = start.rows, start.held_rows, start.schedule_config
+    if accelerator.is_main_process:
+        folder.probe()
+        print("\n".join(start.facts(config, accelerator)))
+    with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered; pictures are read anew
+        digests = picture_digests([*rows, *held_rows])
+        predicted = objective.prediction_type
+        about = trained_on(config, base, rows, held_rows, digests, schedule_config, predicted, resolution)
+    if checkpoint is not None:
+        check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
+    encoded = encode_once(config, base, rows, held_rows, resolution, accelerator, digests)
+
+    transformer = loading.load_transformer(base, dtype=_weights_dtype(config))
+    fingerprint = loading.fingerprint(transformer)
+    about = about.with_base(transformer, base.name)
+    found = Changes([], [], [])
+    if checkpoint is not None:
+        found = check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
+    lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
+    attach(transformer, lora, seed=config.run.seed)
+    if start.adapter is not None:
+        fill_adapter(transformer, start.adapter)
+        warn_of_relearning(start.adapter.metadata, objective, config.diffusion.time_conditioning)
+    if config.model.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    use_plain_attention(transformer)
+    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    transformer.to(accelerator.device).train()
+    optimizer = _optimizer(config, list(trained.values()))
+    ema = Ema(trained, config.train.ema_decay) if config.train.ema_decay else Ema.off()
+
+    abilities = abilities_after(objective, base, resolution)
+    metadata = AdapterMetadata(
+        base=_base_to_find(base.name),
+        base_fingerprint=fingerprint,
+        prediction_type=objective.prediction_type,
+        schedule=schedule_config,
+        time_conditioning=config.diffusion.time_conditioning,
+        variance=abilities.variance,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        max_tokens=config.data.max_tokens,
+        text_preparation=TEXT_PREPARATION,
+        weights="raw",
+        samples_seen=0,
+        revision=base.revision,
+        interval=abilities.adapter_interval,
+    )
+    limit_adapter(transformer, metadata.interval)
+    keeper = Keeper(
+        folder, transformer, ema, metadata, encoded.null_caption, config.validation.samples_every, plan.steps
+    )
+    trainer = Trainer(
+        accelerator=accelerator,
+        transformer=transformer,
+        objective=objective,
+        data=TrainingSet(encoded.train, encoded.scale, encoded.null_caption),
+        optimizer=optimizer,
+        ema=ema,
+        chance=start.chance,
+        learning_rate=start.learning_rate,
+        plan=plan,
+        folder=folder,
+        held_out=encoded.held_out,
+        draw_samples=_sampler(config, encoded, base, abilities, transformer, fingerprint, accelerator),
+        describe=about.write,
+        export=keeper.at_the_end,
+        keep_adapter=keeper.on_the_way,
+    )
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+    environment = json.dumps(_environment(accelerator), indent=1) + "\n"
+    if accelerator.is_main_process:
+        RunFolder.create(folder.path, resume=resume is not None)
+        lock.take()
+        done = trainer.step if checkpoint is not None else -1
+        folder.cut(done)
+        write_text(folder.config_file, to_yaml(config))
+        write_text(folder.path / "environment.json", environment)
+        if resume is not None:
+            announce(folder, checkpoint, plan.steps, found)
+    if found.begins_anew:
+        trainer.watch.begin_anew(trainer.place, found.names)
+    if init_from is not None:
+        trainer.save()  # else a run that is resumed before its first checkpoint would begin without these weights
+    accelerator.wait_for_everyone()
+    if config.logging.tensorboard:
+        accelerator.init_trackers("tensorboard")
+    trainer.run()
+    if accelerator.is_main_process:
+        finish(folder, trainer, config.validation.prompts, {LEARNED: rows, HELD_OUT: held_rows})
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder.path
+
+
+# The steps of it
+
+
+def _base_to_find(base: str) -> str:
+    """What finds the base from any folder: a local one by its whole path, so that it is never looked up on the Hub."""
+    folder = Path(base).expanduser()
+    return str(folder.absolute()) if base != "demo" and folder.is_dir() else base
+
+
+def _weights_dtype(config: TrainConfig) -> torch.dtype:
+    if config.model.dtype != "auto":
+        return DTYPES[config.model.dtype]
+    # float16 weights would overflow; under float16 autocast float32 weights do not.
+    return torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
+
+
+def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    AdamW: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+    if config.optim.optimizer == "adamw8bit":
+        AdamW = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    return AdamW(
+        parameters,
+        lr=config.optim.learning_rate,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.epsilon,
+        weight_decay=config.optim.weight_decay,
+    )
+
+
+def _sampler(
+    config: TrainConfig,
+    encoded: Encoded,
+    base: Base,
+    abilities: Abilities,
+    transformer: PixArtTransformer2DModel,
+    fingerprint: str,
+    accelerator: Accelerator,
+) -> Callable[[], list[Sample]] | None:
+    """Draws the fixed prompts with the network as it stands, one picture for every prompt and seed."""
+    if not encoded.prompts or not accelerator.is_main_process:
+        return None if not encoded.prompts else list
+    choice, vae = config.validation, loading.load_vae(base, dtype=torch.float32)
+    known = dict(zip(map(prepare_text, choice.prompts), encoded.prompts, strict=True)) | {"": encoded.null_caption}
+    model = TextToImage(
+        transformer=transformer,
+        vae=loading.decoder_only(vae).to(accelerator.device),
+        text=TextEncoder(config.data.max_tokens, known=known),
+        abilities=abilities,
+        base=base,
+        fingerprint=fingerprint,
+        adapter=None,
+        dtype=torch.float32 if config.train.mixed_precision == "no" else compute_dtype(config),
+    )
+    settings, seeds = model.settled(Settings.of(choice)), choice.seeds
+
+    def draw() -> list[Sample]:
+        samples = []
+        for prompt in choice.prompts:
+            pictures = model.draw([(prompt, seed) for seed in seeds], settings, batch_size=len(seeds))
+            samples += [Sample(prompt, *one) for one in zip(seeds, pictures, strict=True)]
+        return samples
+
+    return draw
+
+
+def _environment(accelerator: Accelerator) -> dict[str, object]:
+    return {
+        "python": platform.python_version(),
+        "versions": versions(),
+        "device": str(accelerator.device),
+        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+    }

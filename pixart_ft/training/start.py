@@ -1,0 +1,193 @@
+"""What is known of a training before a weight is loaded: whether it can begin, what it costs, how long it is."""
+
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+
+from pixart_ft import places
+from pixart_ft.adapters.files import Adapter
+from pixart_ft.adapters.targets import check_rank, check_targets, trainable
+from pixart_ft.config.train import TrainConfig
+from pixart_ft.data.datasets import Row, verify_pictures
+from pixart_ft.errors import UserError
+from pixart_ft.evaluation.objective import Objective
+from pixart_ft.model import loading
+from pixart_ft.model.base import Base
+from pixart_ft.runs.folder import RunFolder
+from pixart_ft.training.batches import Chance
+from pixart_ft.training.encode import read_rows
+from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
+from pixart_ft.training.objective import build_objective
+from pixart_ft.training.trainer import Plan
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training begins with."""
+
+    base: Base
+    resolution: int
+    objective: Objective
+    schedule_config: dict[str, object]
+    plan: Plan
+    chance: Chance
+    learning_rate: LearningRate
+    checkpoint: Path | None  # to continue from
+    adapter: Adapter | None  # whose weights it starts from
+    rows: list[Row]
+    held_rows: list[Row]
+    parameters: int  # that are trained
+
+    def facts(self, config: TrainConfig, accelerator: Accelerator) -> list[str]:
+        """Where it trains, how much, and how often it sees its pictures, a line each."""
+        pictures, processes = len(self.rows), accelerator.num_processes
+        batch = self.plan.batch_size * self.plan.accumulation * processes
+        epochs = self.plan.steps * batch / pictures
+        where = str(accelerator.device) if processes == 1 else f"{accelerator.device}, {processes} processes"
+        held_out = f", {len(self.held_rows)} held out" if self.held_rows else ""
+        part = self.objective.where
+        return [
+            f"device             {where}, precision {config.train.mixed_precision}",
+            f"trained            {self.parameters:,} parameters of the LoRA, rank {config.lora.rank}",
+            f"pictures           {pictures:,}{held_out}, {self.resolution} x {self.resolution} pixels",
+            f"steps per epoch    {pictures / batch:.4g}, of {batch} pictures each",
+            f"length             {self.plan.steps:,} steps: each picture {epochs:.4g} times",
+            *([f"trained at         {part} alone; there it is measured, and acts"] if part else []),
+        ]
+
+
+def dry_run(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> list[str]:
+    """What `run_training` would begin with; raises UserError as it does before it loads a weight. Writes nothing."""
+    config = with_precision(config)
+    accelerator = accelerator_for(config)
+    start = look(config, resume, init_from)
+    if accelerator.is_main_process:
+        RunFolder(config.run.folder).probe()
+    verify_pictures([*start.rows, *start.held_rows], start.resolution, progress=accelerator.is_main_process)
+    going_on = [] if start.checkpoint is None else [f"continues          {start.checkpoint}"]
+    return [*start.facts(config, accelerator), *going_on] if accelerator.is_main_process else []
+
+
+def look(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Start:
+    """Check all that can be checked without weights; arguments as of `run_training`. Raises UserError."""
+    adapter = places.check_training(config, resume, init_from)
+    base = Base.read(config.model.base, config.model.revision)
+    resolution = _resolution(config, base)
+    objective, schedule_config = build_objective(config, base)
+    skeleton = loading.skeleton(base)
+    check_targets(skeleton, config.lora.targets)
+    check_rank(skeleton, config.lora.rank, config.lora.targets)
+    checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
+    rows, held_rows = read_rows(config)
+    parameters = trainable(skeleton, config.lora.rank, config.lora.targets)
+    return Start(
+        base=base,
+        resolution=resolution,
+        objective=objective,
+        schedule_config=schedule_config,
+        plan=_plan(config),
+        chance=_chance(config),
+        learning_rate=learning_rate_of(config),
+        checkpoint=checkpoint,
+        adapter=adapter,
+        rows=rows,
+        held_rows=held_rows,
+        parameters=parameters,
+    )
+
+
+def with_precision(config: TrainConfig) -> TrainConfig:
+    """The configuration with train.mixed_precision auto settled for this machine; what a run records."""
+    if config.train.mixed_precision != "auto":
+        return config
+    settled = config.train.model_copy(update={"mixed_precision": "bf16" if _computes_in_bfloat16() else "no"})
+    return config.model_copy(update={"train": settled})
+
+
+def _computes_in_bfloat16() -> bool:
+    """Whether the device has instructions for bfloat16: without them a processor takes several times float32's time."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(ask is not None and ask() for ask in asked)
+
+
+def accelerator_for(config: TrainConfig) -> Accelerator:
+    """accelerate as the run wants it; UserError for what this machine or accelerate's own configuration cannot give."""
+    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
+    if config.optim.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            'optim.optimizer adamw8bit needs bitsandbytes: pip install "pixart_ft[quantized]", or use adamw'
+        )
+    AcceleratorState._reset_state()  # a program may train twice, in another precision
+    accelerator = Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with="tensorboard" if config.logging.tensorboard else None,
+        project_dir=str(config.run.folder),
+        # the others wait while one process encodes a large folder; ten minutes, the default, would not do
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+    )
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    if accelerator.distributed_type not in plain:
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type.value}; only plain data-parallel training is "
+            "offered: choose no DeepSpeed and no FSDP in `accelerate config`"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise UserError("set train.accumulation here and leave gradient accumulation out of accelerate's configuration")
+    return accelerator
+
+
+def _resolution(config: TrainConfig, base: Base) -> int:
+    resolution, unit = config.data.resolution or base.native_size, base.size_unit
+    if resolution % unit:
+        near = max(unit, round(resolution / unit) * unit)
+        raise UserError(
+            f"data.resolution {resolution} does not fit {config.model.base}: it must be a multiple of {unit} (patch "
+            f"size times VAE factor); try {near}"
+        )
+    return resolution
+
+
+def learning_rate_of(config: TrainConfig) -> LearningRate:
+    """That of the run; a warm-up that would not end within it, such as a recipe's in a short try, is cut: a warning."""
+    asked, steps = config.optim.warmup_steps, config.train.steps
+    used = fitting_warmup(asked, steps)
+    if used != asked:
+        warnings.warn(
+            f"optim.warmup_steps {asked} would not end within train.steps {steps}: {used} are used, a tenth of them",
+            stacklevel=2,
+        )
+    return LearningRate(config.optim.learning_rate, used, config.optim.decay, steps)
+
+
+def _plan(config: TrainConfig) -> Plan:
+    return Plan(
+        steps=config.train.steps,
+        batch_size=config.train.batch_size,
+        accumulation=config.train.accumulation,
+        clip_norm=config.optim.clip_norm,
+        log_every=config.logging.every,
+        validate_every=config.validation.every,
+        samples_every=config.validation.samples_every,
+        checkpoint_every=config.train.checkpoint_every,
+        keep_checkpoints=config.train.keep_checkpoints,
+    )
+
+
+def _chance(config: TrainConfig) -> Chance:
+    return Chance(
+        seed=config.run.seed,
+        caption_dropout=config.diffusion.caption_dropout,
+        timestep_law=config.diffusion.timestep_law,
+        logit_mean=config.diffusion.logit_mean,
+        logit_std=config.diffusion.logit_std,
+    )

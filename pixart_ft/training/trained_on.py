@@ -1,0 +1,245 @@
+"""What a run is trained on, by content and not by name, and whether a later command continues it.
+
+Every checkpoint keeps this record. A folder that moved is the same pictures; other weights at the same path are not the
+same base.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pixart_ft.config.reading import default, flat, keys
+from pixart_ft.config.train import TrainConfig
+from pixart_ft.data.datasets import TRANSFORM, Row
+from pixart_ft.errors import UserError
+from pixart_ft.files import read_object, sha256
+from pixart_ft.model import loading
+from pixart_ft.model.base import Base
+from pixart_ft.model.text import TEXT_PREPARATION, prepare_text
+from pixart_ft.runs.folder import RunFolder, step_of
+from pixart_ft.training.encode import text_encoder_id, vae_id
+from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
+
+_FILE = "run.json"
+
+# Settings that a resumed run may change. First those that only name what is compared by content,
+_BY_CONTENT = {
+    "data.folder",
+    "data.held_out",
+    "data.held_out_fraction",
+    "data.resolution",
+    "data.max_tokens",
+    "diffusion.schedule",
+    "diffusion.zero_snr",
+    "diffusion.prediction_type",
+    "model.base",
+    "model.dtype",
+    "model.revision",
+    "model.text_encoder_dtype",
+    "validation.pictures",
+}
+# then how a run is watched and kept, or cut into batches (of the same size in all, which `Trainer.load` checks),
+_UNSAID = {
+    "run.name",
+    "run.folder",
+    "data.cache",
+    "train.batch_size",
+    "train.accumulation",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "validation.every",
+    "validation.samples_every",
+    "logging.every",
+    "logging.tensorboard",
+}
+# and what may be turned while a run goes on, which is said aloud.
+_SAID = {
+    "train.steps",
+    "optim.learning_rate",
+    "optim.warmup_steps",
+    "optim.decay",
+    "optim.weight_decay",
+    "optim.beta1",
+    "optim.beta2",
+    "optim.epsilon",
+    "optim.clip_norm",
+    "model.gradient_checkpointing",
+}
+# What the saved state does not fit any more.
+_NEVER = {"lora.rank", "lora.targets", "optim.optimizer"}
+# What the held-out loss and the samples do not depend on, but by way of the training.
+_NOT_COMPARED = ("training pictures", "training captions", "lora.", "optim.", "train.ema_decay")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing that a run is trained on: the digest of its content, and what to call it."""
+
+    digest: str
+    words: str = ""
+
+    @classmethod
+    def of(cls, content: Iterable[object], words: str = "") -> "Part":
+        """The part with this content, whose order counts."""
+        return cls(sha256(json.dumps([str(x) for x in content]).encode())[:32], words)
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """All that a run is trained on: parts by content, and the resolved settings, flat."""
+
+    parts: Mapping[str, Part]
+    settings: Mapping[str, Any]
+
+    def write(self, checkpoint: Path) -> None:
+        """Into the folder of a checkpoint that is being written."""
+        (checkpoint / _FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "TrainedOn":
+        """From a whole checkpoint; nothing is known of one that an earlier version wrote."""
+        if not (checkpoint / _FILE).is_file():
+            return cls({}, {})
+        content = read_object(checkpoint / _FILE, "--resume", "give an earlier checkpoint")
+        return cls({name: Part(**part) for name, part in content["parts"].items()}, content["settings"])
+
+    def with_base(self, transformer: nn.Module, name: str) -> "TrainedOn":
+        """With the base's weights, once they are loaded."""
+        return replace(self, parts={**self.parts, "base": Part(_weights_digest(transformer), name)})
+
+
+def trained_on(
+    config: TrainConfig,
+    base: Base,
+    rows: Sequence[Row],
+    held: Sequence[Row],
+    digests: Sequence[str],
+    schedule_config: Mapping[str, object],
+    prediction_type: str,
+    resolution: int,
+) -> TrainedOn:
+    """Everything but the base's own weights, found without loading any.
+
+    digests          of the pictures of `rows`, then of `held`
+    schedule_config  the noise schedule in the words of a diffusers scheduler config
+    """
+    schedule = sorted((key, value) for key, value in schedule_config.items() if value)  # what is off may be left out
+    parts = {}
+    for name, part, pictures in (
+        ("training", rows, digests[: len(rows)]),
+        ("held-out", held, digests[len(rows) :]),
+    ):
+        parts[f"{name} pictures"] = Part.of(pictures, str(len(part)))
+        parts[f"{name} captions"] = Part.of((prepare_text(row.caption) for row in part), str(len(part)))
+    parts["size of the pictures"] = Part.of([resolution, TRANSFORM], f"{resolution} pixels")
+    parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])
+    parts["text encoder"] = Part.of([text_encoder_id(config, base), config.data.max_tokens, TEXT_PREPARATION])
+    parts["noise schedule"] = Part.of([schedule, prediction_type])
+    return TrainedOn(parts, flat(config))
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a continuation changes: `said` is allowed, `refused` has to be accepted; `names` are those of `refused`."""
+
+    said: Sequence[str]
+    refused: Sequence[str]
+    names: Sequence[str]
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether the held-out loss and the samples can no longer be compared with those from before."""
+        return any(not name.startswith(_NOT_COMPARED) for name in self.names)
+
+
+def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> Changes:
+    """What differs between a checkpoint after `step` steps and the run that is to continue it at `rate`.
+
+    Parts that only one of the two knows yet are left out. Raises UserError for what cannot be continued at all.
+    """
+    if rate.steps < step:
+        raise UserError(
+            f"--resume: train.steps is {rate.steps}, and this run has done {step} steps already; give more steps, or "
+            "an earlier checkpoint"
+        )
+    if not began.settings:
+        line = "what it was trained on is not recorded: an earlier version wrote this checkpoint"
+        return Changes([], [line], ["everything"])
+    # what an earlier version did not know of, it did as by default
+    was = {key: default(field) for key, field in keys(TrainConfig).items()} | dict(began.settings)
+    differs = [key for key, value in now.settings.items() if was.get(key) != value]
+    lines = {key: f"{key} was {was.get(key)!r}, is {now.settings[key]!r}" for key in differs}
+    said = [lines[key] for key in differs if key in _SAID]
+    refused = {key: lines[key] for key in differs if key not in _BY_CONTENT | _UNSAID | _SAID}
+    if never := [line for key, line in refused.items() if key in _NEVER]:
+        raise UserError("--resume cannot go on: " + "; ".join(never) + "; start another run (--init-from)")
+    for name in (name for name in now.parts if name in began.parts):
+        before, after = began.parts[name], now.parts[name]
+        if before.digest != after.digest:
+            known = f"{before.words} before, {after.words} now"
+            refused[name] = f"{name}: {known if before.words != after.words else 'not the same as before'}"
+    rates = _rates(began, rate, step)
+    if rates is not None:
+        line = f"the learning rate was {rates[0]:.3g} and goes on at {rates[1]:.3g}"
+        turned = {"optim.learning_rate", "optim.decay", "optim.warmup_steps"} & set(differs)
+        if rates[1] > rates[0] and not turned:
+            refused["optim.learning_rate"] = f"{line}: train.steps stretches the {rate.decay} decay"
+        else:
+            said.append(line)
+    return Changes(said, list(refused.values()), list(refused))
+
+
+def check_continues(
+    folder: RunFolder, checkpoint: Path, now: TrainedOn, rate: LearningRate, accept_changes: bool
+) -> Changes:
+    """What this run changes; raises UserError for what would make it another one, unless that is accepted."""
+    step = step_of(checkpoint) or 0
+    found = changes(TrainedOn.read(checkpoint), now, rate, step)
+    if found.refused and not accept_changes:
+        anew = f"; the held-out loss and the samples are then compared with step {step}" if found.begins_anew else ""
+        raise UserError(
+            f"--resume continues {folder.path} from step {step}, and these are not as they were:\n"
+            + "".join(f"  - {line}\n" for line in found.refused)
+            + f"put them back (--config {folder.config_file}), go on all the same with --accept-changes{anew}, or "
+            "start another run from these weights (--init-from)"
+        )
+    return found
+
+
+def announce(folder: RunFolder, checkpoint: Path | None, steps: int, found: Changes) -> None:
+    """Where a resumed run goes on, and what it changes."""
+    if checkpoint is None:
+        print(f"{folder.path} has no checkpoint yet: the run begins at step 0")
+        return
+    print(f"continuing {folder.path} from step {step_of(checkpoint)} of {steps}")
+    for line in (*found.refused, *found.said):
+        print(f"  changed: {line}")
+    if found.begins_anew:
+        print("  the held-out loss and the samples are compared with this step from now on")
+
+
+def _rates(began: TrainedOn, rate: LearningRate, step: int) -> tuple[float, float] | None:
+    """The learning rate of the last step done and of the next one, where it would not have gone on like this."""
+    if step == 0 or step == rate.steps:
+        return None
+    peak, warmup, decay = (began.settings[f"optim.{name}"] for name in ("learning_rate", "warmup_steps", "decay"))
+    steps = began.settings["train.steps"]
+    before = LearningRate(peak, fitting_warmup(warmup, steps), decay, steps)
+    if before.at(step) == rate.at(step):
+        return None
+    return before.at(step - 1), rate.at(step)
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """Over every bit of the weights, their names, and what else decides the function."""
+    digest = hashlib.sha256(loading.fingerprint(module).encode())
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,381 @@
+"""The training loop under accelerate: receives built parts, trains the parameters that want gradients.
+
+What a step computes is a function of its draw indices (`draws.py`), so the state of a run is: the trained weights,
+their average, the optimizer's moments, the step number, and what was logged so far.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from pixart_ft.diffusion.weighting import LossHistory
+from pixart_ft.errors import UserError, attempted
+from pixart_ft.evaluation.held_out import HeldOutSet, evaluating
+from pixart_ft.evaluation.objective import Objective
+from pixart_ft.pictures.sheets import Sample
+from pixart_ft.randomness import generator
+from pixart_ft.runs.folder import RunFolder
+from pixart_ft.training.batches import Chance, TrainingSet, draw_batch
+from pixart_ft.training.ema import Ema, all_finite
+from pixart_ft.training.learning_rate import LearningRate
+from pixart_ft.training.log import LossWindow, Place, Records
+from pixart_ft.training.nested import load_nested, save_nested
+from pixart_ft.training.stopping import StopRequest
+from pixart_ft.training.watching import Watch
+
+# Consecutive steps with a non-finite gradient before training gives up. A gradient scaler needs 17 to come down from
+# 65536 to 1/2, so under float16 some are part of a healthy start.
+MAX_BAD_STEPS, MAX_BAD_STEPS_SCALED = 10, 40
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how often. Steps are optimizer steps; `every` fields of 0 mean never."""
+
+    steps: int
+    batch_size: int  # pictures per process and micro-batch
+    accumulation: int
+    clip_norm: float  # 0: no clipping
+    log_every: int
+    validate_every: int
+    samples_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+
+
+class _Stopped(BaseException):
+    """A request to stop, seen in the middle of what is only watched."""
+
+
+class Trainer:
+    """One run: `run()` trains from where the state stands to the end of the plan.
+
+    The state goes to disk before anything is measured or drawn, and nothing that is not finite goes there.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        transformer: torch.nn.Module,
+        objective: Objective,
+        data: TrainingSet,
+        chance: Chance,
+        optimizer: torch.optim.Optimizer,
+        ema: Ema,
+        learning_rate: LearningRate,
+        plan: Plan,
+        folder: RunFolder,
+        held_out: HeldOutSet | None = None,
+        draw_samples: Callable[[], list[Sample]] | None = None,
+        describe: Callable[[Path], None] = lambda checkpoint: None,
+        export: Callable[[Place], None] = lambda place: None,
+        keep_adapter: Callable[[Place], None] = lambda place: None,
+    ):
+        """`transformer` has its adapter attached; only parameters with requires_grad are trained and saved.
+
+        `held_out` is measured, and `draw_samples` makes the pictures of the fixed prompts, with the network as it is;
+        then `keep_adapter` may keep it. `export` writes the result after the last step, before that is looked at.
+        `describe` writes into each checkpoint what else belongs there.
+        """
+        self.accelerator, self.objective, self.plan = accelerator, objective, plan
+        self.data, self.chance = data, chance
+        self.folder, self.ema, self.transformer, self.learning_rate = folder, ema, transformer, learning_rate
+        self.describe, self.export, self.keep_adapter = describe, export, keep_adapter
+        self.records = Records(folder.log, accelerator)
+        self.watch = Watch(
+            accelerator=accelerator,
+            transformer=transformer,
+            objective=objective,
+            ema=ema,
+            folder=folder,
+            records=self.records,
+            batch_size=plan.batch_size,
+            held_out=held_out,
+            draw_samples=draw_samples,
+        )
+        self.trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+        assert all(p.dtype == torch.float32 for p in self.trained.values()), "trained weights are kept in float32"
+        self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
+        self.step = 0
+        self.window = LossWindow()
+        importance = chance.timestep_law == "importance"
+        self.history = LossHistory.empty(objective.schedule.num_steps) if importance else None
+        self._bad_steps = 0
+        self._saved_at = -1
+        self._stop = StopRequest()  # to this process
+        self._stopping = False  # some process was asked: all know, and stop after the same step
+
+    # What follows from the plan
+
+    @property
+    def global_batch(self) -> int:
+        """Pictures per optimizer step, over all processes and accumulation steps."""
+        return self.plan.batch_size * self.plan.accumulation * self.accelerator.num_processes
+
+    @property
+    def place(self) -> Place:
+        """Where the run stands."""
+        return Place(self.step, self.step * self.global_batch)
+
+    def draws_of(self, step: int, micro: int) -> range:
+        """The draw indices of this process's micro-batch number `micro` of an optimizer step."""
+        block = micro * self.accelerator.num_processes + self.accelerator.process_index
+        start = step * self.global_batch + block * self.plan.batch_size
+        return range(start, start + self.plan.batch_size)
+
+    # The loop
+
+    def run(self) -> None:
+        """Train to the last step and leave the result; SIGTERM or Ctrl-C saves a checkpoint first of all and then
+        raises KeyboardInterrupt.
+
+        Raises UserError where the training diverged: the last checkpoints are then those from before.
+        """
+        with self._stop.caught(), self._progress() as bar:
+            while self._goes_on():
+                norm = self._optimizer_step()
+                self.step += 1
+                bar.update(self.global_batch)
+                if self._due(self.plan.log_every):
+                    bar.set_postfix_str(f"loss {self._log(norm):.4f}")
+
+    def _goes_on(self) -> bool:
+        """What is due between two steps, before the first and after the last; whether there is another step.
+
+        The state goes to disk first. Raises KeyboardInterrupt when it has, after a request to stop.
+        """
+        last = self.step >= self.plan.steps
+        if last or self._due(self.plan.checkpoint_every):
+            self.save()
+        if not self._stopping:
+            self._look(last=last)
+        if self._stopping:
+            self.save()
+            raise KeyboardInterrupt(
+                f"stopped after step {self.step}, state saved; the same command with --resume auto continues"
+            )
+        return not last
+
+    def _optimizer_step(self) -> float:
+        """One optimizer step over the global batch; returns the norm of the gradient before clipping."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate.at(self.step)
+        mine: list[Tensor] = []
+        for micro in range(self.plan.accumulation):
+            last = micro == self.plan.accumulation - 1
+            draws = self.draws_of(self.step, micro)
+            # the adapter's own dropout is the one draw that torch makes by itself
+            torch.manual_seed(generator(self.chance.seed, draws[0], "adapter dropout").initial_seed())
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                t, weight, terms = self._forward(draws)
+                self.accelerator.backward(terms["loss"].mean() / self.plan.accumulation)
+            asked = torch.full_like(terms["loss"], float(self._stop.asked))
+            mine.append(torch.stack([t.float(), asked, weight, *terms.values()], dim=1).detach())
+        self._take_in(list(terms), torch.stack(mine))
+        return self._update()
+
+    def _take_in(self, names: Sequence[str], mine: Tensor) -> None:
+        """What a step met, here (micro-batch, picture, [t, asked to stop, weight, *terms]) and in other processes."""
+        # one gather and one copy a step: each makes the host wait for the device, which then has no work queued
+        everywhere = self.accelerator.gather(mine).cpu().view(self.accelerator.num_processes, *mine.shape)
+        for rows in everywhere.transpose(0, 1).flatten(1, 2):  # in the order of the draws
+            t, asked, weight, *values = rows.unbind(1)
+            terms = dict(zip(names, values, strict=True))
+            self.window.add(terms, t.long(), weight, self.objective.schedule.num_steps)
+            if self.history is not None:
+                self.history = self.history.updated(t.long(), terms["loss"] / weight)
+            self._stopping = self._stopping or bool(asked.any())
+
+    def _forward(self, draws: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """t, the weights that undo its law, and the terms times these weights, each (N,), of a micro-batch."""
+        within, device = self.objective.within, self.accelerator.device
+        batch = draw_batch(
+            self.data,
+            draws,
+            self.chance,
+            global_batch=self.global_batch,
+            num_steps=self.objective.schedule.num_steps,
+            within=within,
+            law=None if self.history is None else self.history.probabilities(within=within),
+            two_noises=self.objective.draws_two_noises,
+        )
+        there: dict[str, Any] = {
+            name: None if x is None else x.to(device, non_blocking=True) for name, x in vars(batch).items()
+        }
+        t, weight = there["t"], there.pop("weight")
+        with self.accelerator.autocast():
+            return t, weight, {name: weight * term for name, term in self.objective.terms(self.model, **there).items()}
+
+    def _update(self) -> float:
+        limit = self.plan.clip_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(list(self.trained.values()), limit))
+        scaled = self.accelerator.scaler is not None  # the scaler skips its own overflows
+        if math.isfinite(norm) or scaled:
+            self.optimizer.step()
+        skipped = not math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped
+        self.optimizer.zero_grad(set_to_none=True)
+        self._bad_steps = self._bad_steps + 1 if skipped else 0
+        if not skipped:
+            self.ema.update()
+        if self._bad_steps >= (MAX_BAD_STEPS_SCALED if scaled else MAX_BAD_STEPS):
+            raise self._diverged(f"the gradient was not finite for {self._bad_steps} steps in a row")
+        return norm
+
+    def _diverged(self, what: str) -> UserError:
+        scaled = ", or use train.mixed_precision bf16 with --accept-changes," if self.accelerator.scaler else ""
+        saved = self.folder.saved_steps()
+        again = f"continue from step {max(saved)} with --resume auto" if saved else "begin again in another run.folder"
+        return UserError(
+            f"the training diverged: {what} (step {self.step}), and nothing of that was saved. Lower "
+            f"optim.learning_rate ({self.learning_rate.peak:g}){scaled} and {again}"
+        )
+
+    def _check_finite(self) -> None:
+        """Raise UserError on all processes unless the state is finite, and the loss that its weights give."""
+        moments = [x for state in self.optimizer.state_dict()["state"].values() for x in state.values()]
+        weights = [*self.trained.values(), *self.ema.shadows.values()]
+        bad = None if all_finite([*weights, *moments]) else "weights or moments are not finite"
+        if bad is None:
+            for average in (nullcontext(), self.ema.applied())[: 1 + self.ema.is_on]:
+                with average, evaluating(self.transformer):
+                    loss = self._forward(self.draws_of(max(0, self.step - 1), 0))[2]["loss"]
+                bad = bad if all_finite([loss]) else "the loss of these weights is not finite"
+        if self._anywhere(bad is not None):
+            raise self._diverged(bad or "another process met numbers that are not finite")
+
+    def _anywhere(self, mine: bool) -> bool:
+        """Whether something is true for some process."""
+        flag = torch.tensor([float(mine)], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).any())
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step > 0 and self.step % every == 0
+
+    def _progress(self) -> tqdm:
+        return tqdm(
+            total=self.plan.steps * self.global_batch,
+            initial=self.step * self.global_batch,
+            unit=" pictures",
+            desc="training",
+            dynamic_ncols=True,
+            disable=not self.accelerator.is_main_process,
+        )
+
+    def _log(self, norm: float) -> float:
+        """Close the window: one line of log.jsonl, one point per curve; returns the mean loss."""
+        means = self.window.means()
+        self.window = LossWindow()
+        facts = {"learning_rate": self.learning_rate.at(self.step - 1), "gradient_norm": norm}
+        self.records.train(self.place, means, facts)
+        return means["loss"]
+
+    def _look(self, *, last: bool) -> None:
+        """What is due and not done yet at this step: the held-out loss, the sample grid. A request to stop ends it.
+
+        At both ends of the course they are always due; before the last the result is written, since no report may lose
+        it. A failure at the beginning is raised, when nothing can be lost; later it is a warning.
+        """
+
+        def stop_if_asked(*_: object) -> None:
+            if self._stop.asked:
+                raise _Stopped
+
+        begin = self.step == self.watch.since
+        measuring, drawing = (
+            begin or last or self._due(every) for every in (self.plan.validate_every, self.plan.samples_every)
+        )
+        if not (measuring or drawing):  # at most steps: no log is read, and no process waits for the others
+            return
+        # before a network call, so never in the middle of a change of weights
+        hook = self.transformer.register_forward_pre_hook(stop_if_asked)
+        try:
+            if last and self.accelerator.is_main_process:
+                self.export(self.place)
+            if begin or last or (measuring and not self.records.has_held_out(self.step)):
+                with nullcontext() if begin else attempted("the held-out loss"):
+                    self.watch.measure(self.place)
+            if begin or last or (drawing and not self.watch.has_drawn(self.step)):
+                with nullcontext() if begin else attempted("the sample grid"):
+                    self.watch.draw(self.place)
+            if self.accelerator.is_main_process:
+                with attempted("the adapter of this step"):
+                    self.keep_adapter(self.place)
+        except _Stopped:
+            pass
+        finally:
+            hook.remove()
+        self._stopping = self._anywhere(self._stop.asked)
+
+    # State
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it is there; raises UserError if the state is not finite."""
+        if self._saved_at == self.step:
+            return
+        self._check_finite()
+        self._saved_at = self.step
+        if self.accelerator.is_main_process:
+            self.folder.save(self.step, self._write_state, keep=self.plan.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _write_state(self, folder: Path) -> None:
+        save_nested(folder / "trained.safetensors", {name: p.detach() for name, p in self.trained.items()})
+        save_nested(folder / "ema.safetensors", self.ema.state_dict())
+        save_nested(folder / "optimizer.safetensors", self.optimizer.state_dict())
+        scaler = self.accelerator.scaler
+        progress = {
+            "step": self.step,
+            "global_batch": self.global_batch,
+            "window": self.window.sums,
+            "scaler": scaler.state_dict() if scaler else None,
+            "held_out_before": self.watch.before,
+            "compared_since": self.watch.since,
+            "history": None if self.history is None else vars(self.history),
+        }
+        save_nested(folder / "progress.safetensors", progress)
+        self.describe(folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint that `RunFolder` calls complete.
+
+        Raises UserError if it was written with another set of trained weights or another global batch.
+        """
+        progress = load_nested(folder / "progress.safetensors")
+        if progress["global_batch"] != self.global_batch:
+            raise UserError(
+                f"{folder} was written with {progress['global_batch']} pictures per step, this run has "
+                f"{self.global_batch}: keep train.batch_size x train.accumulation x processes the same to resume"
+            )
+        saved = load_nested(folder / "trained.safetensors")
+        shapes = {name: p.shape for name, p in self.trained.items()}
+        if {name: value.shape for name, value in saved.items()} != shapes:
+            raise UserError(
+                f"{folder} holds other trained weights than this run's adapter: check lora.targets and rank"
+            )
+        average = load_nested(folder / "ema.safetensors")
+        if not all_finite([*saved.values(), *average["shadows"].values()]):
+            raise UserError(f"{folder} holds weights that are not finite: give an earlier checkpoint, or begin again")
+        with torch.no_grad():
+            for name, p in self.trained.items():
+                p.copy_(saved[name])
+        self.ema.load_state_dict(average)
+        chosen = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(load_nested(folder / "optimizer.safetensors"))
+        for group, own in zip(self.optimizer.param_groups, chosen, strict=True):
+            group |= own  # the moments are the checkpoint's, the settings this run's
+        if self.accelerator.scaler is not None and progress["scaler"]:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        self.step = self._saved_at = progress["step"]
+        self.window.sums = progress["window"]
+        self.watch.before, self.watch.since = progress["held_out_before"], progress.get("compared_since", 0)
+        if self.history is not None and progress.get("history") is not None:
+            self.history = LossHistory(**progress["history"])

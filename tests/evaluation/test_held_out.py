@@ -1,0 +1,181 @@
+"""The held-out loss. Oracle: closed form for the estimates, identities for the measurement."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from torch import nn
+
+from pixart_ft.diffusion.likelihood import Bound, variational_bound
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.evaluation.held_out import (
+    HeldOutSet,
+    evaluating,
+    held_out_bound,
+    held_out_loss,
+    mean_over_pictures,
+    paired_difference,
+    timestep_grid,
+)
+from pixart_ft.evaluation.objective import Objective
+from pixart_ft.model import loading
+from pixart_ft.model.attention import use_plain_attention
+from pixart_ft.model.base import Base
+from pixart_ft.randomness import normal
+
+OBJECTIVE = Objective(NoiseSchedule.linear(), "epsilon", "hybrid", 2.0)
+
+
+@pytest.fixture(scope="module")
+def transformer(tiny: Path) -> PixArtTransformer2DModel:
+    return loading.load_transformer(Base.read(tiny), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def held_out() -> HeldOutSet:
+    g = torch.Generator().manual_seed(0)
+    texts = [torch.randn(length, 32, generator=g) for length in (3, 1, 5)]
+    return HeldOutSet(torch.randn(3, 4, 8, 8, generator=g), texts, timestep_count=4, seed=0)
+
+
+def test_grid_is_the_middles_of_equal_strata() -> None:
+    assert timestep_grid(range(1000), 4).tolist() == [125, 375, 625, 875]
+    assert timestep_grid(range(1000), 1000).tolist() == list(range(1000))
+
+
+def test_estimates_are_those_of_the_textbook() -> None:
+    before = torch.tensor([[1.0, 3.0], [2.0, 2.0], [5.0, 9.0]])
+    after = before - torch.tensor([[0.5, 0.5], [0.1, 0.1], [0.3, 0.3]])
+    estimate = mean_over_pictures(before)
+    assert estimate.mean == pytest.approx((2 + 2 + 7) / 3)
+    assert estimate.standard_error == pytest.approx((25 / 3) ** 0.5 / 3**0.5)  # variance of (2, 2, 7) is 25/3
+    change = paired_difference(before, after)
+    assert change.mean == pytest.approx(-0.3)
+    assert change.standard_error == pytest.approx(0.04**0.5 / 3**0.5)
+
+
+def test_same_network_same_numbers_whatever_the_batch(
+    transformer: PixArtTransformer2DModel, held_out: HeldOutSet
+) -> None:
+    one = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
+    again = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
+    small = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=5)
+    assert one.keys() == {"simple", "vlb", "loss"} and one["loss"].shape == (3, 4)
+    for name in one:
+        assert torch.equal(one[name], again[name])
+        assert torch.allclose(one[name], small[name], rtol=1e-5, atol=1e-7)
+    assert torch.allclose(one["loss"], one["simple"] + 2.0 * one["vlb"], rtol=1e-6)
+
+
+def test_pictures_and_timesteps_meet_noise_of_their_own(
+    transformer: PixArtTransformer2DModel, held_out: HeldOutSet
+) -> None:
+    twice = HeldOutSet(held_out.x0[[0, 0]], [held_out.texts[0]] * 2, timestep_count=2, seed=0)
+    losses = held_out_loss(transformer, OBJECTIVE, twice, batch_size=4)["simple"]
+    assert not torch.isclose(losses[0, 0], losses[1, 0])
+
+
+@torch.no_grad()
+def test_bound_is_that_of_each_picture_by_itself_without_dropout(tiny: Path, held_out: HeldOutSet) -> None:
+    """Every picture with its own noise and no text but its own, by diffusers' transformer called as it documents."""
+    transformer, schedule = (
+        loading.load_transformer(Base.read(tiny), dtype=torch.float32),
+        NoiseSchedule.linear().respaced(5),
+    )
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    transformer.train()
+    bound = held_out_bound(transformer, schedule, "epsilon", held_out, variance="learned", batch_size=2)
+    assert transformer.training
+    transformer.eval()
+    for p, text in enumerate(held_out.texts):
+
+        def network(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor = text) -> torch.Tensor:
+            return transformer(x, text[None], t, {"resolution": None, "aspect_ratio": None}).sample
+
+        def noise(index: int, p: int = p) -> torch.Tensor:
+            return normal(held_out.seed, [5 * p + index], "held-out bound", (4, 8, 8))
+
+        alone = variational_bound(schedule, network, held_out.x0[[p]], "epsilon", noise=noise, variance="learned")
+        for field in fields(Bound):
+            ours, expected = (getattr(found, field.name) for found in (bound, alone))
+            torch.testing.assert_close(ours[[p]], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_off_while_the_loss_is_measured(tiny: Path, held_out: HeldOutSet) -> None:
+    transformer = loading.load_transformer(Base.read(tiny), dtype=torch.float32)
+    expected = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    found = held_out_loss(transformer.train(), OBJECTIVE, held_out, batch_size=12)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_loss_of_two_noises_is_given_two(
+    transformer: PixArtTransformer2DModel, held_out: HeldOutSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Su's raw form needs a second one, independent of the first, or it measures something else."""
+    given, terms = [], Objective.terms
+
+    def recorded(
+        self: Objective,
+        network: nn.Module,
+        x0: torch.Tensor,
+        eps: torch.Tensor,
+        t: torch.Tensor,
+        embeds: torch.Tensor,
+        mask: torch.Tensor,
+        rest: torch.Tensor | None = None,
+    ) -> Any:
+        given.append((eps, rest))
+        return terms(self, network, x0, eps, t, embeds, mask, rest)
+
+    monkeypatch.setattr(Objective, "terms", recorded)
+    su = Objective(NoiseSchedule.linear(), "epsilon", "su_raw")
+    held_out_loss(transformer, su, held_out, batch_size=12)
+    ((eps, rest),) = given
+    assert rest is not None
+    correlation = torch.corrcoef(torch.stack([eps.flatten(), rest.flatten()]))[0, 1]
+    assert abs(correlation) < 4 / eps.numel() ** 0.5 and abs(rest.std() - 1) < 0.1
+
+
+def test_modes_and_random_state_survive(transformer: PixArtTransformer2DModel, held_out: HeldOutSet) -> None:
+    transformer.train()
+    frozen = transformer.transformer_blocks[0].eval()
+    state = torch.get_rng_state()
+    held_out_loss(transformer, OBJECTIVE, held_out, batch_size=4)
+    assert transformer.training and transformer.transformer_blocks[1].training and not frozen.training
+    assert torch.equal(torch.get_rng_state(), state)
+    transformer.eval()
+
+
+def test_modes_come_back_after_an_error(transformer: PixArtTransformer2DModel) -> None:
+    transformer.train()
+    with pytest.raises(RuntimeError), evaluating(transformer):
+        assert not transformer.training and not torch.is_grad_enabled()
+        raise RuntimeError
+    assert transformer.training and torch.is_grad_enabled()
+    transformer.eval()
+
+
+def test_timesteps_reach_the_network_as_integers(transformer: PixArtTransformer2DModel, held_out: HeldOutSet) -> None:
+    seen = []
+    handle = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
+    handle.remove()
+    assert seen[0].dtype == torch.int64 and seen[0].tolist() == [125, 375, 625, 875] * 3
+
+
+def test_plain_attention_changes_nothing_beyond_rounding(tiny: Path, held_out: HeldOutSet) -> None:
+    other = loading.load_transformer(Base.read(tiny), dtype=torch.float32)
+    expected = held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"]
+    use_plain_attention(other)
+    assert torch.allclose(held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"], expected, rtol=1e-5)

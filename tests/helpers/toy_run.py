@@ -1,0 +1,85 @@
+"""The real trainer on a network of 40 parameters and a few random latents: a run takes milliseconds. Shared."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from pixart_ft.data.cache import CachedPictures, TensorStore
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.evaluation.objective import Objective
+from pixart_ft.model.vae import LatentScale
+from pixart_ft.runs.folder import RunFolder
+from pixart_ft.training.batches import Chance, TrainingSet
+from pixart_ft.training.ema import Ema
+from pixart_ft.training.learning_rate import LearningRate
+from pixart_ft.training.trainer import Plan, Trainer
+
+CHANCE = Chance(seed=3, caption_dropout=0.0, timestep_law="importance", logit_mean=0.0, logit_std=1.0)
+PLAN = Plan(
+    steps=12,
+    batch_size=4,
+    accumulation=1,
+    clip_norm=0.0,
+    log_every=1,
+    validate_every=0,
+    samples_every=0,
+    checkpoint_every=0,
+    keep_checkpoints=1,
+)
+
+
+class Toy(nn.Module):
+    """A 1x1 convolution that the timestep and the text turn up and down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(4, 8, 1)
+        with torch.no_grad():
+            values = torch.linspace(-0.5, 0.5, 40)
+            self.layer.weight.copy_(values[:32].view_as(self.layer.weight))
+            assert self.layer.bias is not None
+            self.layer.bias.copy_(values[32:])
+
+    def forward(self, x: Tensor, *, timestep: Tensor, encoder_hidden_states: Tensor, **_: Any) -> tuple[Tensor]:
+        loud = 1 + timestep / 10 + encoder_hidden_states.mean(dim=(1, 2))
+        return (loud.view(-1, 1, 1, 1) * self.layer(x),)
+
+
+def toy_set(folder: Path) -> TrainingSet:
+    """Six random latents with captions of a token each."""
+    generator, store = torch.Generator().manual_seed(0), TensorStore(folder)
+    latents = {f"latent{i}": torch.rand(2, 4, 2, 2, generator=generator) for i in range(6)}
+    texts = {f"text{i}": torch.randn(1, 3, generator=generator) for i in range(6)}
+    store.add(latents)
+    store.add(texts)
+    return TrainingSet(CachedPictures(store, list(latents), list(texts)), LatentScale(1.0), torch.zeros(1, 3))
+
+
+def toy_trainer(folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | None = None, **plan: Any) -> Trainer:
+    """Ready to run in `folder`; three noise levels, so that the history of losses is soon full."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, network = Accelerator(cpu=True), Toy().train()
+    run = RunFolder(folder)
+    if accelerator.is_main_process:
+        RunFolder.create(folder, resume=True)
+    trained = dict(network.named_parameters())
+    return Trainer(
+        accelerator=accelerator,
+        transformer=network,
+        objective=Objective(NoiseSchedule.linear(3, beta_start=0.1, beta_end=0.5), "epsilon", "hybrid"),
+        data=toy_set(data),
+        # unlike Adam, it feels a gradient that is twice as large
+        optimizer=torch.optim.SGD(trained.values(), lr=0.0, momentum=0.5),
+        ema=Ema(trained, 0.9),
+        learning_rate=LearningRate(0.5, 0, "constant", 12),
+        chance=CHANCE,
+        plan=replace(PLAN, **plan),
+        folder=run,
+        draw_samples=None if draw_samples is None else lambda: draw_samples(network),
+    )

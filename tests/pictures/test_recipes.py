@@ -1,0 +1,181 @@
+"""Recipes in pictures: read by other programs, and drawn again.
+
+Oracles: the bytes of the picture drawn first; AUTOMATIC1111's `parameters` written by hand.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from pixart_ft import cli
+from pixart_ft.errors import UserError
+from pixart_ft.pictures.recipes import config_of, parameters, read_recipe
+from pixart_ft.pictures.sheets import save_png
+from tests.helpers.adapters import make_adapter
+
+
+def draw(*words: object) -> int:
+    return cli.main(["generate", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny, tmp_path_factory.mktemp("recipes") / "adapter")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--sampler", "ddim", "--eta", "0.5", "--negative-prompt", "a square", "--width", "96"],
+        ["--sampler", "iddpm", "--guidance", "1", "--aspect-ratio", "2:1"],
+        ["--sampler", "edm", "--s-churn", "3", "--s-noise", "1.1", "--rho", "5", "--guidance-interval", "[100, 900]"],
+        ["--sampler", "score_sde", "--corrector-steps", "0", "--schedule", "cosine", "--time-conditioning", "index"],
+    ],
+)
+def test_a_picture_is_drawn_again_from_its_recipe(tiny: Path, adapter: Path, tmp_path: Path, words: list[str]) -> None:
+    first = [
+        "--prompt",
+        'red, "circle": Ж 犬',
+        "--seed",
+        2**40,
+        "--steps",
+        3,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "a",
+    ]
+    assert draw("--model", tiny, "--lora", adapter, "--lora-scale", "0.7", *first, *words) == 0
+    (picture,) = (tmp_path / "a").glob("000-*.png")
+    assert draw("--from", picture, "--out", tmp_path / "b") == 0
+    assert (tmp_path / "b" / picture.name).read_bytes() == picture.read_bytes()  # the recipe in it too
+
+
+def test_other_options_win_and_what_they_leave_without_use_is_set_aside(tiny: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "a" / "000-a-circle-seed3.png"
+    words = [
+        "--sampler",
+        "edm",
+        "--spacing",
+        "exponential",
+        "--s-churn",
+        "2",
+        "--negative-prompt",
+        "b",
+        "--width",
+        "96",
+    ]
+    assert (
+        draw("--model", tiny, "--prompt", "a circle", "--seed", 3, "--steps", 2, "--out", picture.parent, *words) == 0
+    )
+    recipe = read_recipe(picture)
+
+    def again(*words: object) -> dict[str, Any]:
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        assert draw("--from", picture, "--out", tmp_path / "b", *words) == 0
+        return read_recipe(next((tmp_path / "b").glob("[0c]*.png")))
+
+    changed = again("--sampler", "ddpm", "--guidance", 1, "--aspect-ratio", "1:1")
+    assert changed["options"] == {"spacing": "iddpm", "variance": "beta_tilde"} and changed["negative_prompt"] == ""
+    assert (changed["prompt"], changed["seed"], changed["steps"], changed["width"]) == ("a circle", 3, 2, 64)
+    assert again("--guidance", 3) == recipe | {"guidance": 3.0}
+    assert again("--spacing", "karras")["options"] == recipe["options"] | {"spacing": "karras", "rho": 7.0}
+    (tmp_path / "prompts.txt").write_text("another")
+    assert again("--prompts-file", tmp_path / "prompts.txt") == recipe | {"prompt": "another"}
+    sheet = again("--compare", "--compare-samplers", "[ddim]", "--compare-steps", "[1]", "--device", "cpu")
+    assert (sheet["sampler"], sheet["steps"]) == (["ddim"], [1])
+    values = config_of(tmp_path / "b" / "compare-000.png")
+    assert (values["compare"], values["compare_samplers"], values["compare_steps"]) == (True, ["ddim"], [1])
+    assert "sampler" not in values and "steps" not in values
+
+
+def test_what_is_wrong_with_a_recipe_is_one_message(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, recipe = tmp_path / "a.png", {"prompt": "a", "model": str(tiny), "steps": 1}
+
+    def error(*words: str, **changes: object) -> str:
+        save_png(Image.new("RGB", (8, 8)), file, {k: v for k, v in (recipe | changes).items() if v is not None})
+        assert draw("--from", file, "--out", tmp_path / "out", *words) == 2
+        lines = capsys.readouterr().err
+        assert "Traceback" not in lines and not (tmp_path / "out").exists()
+        return lines
+
+    assert f"error: {file}: 2 problems" in (found := error(steps="many", sampler="dimm"))
+    assert '  - steps is "many"; expected integer' in found and '  - sampler is "dimm"; expected ddpm' in found
+    assert "prompts[0] is null; expected [text, ...]" in error(prompt=None)
+    assert "lora is 7; expected path" in error(adapter={"path": 7, "scale": 1.0})
+    assert "lora_scale is null; expected number" in error(adapter={"path": "x"})
+    assert f"{file} is a sheet of several pictures" in error(pictures=["b.png"])
+    assert f"{file} was drawn while the run mine trained, at step 5; give --lora" in error(run="mine", step=5)
+    assert "--config and --from exclude each other" in (found := error("--config", "x", "--stpes", "3"))
+    assert "stpes: unknown key; did you mean steps?" in found
+    assert "out of bounds" not in error(options=[1, 2], steps=0) and error(steps=0).count("\n") == 1
+    for damaged in ("[]", "7", '"text"', "{", "[" * 10_000):
+        chunk = PngInfo()
+        chunk.add_text("pixart_ft", damaged)
+        Image.new("RGB", (8, 8)).save(file, pnginfo=chunk)
+        assert draw("--from", file) == 2 and "a.png holds no recipe" in capsys.readouterr().err
+    assert draw("--from", tmp_path / "absent.png") == 2 and "absent.png: no such picture" in capsys.readouterr().err
+
+
+def test_what_changed_since_a_picture_was_drawn_is_told(tiny: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    lora = make_adapter(base, tmp_path / "lora")
+    words = ("--prompt", "a", "--steps", 1, "--model", base, "--lora", lora, "--out", tmp_path / "a")
+    assert draw(*words) == 0
+    picture = tmp_path / "a" / "000-a-seed0.png"
+    shutil.rmtree(lora)
+    make_adapter(base, lora, seed=1)
+    with pytest.warns(UserWarning, match=r"a-seed0.png may come out otherwise: the adapter's weights changed since"):
+        draw("--from", picture, "--out", tmp_path / "b")
+    old = read_recipe(picture)
+    save_png(Image.open(picture), picture, old | {"versions": old["versions"] | {"torch": "1.0"}})
+    with pytest.warns(UserWarning, match=r"the adapter's weights, torch \(1\.0, now 2"):
+        draw("--from", picture, "--out", tmp_path / "c")
+
+
+def test_other_programs_read_the_parameters(tiny: Path, tmp_path: Path) -> None:
+    recipe = {
+        "prompt": "a red apple,\non wood 犬",
+        "negative_prompt": "blur: bad",
+        "steps": 30,
+        "sampler": "ddim",
+        "guidance": 4.5,
+        "seed": 7,
+        "width": 96,
+        "height": 64,
+        "fingerprint": "0123abcd",
+        "model": "my models, old",
+        "adapter": {"path": "runs/x", "scale": 0.5},
+        "image": None,
+        "strength": 0.6,
+        "versions": {"pixart_ft": "0.1.0"},
+    }
+    text = (
+        "a red apple,\non wood 犬\nNegative prompt: blur: bad\n"
+        "Steps: 30, Sampler: ddim, CFG scale: 4.5, Seed: 7, Size: 96x64, Model hash: 0123abcd, "
+        'Model: "my models, old", Lora: runs/x, Lora scale: 0.5, Version: pixart_ft 0.1.0'
+    )
+    assert parameters(recipe) == text
+    assert "Denoising strength: 0.6" in parameters(recipe | {"image": "a.png"})
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", recipe)
+    with Image.open(tmp_path / "a.png") as stored:
+        chunks = stored.text  # type: ignore[attr-defined]
+    assert chunks["parameters"] == text and json.loads(chunks["pixart_ft"]) == recipe
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "grid.png", {"pictures": ["a.png"]})
+    with Image.open(tmp_path / "grid.png") as stored:
+        assert "parameters" not in stored.text  # type: ignore[attr-defined]
+    assert parameters({"prompt": "caf\udce9", "seed": 0}) == "caf\\udce9\nSeed: 0"
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"text\.png holds no recipe"):
+        config_of(tmp_path / "text.png")

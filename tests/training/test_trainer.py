@@ -1,0 +1,173 @@
+"""The training loop itself, on a toy network. Oracles: one process for two, the average for what is drawn.
+
+Whole runs are in test_training_run.py, the numbers of the first steps by hand in test_training_wiring.py.
+"""
+
+import json
+import math
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from pixart_ft.pictures.sheets import Sample
+from pixart_ft.training.nested import load_nested
+from tests.helpers.toy_run import Toy, toy_trainer
+
+STEPS = 12
+SAMPLE = Sample("a toy", 0, Image.new("RGB", (8, 8)))
+
+
+def state(run: Path, name: str) -> Any:
+    return load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / f"{name}.safetensors")
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def one_of_two(rank: int, port: int, folder: Path) -> None:
+    """The body of a process; accelerate finds the other by the environment, as `accelerate launch` sets it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    toy_trainer(folder / "two", folder / f"data-{rank}", batch_size=1, accumulation=2).run()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Two gloo processes that accumulate draw, learn, average, log and remember what one process does."""
+    toy_trainer(tmp_path / "one", tmp_path / "data", batch_size=4).run()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked, they need not import for ten seconds; but CUDA does not survive a fork.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(one_of_two, (port, tmp_path), nprocs=2, start_method=method)
+    one, two = tmp_path / "one", tmp_path / "two"
+    histories = [state(run, "progress")["history"] for run in (one, two)]
+    assert histories[1]["counts"].tolist() == histories[0]["counts"].tolist() == [10, 10, 10]
+    torch.testing.assert_close(histories[1]["losses"], histories[0]["losses"], rtol=1e-4, atol=1e-6)
+    for name in ("trained", "ema"):
+        torch.testing.assert_close(state(two, name), state(one, name), rtol=1e-4, atol=1e-6)
+    assert len(log(one)) == len(log(two)) == STEPS
+    for a, b in zip(log(one), log(two), strict=True):
+        assert (a["step"], a["samples"]) == (b["step"], b["samples"])
+        assert b["train"] == pytest.approx(a["train"], rel=1e-4)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-4)
+
+
+def test_what_a_checkpoint_holds_continues_everything(tmp_path: Path) -> None:
+    """Importance law, average, moments and a half-full window of the log: the same to the bit as without a break."""
+    straight = toy_trainer(tmp_path / "straight", tmp_path / "data", log_every=5)
+    straight.run()
+    toy_trainer(tmp_path / "cut", tmp_path / "data", log_every=5, steps=8).run()
+    resumed = toy_trainer(tmp_path / "cut", tmp_path / "data", log_every=5)
+    resumed.load(tmp_path / "cut" / "checkpoints" / "step-000008")
+    resumed.run()
+    counts = state(tmp_path / "straight", "progress")["history"]["counts"]
+    assert counts.tolist() == [10, 10, 10], "the history must be full, and its law not uniform"
+    for name in ("trained", "ema", "optimizer", "progress"):
+        whole, cut = (tmp_path / run / "checkpoints" / f"step-{STEPS:06d}" for run in ("straight", "cut"))
+        assert (whole / f"{name}.safetensors").read_bytes() == (cut / f"{name}.safetensors").read_bytes(), name
+    logs = [[(r["step"], r["train"]) for r in log(tmp_path / run)] for run in ("straight", "cut")]
+    assert logs[0] == logs[1] and [step for step, _ in logs[0]] == [5, 10]
+
+
+def test_every_micro_batch_has_a_random_state_of_its_own(tmp_path: Path) -> None:
+    """From which torch draws the adapter's dropout; it follows from the draws, not from what was drawn before."""
+    seeds: list[list[int]] = []
+    for steps in ([0, 1, 2], [2]):
+        trainer = toy_trainer(tmp_path / str(steps), tmp_path / "data", steps=3, batch_size=2, accumulation=2)
+        found: list[int] = []
+        trainer.step = steps[0]
+        trainer.transformer.get_submodule("layer").register_forward_hook(
+            lambda layer, *_, found=found: found.append(torch.initial_seed()) if torch.is_grad_enabled() else None
+        )
+        torch.manual_seed(len(steps))
+        trainer.run()
+        seeds.append(found)
+    assert len(set(seeds[0])) == len(seeds[0]) == 6 and seeds[1] == seeds[0][4:]
+
+
+def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(tmp_path: Path) -> None:
+    """The next one begins with the weights and the average that this one began with, and no gradient."""
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=3)
+    found: list[list[torch.Tensor]] = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        assert trainer.transformer.get_parameter("layer.bias").grad is None
+        found.append([x.detach().clone() for x in (*trainer.trained.values(), *trainer.ema.shadows.values())])
+        return gradient * (math.nan if len(found) == 2 else 1.0)
+
+    trainer.transformer.get_parameter("layer.bias").register_hook(spoil)
+    trainer.run()
+    torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)
+    assert not torch.equal(found[1][0], found[0][0]) and trainer.ema.num_updates == 2
+
+
+def test_samples_are_drawn_by_the_average(tmp_path: Path) -> None:
+    """In eval mode too; the weights that are trained come back, in the mode they had."""
+    drawn: list[tuple[bool, dict[str, torch.Tensor]]] = []
+    averages: list[dict[str, torch.Tensor]] = []
+
+    def draw(network: Toy) -> list[Sample]:
+        drawn.append((network.training, {name: value.clone() for name, value in network.state_dict().items()}))
+        averages.append({name: value.clone() for name, value in trainer.ema.shadows.items()})
+        return [SAMPLE]
+
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=5, samples_every=4)
+    trainer.run()
+    assert [training for training, _ in drawn] == [False] * 3 and trainer.transformer.training  # after 0, 4, 5 steps
+    torch.testing.assert_close([weights for _, weights in drawn], averages, rtol=0, atol=0)
+    assert all(not torch.equal(averages[2][name], weights) for name, weights in trainer.trained.items())
+
+
+def test_a_step_with_nothing_to_look_at_keeps_nothing(tmp_path: Path) -> None:
+    """Whether an adapter is kept is asked of the whole log, which grows: only where something was measured or drawn."""
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=7, validate_every=3, samples_every=0)
+    asked: list[int] = []
+    trainer.keep_adapter = lambda place: asked.append(place.step)
+    trainer.run()
+    assert asked == [0, 3, 6, 7]
+
+
+def test_the_state_is_saved_then_the_result_and_then_the_end_is_looked_at_once(tmp_path: Path) -> None:
+    """In this order, since what comes later may fail, or never end."""
+    met: list[tuple[str, int]] = []
+
+    def draw(network: Toy) -> list[Sample]:
+        met.append(("drawn", trainer.step))
+        return [SAMPLE]
+
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2, checkpoint_every=1)
+    trainer.describe = lambda folder: met.append(("saved", trainer.step))
+    trainer.export = lambda place: met.append(("exported", place.step))
+    trainer.keep_adapter = lambda place: met.append(("kept", place.step))
+    trainer.run()
+    begin, end = [("drawn", 0), ("kept", 0), ("saved", 1)], [("exported", 2), ("drawn", 2), ("kept", 2)]
+    assert met == [*begin, ("saved", 2), *end]
+
+    again = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2)
+    again.load(tmp_path / "run" / "checkpoints" / "step-000002")
+    trainer, met[:] = again, []
+    again.describe = lambda folder: met.append(("saved", again.step))
+    again.export = lambda place: met.append(("exported", place.step))
+    again.run()  # nothing to train, nothing new to save; what the end leaves is made anew
+    assert met == [("exported", 2), ("drawn", 2)]
+
+
+def test_a_request_to_stop_before_the_first_step_is_heeded_after_the_state_is_saved(tmp_path: Path) -> None:
+    def draw(network: Toy) -> list[Sample]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return [SAMPLE]
+
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 0, state saved"):
+        trainer.run()
+    assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
