@@ -29,16 +29,16 @@ __all__ = [
 ]
 
 _HOMES = {  # imported when first asked for, since most bring torch along
-    "GenerateConfig": "generate_config",
-    "PixArtPipeline": "pipeline",
-    "Settings": "drawing",
-    "TextToImage": "text_to_image",
-    "TrainConfig": "config",
+    "GenerateConfig": "config.generate",
+    "PixArtPipeline": "sampling.pipeline",
+    "Settings": "sampling.settings",
+    "TextToImage": "sampling.text_to_image",
+    "TrainConfig": "config.train",
     "UserError": "errors",
-    "load_config": "config",
-    "read_recipe": "recipes",
-    "run_generation": "generation",
-    "run_training": "training_run",
+    "load_config": "config.train",
+    "read_recipe": "pictures.recipes",
+    "run_generation": "sampling.command",
+    "run_training": "training.run",
 }
 
 

@@ -48,7 +48,7 @@ class Command:
 
 
 def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
-    from pixart_ft.places import check_training  # without torch: a wrong path is known at once
+    from pixart_ft.training.places import check_training  # without torch: a wrong path is known at once
 
     begin = options.get("resume"), options.get("init_from")
     check_training(config, *begin)
@@ -63,7 +63,7 @@ def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
 
 
 def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
-    from pixart_ft.places import check_generation  # without torch: a wrong path is known at once
+    from pixart_ft.sampling.places import check_generation  # without torch: a wrong path is known at once
 
     adapter = check_generation(config)
     from pixart_ft.sampling.command import dry_run, generate

@@ -1,4 +1,4 @@
-"""The bounds of tests/helpers/rounding.py: a call's errors grow no more than they say, and a wrong result lies beyond them."""
+"""The bounds of helpers/rounding.py: a call's errors grow no more than they say, a wrong result lies beyond them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -37,9 +37,9 @@ from pixart_ft.files import sha256, write_folder
 from pixart_ft.model.adapter_switch import AdapterSwitch, adapter_interval
 from pixart_ft.model.loading import fingerprint
 from pixart_ft.model.text import TEXT_PREPARATION
+from pixart_ft.model.weights import all_finite
 from pixart_ft.randomness import generator
 from pixart_ft.schedulers.stored import process_of
-from pixart_ft.training.ema import all_finite
 
 _PEFT_PREFIX = "base_model.model."
 _ADAPTER = "default"

@@ -159,7 +159,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 def shipped_configs() -> dict[str, Path]:
     """The configurations that come with the package, by name: a wheel has them inside, a clone beside it."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folder = next((f for f in (package / "configs", package.parent / "configs") if f.is_dir()), package)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 

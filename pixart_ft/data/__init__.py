@@ -1,1 +1,1 @@
-"""Pictures and captions: read from a folder, prepared one way only, encoded once into a cache on disk."""
+"""Captioned pictures: read from a folder, encoded once into a cache on disk."""

@@ -31,6 +31,8 @@ Found = TypeVar("Found")
 TRANSFORM = "exif, on white, centre square, lanczos, 1"
 """Names what `load_picture` does; part of every cache key. Change it when `load_picture` changes."""
 
+DEMO_PICTURES = Path(__file__).parents[1] / "demo" / "pictures"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -60,6 +62,11 @@ def _listed(kind: str, items: Sequence[str], most: int = 10) -> str:
     shown = [f"    {item}" for item in items[:most]]
     rest = [f"    and {len(items) - most} more"] if len(items) > most else []
     return "\n".join([f"  {kind}: {len(items)}", *shown, *rest])
+
+
+def picture_folder(name: str, part: str) -> Path:
+    """The folder that data.folder (part "train") or data.held_out (part "held_out") means."""
+    return DEMO_PICTURES / part if name == "demo" else Path(name)
 
 
 def check_folder(folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""How good a network is: its objective, and that of pictures it never saw."""

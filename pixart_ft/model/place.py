@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pixart_ft.errors import UserError
 
-DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 
 
 def resolve_base(name: str) -> str:

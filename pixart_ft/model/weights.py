@@ -1,13 +1,14 @@
 """Loading weights with the libraries: which files, quietly, one message for damage, every weight accounted for."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers.utils.logging
 import transformers.utils.logging
+from torch import Tensor
 
 from pixart_ft.errors import UserError
 
@@ -76,3 +77,8 @@ def quiet(base: str) -> Iterator[None]:
             logger.set_verbosity(verbosity)
             if had_bars:
                 logger.enable_progress_bar()
+
+
+def all_finite(values: Iterable[object]) -> bool:
+    """Whether every number of these tensors is finite; what is no tensor does not count."""
+    return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))

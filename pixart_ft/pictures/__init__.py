@@ -1,0 +1,1 @@
+"""Pictures for people: labelled sheets, curves, and PNG files that say what they were drawn by."""

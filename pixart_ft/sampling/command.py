@@ -19,8 +19,8 @@ from pixart_ft.model.base import Base
 from pixart_ft.pictures.own import check_own, not_there_yet
 from pixart_ft.pictures.recipes import changes, read_recipe
 from pixart_ft.pictures.sheets import grid, picture_name, save_png
-from pixart_ft.places import check_generation
 from pixart_ft.sampling.comparison import Cells, comparison_sheets, run_comparison, settled_cells
+from pixart_ft.sampling.places import check_generation
 from pixart_ft.sampling.settings import Abilities, Settings, settled, size_of
 from pixart_ft.sampling.text_to_image import TextToImage, abilities_of
 from pixart_ft.text import read_text

@@ -1,4 +1,4 @@
-"""diffusers schedulers for every sampler: one class for each row of `pixart_ft.config.samplers`, one for all stock ones."""
+"""diffusers schedulers: a class for each row of `pixart_ft.config.samplers`, one for all stock ones."""
 
 from collections.abc import Mapping
 

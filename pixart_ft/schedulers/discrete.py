@@ -147,7 +147,7 @@ class IDDPMScheduler(_Ancestral):
         if self.variance == "learned" and output.shape[1] == x.shape[1]:
             raise ValueError(
                 f"iDDPM needs the network's {2 * x.shape[1]} channels, got {output.shape[1]}: the variance half is "
-                "missing. diffusers' PixArtSigmaPipeline throws it away; use pixart_ft.sampling.pipeline.PixArtPipeline, which "
+                "missing. diffusers' PixArtSigmaPipeline throws it away; use pixart_ft.PixArtPipeline, which "
                 "keeps it. A network without a variance half takes RespacedDDPMScheduler"
             )
         return super()._predict(output, x, t)

@@ -1,0 +1,1 @@
+"""From a configuration to a finished run: checked, encoded, trained, watched, reported."""

@@ -1,6 +1,6 @@
 """Exponential moving average of the trained weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -9,11 +9,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pixart_ft.errors import UserError
-
-
-def all_finite(values: Iterable[object]) -> bool:
-    """Whether every number of these tensors is finite; what is no tensor does not count."""
-    return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
 
 
 class Ema:

@@ -11,13 +11,12 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
-from pixart_ft.data.datasets import Row, read_folder, split
+from pixart_ft.data.datasets import Row, picture_folder, read_folder, split
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.vae import LatentScale
-from pixart_ft.places import picture_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from pixart_ft import places
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.adapters.targets import check_rank, check_targets, trainable
 from pixart_ft.config.train import TrainConfig
@@ -25,6 +24,7 @@ from pixart_ft.training.batches import Chance
 from pixart_ft.training.encode import read_rows
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective
+from pixart_ft.training.places import check_training
 from pixart_ft.training.trainer import Plan
 
 
@@ -77,7 +77,7 @@ def dry_run(config: TrainConfig, resume: str | None = None, init_from: str | Non
 
 def look(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Start:
     """Check all that can be checked without weights; arguments as of `run_training`. Raises UserError."""
-    adapter = places.check_training(config, resume, init_from)
+    adapter = check_training(config, resume, init_from)
     base = Base.read(config.model.base, config.model.revision)
     resolution = _resolution(config, base)
     objective, schedule_config = build_objective(config, base)

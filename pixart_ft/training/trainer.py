@@ -20,11 +20,12 @@ from pixart_ft.diffusion.weighting import LossHistory
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation.held_out import HeldOutSet, evaluating
 from pixart_ft.evaluation.objective import Objective
+from pixart_ft.model.weights import all_finite
 from pixart_ft.pictures.sheets import Sample
 from pixart_ft.randomness import generator
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.training.batches import Chance, TrainingSet, draw_batch
-from pixart_ft.training.ema import Ema, all_finite
+from pixart_ft.training.ema import Ema
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.log import LossWindow, Place, Records
 from pixart_ft.training.nested import load_nested, save_nested

@@ -1,19 +1,13 @@
-"""Where the things that a user names are: bases, picture folders, adapters, runs.
-
-No torch: a wrong path is known in an instant, before the libraries are imported.
-"""
+"""Whether the folders that a training names are there, and apart. No torch: a wrong path is known in an instant."""
 
 from pathlib import Path
 
 from pixart_ft.adapters.files import Adapter
-from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.datasets import check_folder
+from pixart_ft.data.datasets import check_folder, picture_folder
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.model.place import resolve_base
 from pixart_ft.runs.folder import RunFolder
-
-DEMO_PICTURES = Path(__file__).parent / "demo" / "pictures"
 
 
 def check_training(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Adapter | None:
@@ -56,24 +50,3 @@ def _check_apart(config: TrainConfig) -> None:
                 f"data.held_out: {held_out} and data.folder {folder} share pictures, so what is measured would be "
                 "trained on; keep them apart, or use data.held_out_fraction"
             )
-
-
-def check_generation(config: GenerateConfig) -> Adapter | None:
-    """Raise one UserError with every path of a generation that leads nowhere; returns its adapter."""
-    mistakes, adapter = Mistakes(), None
-    if config.model is not None:
-        with mistakes.noted():
-            resolve_base(config.model)
-    if config.lora is not None:
-        with mistakes.noted():
-            adapter = Adapter.read(config.lora, weights=config.weights)
-    for key, file in (("image", config.image), ("prompts_file", config.prompts_file)):
-        if file is not None and not file.is_file():
-            mistakes.add(f"{key}: there is no file {file}")
-    mistakes.raise_if_any()
-    return adapter
-
-
-def picture_folder(name: str, part: str) -> Path:
-    """The folder that data.folder (part "train") or data.held_out (part "held_out") means."""
-    return DEMO_PICTURES / part if name == "demo" else Path(name)

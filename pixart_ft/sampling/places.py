@@ -1,0 +1,22 @@
+"""Whether the folders and files that a generation names are there. No torch: a wrong path is known in an instant."""
+
+from pixart_ft.adapters.files import Adapter
+from pixart_ft.config.generate import GenerateConfig
+from pixart_ft.errors import Mistakes
+from pixart_ft.model.place import resolve_base
+
+
+def check_generation(config: GenerateConfig) -> Adapter | None:
+    """Raise one UserError with every path of a generation that leads nowhere; returns its adapter."""
+    mistakes, adapter = Mistakes(), None
+    if config.model is not None:
+        with mistakes.noted():
+            resolve_base(config.model)
+    if config.lora is not None:
+        with mistakes.noted():
+            adapter = Adapter.read(config.lora, weights=config.weights)
+    for key, file in (("image", config.image), ("prompts_file", config.prompts_file)):
+        if file is not None and not file.is_file():
+            mistakes.add(f"{key}: there is no file {file}")
+    mistakes.raise_if_any()
+    return adapter
