@@ -86,6 +86,11 @@ def test_the_house_names_no_module_that_is_gone() -> None:
     assert len(HOUSE) <= 16
 
 
+def test_the_page_about_the_house_shows_these_rooms_in_this_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert re.findall(r"^\| `(\w+)/` \|", page, flags=re.M) == [room for room in HOUSE if room]
+
+
 def test_diffusion_knows_no_hugging_face_library_and_no_configuration() -> None:
     for name, path in modules().items():
         if name.startswith("diffusion"):

@@ -48,7 +48,7 @@ class AdapterMetadata:
     """What an adapter was trained on and how; the content of pixart_ft.json.
 
     base               as given in model.base
-    base_fingerprint   `models.fingerprint` of that base
+    base_fingerprint   `loading.fingerprint` of that base
     prediction_type    what the network predicts
     schedule           the noise schedule it was trained with, in the words of a diffusers scheduler config
     variance           the state of the learned variance after this training

@@ -1,6 +1,6 @@
 """LoRA adapters by peft: attach to a transformer, save, load back strictly, merge.
 
-`adapter_files.py` says what a saved adapter consists of.
+`files.py` says what a saved adapter consists of.
 """
 
 import json

@@ -1,6 +1,6 @@
 """How a configuration is read, whatever its keys: YAML, overrides, and ONE report of every mistake in them.
 
-`config.py` says what the keys are. A key is named by its dotted path, as `optim.learning_rate`.
+`train.py` and `generate.py` say what the keys are. A key is named by its dotted path, as `optim.learning_rate`.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """The training configuration: every key, its type, default, meaning, and the rules between keys.
 
 The command line, the YAML files and the help all read the fields below, so a key is described once.
-`settings.py` reads a configuration and reports every mistake in it. No torch here: help is instant.
+`reading.py` reads a configuration and reports every mistake in it. No torch here: help is instant.
 """
 
 import os

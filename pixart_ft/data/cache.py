@@ -131,7 +131,7 @@ class CachedPictures:
     def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, each (N, C, H, W) float32, as the VAE gives them.
 
-        `vae.LatentScale` makes the transformer's latents of them, so neither its scale nor its shift is in a key.
+        `model.vae.LatentScale` makes the transformer's latents of them, so neither its scale nor its shift is in a key.
         """
         mean, std = torch.stack([self.store.get(self.latent_keys[index]) for index in indices]).unbind(1)
         return mean, std

@@ -31,7 +31,7 @@ _PARTS = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Base:
-    """A PixArt-Sigma as it describes itself; `models` loads its weights.
+    """A PixArt-Sigma as it describes itself; `loading` loads its weights.
 
     name                              as it was given: "demo", a folder, or a Hub id
     place                             the folder or Hub id that this means

@@ -79,7 +79,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
         weights: Weights = "ema",
         interval: Interval | None = None,
     ) -> None:
-        """Attach an adapter of this package; arguments and errors as of `Adapter.read` and `adapters.load_adapter`."""
+        """Attach an adapter of this package; arguments and errors as of `Adapter.read` and `lora.load_adapter`."""
         if hasattr(self.transformer, "adapter_switch"):
             raise UserError("adapter: this pipeline has one already; load the pipeline anew for another")
         adapter = Adapter.read(path, weights=weights)

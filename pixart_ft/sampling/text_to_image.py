@@ -212,7 +212,7 @@ class TextToImage:
         return tqdm(total=total, desc="generating", unit=" calls", dynamic_ncols=True, disable=not show)
 
     def settled(self, settings: Settings) -> Settings:
-        """The settings with this model's own size and the sampler's own options; see `drawing.settled`."""
+        """The settings with this model's own size and the sampler's own options; see `settings.settled`."""
         return settled(settings, self.abilities, None if self.adapter is None else self.adapter.path)
 
     def draw(

@@ -107,7 +107,7 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Mapping[str, Any], **kwargs: Any) -> Any:
         """As diffusers has it, but of another class's configuration only the process: one's eta is not the other's.
 
-        Raises ValueError where that is not a process on betas (`scheduler_config.process_of`).
+        Raises ValueError where that is not a process on betas (`stored.process_of`).
         """
         name, own = config.get("_class_name"), inspect.signature(cls.__init__).parameters
         foreign = name != cls.__name__ if name else any(not key.startswith("_") and key not in own for key in config)

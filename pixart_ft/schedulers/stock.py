@@ -1,4 +1,4 @@
-"""diffusers' own schedulers as samplers, on whatever process the network knows: see `samplers.STOCK_SAMPLERS`."""
+"""diffusers' own schedulers as samplers, on whatever process the network knows: see `config.samplers`."""
 
 import inspect
 from collections.abc import Mapping, Sequence

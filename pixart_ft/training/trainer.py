@@ -1,6 +1,6 @@
 """The training loop under accelerate: receives built parts, trains the parameters that want gradients.
 
-What a step computes is a function of its draw indices (`draws.py`), so the state of a run is: the trained weights,
+What a step computes is a function of its draw indices (`batches.py`), so the state of a run is: the trained weights,
 their average, the optimizer's moments, the step number, and what was logged so far.
 """
 

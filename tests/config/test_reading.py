@@ -228,7 +228,7 @@ def test_an_absent_file_lists_the_shipped_names(tmp_path: Path) -> None:
 def test_shipped_configurations_are_found_inside_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mine.yaml").touch()
-    monkeypatch.setattr(reading, "__file__", str(tmp_path / "settings.py"))
+    monkeypatch.setattr(reading, "__file__", str(tmp_path / "config" / "reading.py"))
     assert reading.shipped_configs() == {"mine": tmp_path / "configs" / "mine.yaml"}
 
 

@@ -291,7 +291,7 @@ def test_a_scheduler_that_lacks_the_variance_half_names_our_pipeline(
 ) -> None:
     for pipeline in pipelines.values():
         pipeline.scheduler = SCHEDULERS[name].from_config(pipeline.scheduler.config)
-        with pytest.raises(ValueError, match=r"8 channels, got 4: .*use pixart_ft\.pipeline\.PixArtPipeline"):
+        with pytest.raises(ValueError, match=r"8 channels, got 4: .*use pixart_ft\.PixArtPipeline"):
             generate(pipeline)
 
 
