@@ -22,7 +22,7 @@ from torch import Tensor
 from pixart_ft.adapters.files import Adapter, Weights
 from pixart_ft.adapters.lora import load_adapter, warn_of_other_process
 from pixart_ft.data.datasets import picture_pixels
-from pixart_ft.diffusion.intervals import Interval, adapter_interval_faults, guidance_interval_faults
+from pixart_ft.diffusion.intervals import Interval
 from pixart_ft.errors import UserError
 from pixart_ft.model.adapter_switch import adapter_interval
 from pixart_ft.model.attention import check_text
@@ -30,7 +30,15 @@ from pixart_ft.model.text import encode_captions, pad_text
 from pixart_ft.model.vae import decode_to_pixels, encode_pixels, latent_scale_faults, safe_dtype, to_pictures, to_unit
 from pixart_ft.sampling.loop import Guidance, first_call, sample_latents
 from pixart_ft.sampling.pipeline_folder import open_as_stock, own_scheduler
-from pixart_ft.sampling.settings import Settings, begin_late, calls_to_come, size_faults, strength_faults, warn_of_size
+from pixart_ft.sampling.settings import (
+    Settings,
+    begin_late,
+    calls_to_come,
+    image_faults,
+    interval_faults,
+    size_faults,
+    warn_of_size,
+)
 from pixart_ft.schedulers import PixArtScheduler
 from pixart_ft.schedulers.stored import process_of
 
@@ -162,7 +170,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
         elif not guidance.on and guidance_interval is not None:
             faults.append(f"guidance_interval is unused at guidance_scale {guidance_scale:g}; leave it out")
         if image is not None:
-            faults += [*self._image_faults(latents), *strength_faults(strength)]
+            faults += [*self._image_faults(latents), *image_faults(strength, self.scheduler.config.get("tolerance"))]
         if self._adaptive and callback_on_step_end is not None:
             faults.append("with a tolerance pf_ode has no steps to call callback_on_step_end after; leave it out")
         _refuse(faults)
@@ -171,10 +179,8 @@ class PixArtPipeline(PixArtSigmaPipeline):
         scheduler = self.scheduler
         if image is not None:
             begin_late(scheduler, strength)
-        calls = None if self._adaptive else calls_to_come(scheduler)
-        _refuse(adapter_interval_faults(adapter_interval(self.transformer), calls))
-        if guidance.on:
-            _refuse(guidance_interval_faults(guidance_interval, calls, scheduler.config.num_train_timesteps - 1))
+        last, guided = scheduler.config.num_train_timesteps - 1, guidance.interval if guidance.on else None
+        _refuse(interval_faults(guided, adapter_interval(self.transformer), calls_to_come(scheduler), last))
 
         texts = self._texts(prompt, prompt_embeds, prompt_attention_mask, "prompt", max_sequence_length)
         nulls = texts
@@ -271,8 +277,6 @@ class PixArtPipeline(PixArtSigmaPipeline):
             faults.append("image and latents both say what to begin with; give one")
         if not isinstance(self.scheduler, PixArtScheduler):
             faults.append(f"image needs a scheduler of pixart_ft.schedulers, not {type(self.scheduler).__name__}")
-        if self._adaptive:
-            faults.append("image starts at a step, and pf_ode with a tolerance has none; leave out tolerance")
         return faults
 
     def _set_timesteps(self, count: int, timesteps: Sequence[int] | None, sigmas: Sequence[float] | None) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
@@ -136,10 +136,8 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
         try:
             scheduler = scheduler_for(replace(settings, image=None) if start_faults else settings, model)
             options = {key: scheduler.config[key] for key in EVERY_SAMPLER[settings.sampler].settings}
-            calls = None if options.get("tolerance") is not None else calls_to_come(scheduler)
-            if settings.guidance > 1:
-                faults += guidance_interval_faults(settings.guidance_interval, calls)
-            faults += adapter_interval_faults(model.adapter_interval, calls)
+            interval = settings.guidance_interval if settings.guidance > 1 else None
+            faults += interval_faults(interval, model.adapter_interval, calls_to_come(scheduler))
         except ValueError as error:
             named = str(error).startswith(f"sampler {settings.sampler} ")
             faults.append(str(error) if named else f"sampler {settings.sampler}: {error}")
@@ -151,12 +149,15 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
 
 def size_faults(width: int, height: int, unit: int) -> list[str]:
     """What keeps a picture of this size, in pixels, from having latents."""
-    return [
-        f"{key} ({size}) must be a multiple of {unit} (patch size times VAE factor); "
-        f"try {max(unit, round(size / unit) * unit)}"
-        for key, size in (("width", width), ("height", height))
-        if size < unit or size % unit
-    ]
+    sides = (("width", width), ("height", height))
+    return [f"{key} ({side}) {wrong}" for key, side in sides if (wrong := side_fault(side, unit))]
+
+
+def side_fault(side: int, unit: int) -> str | None:
+    """What is wrong with a side, in pixels, that is no multiple of `unit`."""
+    if side >= unit and side % unit == 0:
+        return None
+    return f"must be a multiple of {unit} (patch size times VAE factor); try {max(unit, round(side / unit) * unit)}"
 
 
 def warn_of_size(width: int, height: int, side: int) -> None:
@@ -170,15 +171,30 @@ def warn_of_size(width: int, height: int, side: int) -> None:
         )
 
 
-def strength_faults(strength: float) -> list[str]:
-    """What keeps a start picture from being noised so."""
-    if 0 < strength <= 1:
-        return []
-    return [f"strength must lie above 0 (the picture itself) and at most at 1 (only noise), got {strength:g}"]
+def image_faults(strength: float, tolerance: object) -> list[str]:
+    """What keeps sampling from starting with a picture at this strength, with the sampler's tolerance."""
+    faults = []
+    if not 0 < strength <= 1:
+        faults.append(f"strength must lie above 0 (the picture itself) and at most at 1 (only noise), got {strength:g}")
+    if tolerance is not None:
+        faults.append("image starts at a step, and pf_ode with a tolerance has none; remove tolerance")
+    return faults
 
 
-def calls_to_come(scheduler: Any) -> list[float]:
-    """The timesteps that the network will be called with, after `set_timesteps` of any scheduler."""
+def interval_faults(
+    guidance: Interval | None, adapter: Interval, calls: Sequence[float] | None, last: int = 999
+) -> list[str]:
+    """What keeps guidance, and an adapter, from acting where they should; arguments as in `intervals`."""
+    return [*guidance_interval_faults(guidance, calls, last), *adapter_interval_faults(adapter, calls)]
+
+
+def calls_to_come(scheduler: Any) -> list[float] | None:
+    """The timesteps that the network will be called with, after `set_timesteps` of any scheduler.
+
+    None: of a solver to a tolerance, which chooses its own.
+    """
+    if scheduler.config.get("tolerance") is not None:
+        return None
     timesteps: list[float] = scheduler.timesteps.tolist()
     return timesteps[getattr(scheduler, "begin_index", None) or 0 :]
 
@@ -230,9 +246,7 @@ def _idle_options(settings: Settings) -> list[str]:
 def _start_faults(settings: Settings) -> list[str]:
     if settings.image is None:
         return ["inversion starts from a picture: give image"] if settings.inversion else []
-    faults = strength_faults(settings.strength)
-    if settings.options.get("tolerance") is not None:
-        faults.append("image starts at a step, and pf_ode with a tolerance has none; remove tolerance")
+    faults = image_faults(settings.strength, settings.options.get("tolerance"))
     if settings.inversion and (settings.sampler != "ddim" or settings.options.get("eta")):
         faults.append("inversion is DDIM backwards: use sampler ddim with eta 0")
     return faults

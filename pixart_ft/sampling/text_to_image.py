@@ -26,7 +26,15 @@ from pixart_ft.model.text import pad_text
 from pixart_ft.model.text_encoder import TextEncoder
 from pixart_ft.model.vae import decode_to_pictures, encode_pixels
 from pixart_ft.sampling.loop import Guidance, invert_latents, sample_latents
-from pixart_ft.sampling.settings import Abilities, Settings, inversion_calls, recipe_of, scheduler_for, settled
+from pixart_ft.sampling.settings import (
+    Abilities,
+    Settings,
+    calls_to_come,
+    inversion_calls,
+    recipe_of,
+    scheduler_for,
+    settled,
+)
 from pixart_ft.schedulers import RespacedDDIMScheduler
 
 
@@ -281,10 +289,8 @@ class TextToImage:
 
     def calls(self, settings: Settings) -> int | None:
         """The network calls that one picture takes, guidance's second branch not counted; None if it decides itself."""
-        scheduler = scheduler_for(settings, self.abilities)
-        if settings.options.get("tolerance") is not None:
-            return None
-        return len(scheduler.timesteps) - (scheduler.begin_index or 0) + inversion_calls(settings)
+        calls = calls_to_come(scheduler_for(settings, self.abilities))
+        return None if calls is None else len(calls) + inversion_calls(settings)
 
     def recipe(self, prompt: str, seed: int, settings: Settings) -> dict[str, object]:
         """All that a picture follows from, as plain JSON values."""

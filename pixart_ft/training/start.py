@@ -20,6 +20,7 @@ from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.runs.folder import RunFolder
+from pixart_ft.sampling.settings import side_fault
 from pixart_ft.training.batches import Chance
 from pixart_ft.training.encode import read_rows
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
@@ -148,12 +149,8 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
 
 def _resolution(config: TrainConfig, base: Base) -> int:
     resolution, unit = config.data.resolution or base.native_size, base.size_unit
-    if resolution % unit:
-        near = max(unit, round(resolution / unit) * unit)
-        raise UserError(
-            f"data.resolution {resolution} does not fit {config.model.base}: it must be a multiple of {unit} (patch "
-            f"size times VAE factor); try {near}"
-        )
+    if wrong := side_fault(resolution, unit):
+        raise UserError(f"data.resolution {resolution} does not fit {config.model.base}: it {wrong}")
     return resolution
 
 
