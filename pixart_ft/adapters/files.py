@@ -11,16 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from pixart_ft.config.train import LARGEST_RANK
+from pixart_ft.config.train import LARGEST_RANK, Weights
 from pixart_ft.diffusion.intervals import WHOLE, Interval, adapter_interval_faults, covers, shown
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
 from pixart_ft.runs.folder import RunFolder
 
-Weights = Literal["ema", "raw"]  # of a run: averaged, or the last
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 # Where a finished run keeps its adapters: the one to use, and the last weights if that one is an average.

@@ -5,7 +5,7 @@ Which sampler uses which key is read from the table in `samplers.py`. No torch h
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -24,8 +24,9 @@ from pixart_ft.config.train import (
     SamplerSteps,
     Seed,
     Source,
+    Weights,
 )
-from pixart_ft.diffusion.names import Predictor, ScheduleName, Spacing, TimeConditioning, Variance
+from pixart_ft.diffusion.names import Predictor, ScheduleChoice, Spacing, TimeConditioning, Variance
 
 _SAMPLERS = "; ".join(f"{facts.name}: {facts.summary}" for facts in EVERY_SAMPLER.values())
 
@@ -57,7 +58,7 @@ class GenerateConfig(Config):
         description="the two network timesteps between which the adapter acts; null = where it was trained, "
         "0 1000 = everywhere",
     )
-    weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights of the run")
+    weights: Weights = Field("ema", description="averaged or last weights of the run")
     prompts: tuple[str, ...] = Field((), description="what to draw")
     prompts_file: Folder | None = Field(None, description="text file with one prompt a line")
     negative_prompt: str = Field("", description="what to steer away from")
@@ -85,9 +86,7 @@ class GenerateConfig(Config):
         max_length=2,
         description="the two network timesteps, 0 to 999, between which guidance acts; null = all",
     )
-    schedule: Literal["base", ScheduleName] = Field(
-        "base", description="noise levels to walk through; base = those of the training"
-    )
+    schedule: ScheduleChoice = Field("base", description="noise levels to walk through; base = those of the training")
     time_conditioning: TimeConditioning = Field(
         "snr_matched", description="what another schedule tells the network: its index, or where it knows that noise"
     )

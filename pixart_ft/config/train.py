@@ -19,7 +19,7 @@ from pixart_ft.diffusion.names import (
     Norm,
     ObjectiveKind,
     PredictionType,
-    ScheduleName,
+    ScheduleChoice,
     TimeConditioning,
     TimestepLaw,
     Variance,
@@ -29,6 +29,7 @@ from pixart_ft.diffusion.names import (
 HUB_BASE = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
 
 Decay = Literal["constant", "linear", "cosine"]  # of the learning rate, after the warm-up
+Weights = Literal["ema", "raw"]  # of a run: averaged, or the last
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -103,7 +104,7 @@ class Data(Section):
 class Diffusion(Section):
     """the noise and the loss"""
 
-    schedule: Literal["base", ScheduleName] = Field("base", description="noise of each step; base = the model's own")
+    schedule: ScheduleChoice = Field("base", description="noise of each step; base = the model's own")
     zero_snr: bool = Field(False, description="no signal left at the last step; wants v_prediction or sample")
     time_conditioning: TimeConditioning = Field(
         "index", description="what another schedule tells the network: its index, or where the base saw that noise"

@@ -14,6 +14,7 @@ Quantity = Literal[PredictionType, "score", "step_noise"]  # what x_t and t turn
 
 # The process.
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "su_linear"]
+ScheduleChoice = Literal["base", ScheduleName]  # base: the one that the model knows
 TimeConditioning = Literal["index", "snr_matched"]  # what another schedule than its own tells a network
 FixedVariance = Literal["beta_tilde", "beta"]
 Variance = Literal["learned", FixedVariance]  # p's, that of x_{t-1} given x_t

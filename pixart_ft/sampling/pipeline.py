@@ -19,8 +19,9 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_
 from PIL import Image
 from torch import Tensor
 
-from pixart_ft.adapters.files import Adapter, Weights
+from pixart_ft.adapters.files import Adapter
 from pixart_ft.adapters.lora import load_adapter, warn_of_other_process
+from pixart_ft.config.train import Weights
 from pixart_ft.data.datasets import picture_pixels
 from pixart_ft.diffusion.intervals import Interval
 from pixart_ft.errors import UserError

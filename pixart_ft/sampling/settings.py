@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from PIL import Image
 
@@ -14,7 +14,7 @@ from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import Section
 from pixart_ft.config.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS
 from pixart_ft.diffusion.intervals import WHOLE, Interval, adapter_interval_faults, guidance_interval_faults
-from pixart_ft.diffusion.names import PredictionType, ScheduleName, TimeConditioning, VarianceState
+from pixart_ft.diffusion.names import PredictionType, ScheduleChoice, TimeConditioning, VarianceState
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.errors import UserError
 from pixart_ft.schedulers import SCHEDULERS, build_scheduler
@@ -41,7 +41,7 @@ class Settings:
     guidance_interval: Interval | None = None  # timesteps between which guidance acts; None: everywhere
     negative_prompt: str = _DEFAULTS["negative_prompt"]  # in place of the null caption, unless empty
     options: Mapping[str, object] = field(default_factory=dict)  # the sampler's own: EVERY_SAMPLER[sampler].settings
-    schedule: Literal["base", ScheduleName] = _DEFAULTS["schedule"]  # walked through; base: the one trained on
+    schedule: ScheduleChoice = _DEFAULTS["schedule"]  # walked through; base: the one trained on
     time_conditioning: TimeConditioning = _DEFAULTS["time_conditioning"]  # what another schedule tells the network
     image: Path | Image.Image | None = None  # a picture to start from
     strength: float = _DEFAULTS["strength"]  # share of the steps that are run on it

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pixart_ft.adapters.files import Adapter, Weights, acting_interval
+from pixart_ft.adapters.files import Adapter, acting_interval
 from pixart_ft.adapters.lora import Attached, limit_adapter, load_adapter, scale_adapter
+from pixart_ft.config.train import Weights
 from pixart_ft.data.datasets import load_picture, picture_pixels
 from pixart_ft.diffusion.intervals import WHOLE, Interval, shown
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned

@@ -75,15 +75,16 @@ def test_what_comes_from_a_file_is_checked() -> None:
 
 
 def test_each_list_stands_once() -> None:
-    """No other file of the package spells a list of strings that is, or is part of, one of these."""
+    """No file of the package spells a list of strings that another has, or a part of one of these."""
     lists = [set(get_args(value)) for value in vars(names).values() if get_args(value)]
     assert len(lists) > 15
+    spelled: dict[frozenset[object], str] = {}
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "names.py":
-            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name) and node.value.id == "Literal":
-                words = {part.value for part in ast.walk(node.slice) if isinstance(part, ast.Constant)}
-                assert not words or not any(words <= known for known in lists), (
-                    f"{path.name} spells {sorted(map(str, words))} again"
-                )
+                words = frozenset(part.value for part in ast.walk(node.slice) if isinstance(part, ast.Constant))
+                if len(words) > 1:
+                    where = spelled.setdefault(words, f"{path.name}:{node.lineno}")
+                    assert where == f"{path.name}:{node.lineno}", f"{path.name} spells {sorted(map(str, words))} again"
+                    known = path.name != "names.py" and any(words <= each for each in lists)
+                    assert not known, f"{path.name} spells {sorted(map(str, words))} again"
