@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from pixart_ft.config.generate import GenerateConfig
     from pixart_ft.config.train import TrainConfig, load_config
     from pixart_ft.errors import UserError
+    from pixart_ft.files import __version__
     from pixart_ft.pictures.recipes import read_recipe
     from pixart_ft.sampling.command import run_generation
     from pixart_ft.sampling.pipeline import PixArtPipeline
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from pixart_ft.sampling.text_to_image import TextToImage
     from pixart_ft.training.run import run_training
 
-__version__ = "0.1.0"
 __all__ = [
     "GenerateConfig",
     "PixArtPipeline",
@@ -22,6 +22,7 @@ __all__ = [
     "TextToImage",
     "TrainConfig",
     "UserError",
+    "__version__",
     "load_config",
     "read_recipe",
     "run_generation",
@@ -35,6 +36,7 @@ _HOMES = {  # imported when first asked for, since most bring torch along
     "TextToImage": "sampling.text_to_image",
     "TrainConfig": "config.train",
     "UserError": "errors",
+    "__version__": "files",
     "load_config": "config.train",
     "read_recipe": "pictures.recipes",
     "run_generation": "sampling.command",

@@ -20,8 +20,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from pixart_ft import __version__
 from pixart_ft.errors import UserError
+
+__version__ = "0.1.0"
 
 _REASONS = {
     errno.ENOSPC: "no space is left on the disk; make room, or choose another place",

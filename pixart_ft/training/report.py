@@ -11,10 +11,10 @@ from pixart_ft.evaluation.held_out import Estimate
 from pixart_ft.files import write_file
 from pixart_ft.pictures.sheets import loss_curve, term_curves
 from pixart_ft.runs.folder import RunFolder
-from pixart_ft.shell import pasteable
 from pixart_ft.training.before_after import before_after
 from pixart_ft.training.keeping import lowest_step
 from pixart_ft.training.log import Place
+from pixart_ft.training.shell import pasteable
 from pixart_ft.training.trainer import Trainer
 from pixart_ft.training.watching import Comparison
 

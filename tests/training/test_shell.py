@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pixart_ft.shell import pasteable
+from pixart_ft.training.shell import pasteable
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def start(path: Path, text: str = "#!/bin/sh\n") -> Path:
@@ -63,7 +63,9 @@ def test_from_a_notebook_or_another_program(place: Path, monkeypatch: pytest.Mon
 
 
 def test_the_line_runs_in_a_shell(tmp_path: Path) -> None:
-    line = """from pixart_ft.shell import pasteable; print(pasteable("generate", "--prompt", "it's", "--help"))"""
+    line = (
+        """from pixart_ft.training.shell import pasteable; print(pasteable("generate", "--prompt", "it's", "--help"))"""
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     printed = subprocess.run(
         [sys.executable, "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
