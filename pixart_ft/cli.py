@@ -50,16 +50,16 @@ class Command:
 def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
     from pixart_ft.training.places import check_training  # without torch: a wrong path is known at once
 
-    begin = options.get("resume"), options.get("init_from")
-    check_training(config, *begin)
+    resume, init_from = options.get("resume"), options.get("init_from")
+    adapter = check_training(config, resume, init_from)
     if "dry_run" in options:
         from pixart_ft.training.start import dry_run
 
-        _print_plan(dry_run(config, *begin), config)
+        _print_plan(dry_run(config, resume), config)
         return
-    from pixart_ft.training.run import run_training
+    from pixart_ft.training.run import train
 
-    run_training(config, *begin, accept_changes="accept_changes" in options)
+    train(config, resume, adapter, "accept_changes" in options)
 
 
 def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import PixArtTransformer2DModel
 
-from pixart_ft.adapters.files import AdapterMetadata, LoraSettings
+from pixart_ft.adapters.files import Adapter, AdapterMetadata, LoraSettings
 from pixart_ft.adapters.lora import attach, fill_adapter, limit_adapter
 from pixart_ft.config.reading import to_yaml
 from pixart_ft.config.train import TrainConfig
@@ -36,6 +36,7 @@ from pixart_ft.training.ema import Ema
 from pixart_ft.training.encode import DTYPES, Encoded, compute_dtype, encode_once
 from pixart_ft.training.keeping import Keeper
 from pixart_ft.training.objective import abilities_after, warn_of_relearning
+from pixart_ft.training.places import check_training
 from pixart_ft.training.report import finish
 from pixart_ft.training.start import accelerator_for, look, with_precision
 from pixart_ft.training.trained_on import Changes, announce, check_continues, trained_on
@@ -51,25 +52,30 @@ def run_training(
     adapter or run folder whose weights start a new run. accept_changes: continue though what the run is trained on has
     changed (see `trained_on`). Raises UserError for whatever the user can mend.
     """
+    return train(config, resume, check_training(config, resume, init_from), accept_changes)
+
+
+def train(config: TrainConfig, resume: str | None, adapter: Adapter | None, accept_changes: bool) -> Path:
+    """As `run_training`, once `check_training` has found the adapter to start from."""
     config = with_precision(config)
     accelerator = accelerator_for(config)
     folder = RunFolder(config.run.folder)
     with RunLock(folder.path) as lock:
         if accelerator.is_main_process and resume is not None and folder.path.is_dir():
             lock.take()  # before anything in the folder is looked at
-        return _run(config, resume, init_from, accept_changes, accelerator, folder, lock)
+        return _run(config, resume, adapter, accept_changes, accelerator, folder, lock)
 
 
 def _run(
     config: TrainConfig,
     resume: str | None,
-    init_from: str | None,
+    adapter: Adapter | None,
     accept_changes: bool,
     accelerator: Accelerator,
     folder: RunFolder,
     lock: RunLock,
 ) -> Path:
-    start = look(config, resume, init_from)
+    start = look(config, resume)
     base, resolution, objective = start.base, start.resolution, start.objective
     plan, checkpoint = start.plan, start.checkpoint
     rows, held_rows, schedule_config = start.rows, start.held_rows, start.schedule_config
@@ -92,9 +98,9 @@ def _run(
         found = check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
     attach(transformer, lora, seed=config.run.seed)
-    if start.adapter is not None:
-        fill_adapter(transformer, start.adapter)
-        warn_of_relearning(start.adapter.metadata, objective, config.diffusion.time_conditioning)
+    if adapter is not None:
+        fill_adapter(transformer, adapter)
+        warn_of_relearning(adapter.metadata, objective, config.diffusion.time_conditioning)
     if config.model.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     use_plain_attention(transformer)
@@ -155,7 +161,7 @@ def _run(
             announce(folder, checkpoint, plan.steps, found)
     if found.begins_anew:
         trainer.watch.begin_anew(trainer.place, found.names)
-    if init_from is not None:
+    if adapter is not None:
         trainer.save()  # else a run that is resumed before its first checkpoint would begin without these weights
     accelerator.wait_for_everyone()
     if config.logging.tensorboard:

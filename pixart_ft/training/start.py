@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
-from pixart_ft.adapters.files import Adapter
 from pixart_ft.adapters.targets import check_rank, check_targets, trainable
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import Row, verify_pictures
@@ -25,7 +24,6 @@ from pixart_ft.training.batches import Chance
 from pixart_ft.training.encode import read_rows
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective
-from pixart_ft.training.places import check_training
 from pixart_ft.training.trainer import Plan
 
 
@@ -41,7 +39,6 @@ class Start:
     chance: Chance
     learning_rate: LearningRate
     checkpoint: Path | None  # to continue from
-    adapter: Adapter | None  # whose weights it starts from
     rows: list[Row]
     held_rows: list[Row]
     parameters: int  # that are trained
@@ -64,11 +61,11 @@ class Start:
         ]
 
 
-def dry_run(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> list[str]:
-    """What `run_training` would begin with; raises UserError as it does before it loads a weight. Writes nothing."""
+def dry_run(config: TrainConfig, resume: str | None = None) -> list[str]:
+    """What `train` would begin with; raises UserError as it does before it loads a weight. Writes nothing."""
     config = with_precision(config)
     accelerator = accelerator_for(config)
-    start = look(config, resume, init_from)
+    start = look(config, resume)
     if accelerator.is_main_process:
         RunFolder(config.run.folder).probe()
     verify_pictures([*start.rows, *start.held_rows], start.resolution, progress=accelerator.is_main_process)
@@ -76,9 +73,8 @@ def dry_run(config: TrainConfig, resume: str | None = None, init_from: str | Non
     return [*start.facts(config, accelerator), *going_on] if accelerator.is_main_process else []
 
 
-def look(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Start:
-    """Check all that can be checked without weights; arguments as of `run_training`. Raises UserError."""
-    adapter = check_training(config, resume, init_from)
+def look(config: TrainConfig, resume: str | None) -> Start:
+    """Check all that can be checked without weights, once `check_training` found no fault. Raises UserError."""
     base = Base.read(config.model.base, config.model.revision)
     resolution = _resolution(config, base)
     objective, schedule_config = build_objective(config, base)
@@ -97,7 +93,6 @@ def look(config: TrainConfig, resume: str | None = None, init_from: str | None =
         chance=_chance(config),
         learning_rate=learning_rate_of(config),
         checkpoint=checkpoint,
-        adapter=adapter,
         rows=rows,
         held_rows=held_rows,
         parameters=parameters,

@@ -16,7 +16,7 @@ from pixart_ft.cli import main
 from tests.helpers.adapters import make_adapter
 from tests.helpers.hub import hub
 from tests.helpers.reads import reads_below
-from tests.helpers.runs import short_run, train
+from tests.helpers.runs import command, short_run
 
 CONFIGURATIONS = (
     "model_index.json",
@@ -67,7 +67,7 @@ def test_a_training_reads_base_and_adapter_once(base: Path, run: Path, pictures:
     options = short_run(base, pictures, tmp_path / "next", tmp_path / "cache")
     options |= {"train.steps": 1, "train.checkpoint_every": 0, "validation.every": 0, "optim.warmup_steps": 0}
     with reads_below(tmp_path) as counted:
-        train(options, init_from=str(run))
+        assert main(["train", *command(options), "--init-from", str(run)]) == 0
     check_once(counted, ADAPTER[:3])  # a training has a null caption of its own
     hashed = [n for (file, who), n in counted.items() if who == "pixart_ft sha256" and file.startswith("base/")]
     assert max(hashed) == 1
