@@ -222,6 +222,36 @@ def test_another_prediction_type_is_said_aloud(base: Path) -> None:
             assert built(base, **same)[0].prediction_type == "epsilon"
 
 
+@pytest.mark.parametrize(
+    ("validation", "diffusion", "expected"),
+    [
+        ({}, {"timestep_range": [0.1, 0.9]}, "[0.1, 0.9] holds none of the network's timesteps, 0 to 999; choose"),
+        (
+            {},
+            {"timestep_range": [0, 9], "timestep_law": "logit_normal", "logit_mean": 9, "logit_std": 0.1},
+            "mean 9 and deviation 0.1 leaves almost nothing (a share of 0) for t from 0 to 9; choose another",
+        ),
+        (
+            {"prompts": ["a"], "steps": 2, "sampler": "edm"},
+            {"timestep_range": [1, 99]},
+            "validation.sampler edm with validation.steps 2: diffusion.timestep_range [1, 99] holds none of this run's",
+        ),
+    ],
+)
+def test_a_range_in_which_nothing_would_happen_is_refused(
+    base: Path, validation: dict[str, Any], diffusion: dict[str, Any], expected: str
+) -> None:
+    (fault,) = faults(base, validation, **diffusion)
+    assert expected in fault
+
+
+def test_a_range_that_ends_before_it_begins_or_leaves_the_scale_is_refused(base: Path) -> None:
+    for ends, expected in (([600, 0], "ends before it begins"), ([0, 1001], r"timestep_range\[1\] is 1001; expected")):
+        with pytest.raises(UserError, match=expected):
+            configured(base, timestep_range=ends)
+    assert built(base, timestep_range=[0, 600])[0].within == range(601)
+
+
 def test_every_setting_of_the_loss_arrives(base: Path) -> None:
     settings = {
         "objective": "hybrid", "vlb_scale": 2.5, "loss_space": "sample", "error": "huber", "huber_delta": 0.3,
@@ -248,3 +278,6 @@ def test_starting_from_weights_of_another_process_is_said_aloud() -> None:
         warn_of_relearning(cosine, objective, "index")
     with pytest.warns(UserWarning, match="relearn: they were told its steps by index, not snr_matched$"):
         warn_of_relearning(given, objective, "snr_matched")
+    part = replace(given, interval=(0, 600))
+    with pytest.warns(UserWarning, match=r"they were trained at timesteps \[0, 600\], not \[0, 1000\]$"):
+        warn_of_relearning(part, objective, "index")
