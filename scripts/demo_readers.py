@@ -86,15 +86,15 @@ def lora_sheets(sheets: Sheets, before: TextToImage, after: TextToImage, picture
     real = [row for row in read_folder(pictures / "train") if row.caption not in names]
     style = [open_picture(real[i].path) for i in sheets.random.permutation(len(real))[:4]]
     old, new = draw(before, names, seed), draw(after, names, seed)
-    rows: list[Sequence[Image.Image]] = [style]
-    answers, captions = [], [["real"] * 4]
-    for number in sheets.random.permutation(len(names)):
-        pair = [(old[number], "before"), (new[number], "after")]
-        pair = pair if sheets.random.random() < 0.5 else pair[::-1]
-        rows.append([picture for picture, _ in pair])
-        captions.append([f"{len(rows) - 1} A", f"{len(rows) - 1} B"])
-        answers.append("AB"[[what for _, what in pair].index("after")] + f": {names[number]}")
-    sheets.answers["pairs"] = answers
+    order, swapped = sheets.random.permutation(len(names)), sheets.random.random(len(names)) < 0.5
+    sheets.answers["pairs"] = [f"{'A' if swapped[k] else 'B'}: {names[i]}" for k, i in enumerate(order)]
+    pairs = [(new[i], old[i]) if swapped[k] else (old[i], new[i]) for k, i in enumerate(order)]
+    rows, captions = [style], [["real"] * len(style)]
+    for start in range(0, len(pairs), COLUMNS):
+        chosen = pairs[start : start + COLUMNS]
+        for side, letter in enumerate("AB"):
+            rows.append([pair[side] for pair in chosen])
+            captions.append([f"{start + k + 1} {letter}" for k in range(len(chosen))])
     sheets.write("pairs", rows, captions)
     sheets.shuffled("after", list(zip(new, names, strict=True)))
     sheets.answers["rows"] = ["upper: before", "lower: after"]
