@@ -30,6 +30,7 @@ class AdapterSwitch:
             hook.remove()
 
     def _before(self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._turn(off=False)  # where Ctrl-C ended the call before, no hook came after it
         # in training every t is drawn from the interval, and a look at it would make the host wait for the device
         if self.interval == WHOLE or transformer.training:
             return

@@ -72,6 +72,15 @@ class PixArtPipeline(PixArtSigmaPipeline):
             pipeline.scheduler = own or pipeline.scheduler
         return pipeline
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As diffusers has it; UserError while an adapter is attached, whose layers no pipeline could open."""
+        if hasattr(self.transformer, "adapter_switch"):
+            raise UserError(
+                f"adapter: {save_directory} is not written: the folder of a pipeline cannot hold an adapter; keep the "
+                "adapter's folder beside the base, or merge it (pixart_ft.adapters.lora.merge)"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json so that the folder opens in the stock pipeline and in this one.
 

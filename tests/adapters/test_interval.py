@@ -23,6 +23,7 @@ from pixart_ft import cli
 from pixart_ft.adapters.files import Adapter, LoraSettings, read_metadata
 from pixart_ft.adapters.lora import attach, limit_adapter, load_adapter, merge
 from pixart_ft.config.samplers import EVERY_SAMPLER
+from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.diffusion.likelihood import OdeLikelihood, ode_likelihood
 from pixart_ft.diffusion.names import TimestepLaw
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
@@ -190,13 +191,23 @@ def test_pipelines_draw_the_same(tiny: Path, adapter: Path, limited: TextToImage
     assert gap(drawn(), found) > 0.05
 
 
-def test_a_pipeline_refuses_what_would_do_nothing_and_warns_of_another_process(tiny: Path, adapter: Path) -> None:
+def test_a_pipeline_refuses_what_would_do_nothing_and_warns_of_another_process(
+    tiny: Path, adapter: Path, tmp_path: Path
+) -> None:
     pipeline = PixArtPipeline.from_pretrained(str(tiny))
     pipeline.load_lora(adapter, interval=(0.2, 0.8))
     with pytest.raises(ValueError, match=r"lora_interval \[0.2, 0.8\] holds none of this run's 2 network calls"):
         pipeline(PROMPTS[0], num_inference_steps=2)
     with pytest.raises(UserError, match="this pipeline has one already"):
         pipeline.load_lora(adapter)
+    with pytest.raises(UserError, match=r"is not written: .* keep the adapter's folder beside the base, or merge it"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    limit_adapter(pipeline.transformer, WHOLE)
+    merge(pipeline.transformer)
+    pipeline.save_pretrained(tmp_path / "saved")
+    merged = PixArtSigmaPipeline.from_pretrained(str(tmp_path / "saved")).transformer.state_dict()
+    assert all(torch.equal(merged[name], value) for name, value in pipeline.transformer.state_dict().items())
     other = PixArtPipeline.from_pretrained(str(tiny))
     other.scheduler = DDIMScheduler.from_config(other.scheduler.config, beta_schedule="squaredcos_cap_v2")
     with pytest.warns(UserWarning, match="scheduler of this pipeline is for another prediction or schedule"):
@@ -232,6 +243,34 @@ def test_one_call_has_one_side_and_training_is_always_inside(tiny: Path, adapter
     transformer.eval()
     limit_adapter(transformer, (0, 1000))
     assert torch.equal(trained, call(900, 900))
+
+
+@pytest.mark.parametrize("way", ["everywhere", "training", "elsewhere"])
+def test_a_call_that_was_interrupted_leaves_nothing_to_the_next(tiny: Path, adapter: Path, way: str) -> None:
+    """Ctrl-C ends a call before any hook that comes after it."""
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
+    load_adapter(transformer, Adapter.read(adapter))
+    embeds, mask = pad_text([torch.randn(3, 32)])
+    x = torch.randn(1, 4, 8, 8)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return denoise(transformer, x, torch.tensor([900]), embeds, mask)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    wanted = call()
+    limit_adapter(transformer, INTERVAL)
+    hook = transformer.proj_out.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    hook.remove()
+    if way == "training":
+        transformer.train()  # no dropout is set
+    else:
+        limit_adapter(transformer, WHOLE if way == "everywhere" else (800.0, 900.0))
+    assert torch.equal(call(), wanted)
 
 
 def test_an_adapter_of_an_interval_is_not_merged(tiny: Path, adapter: Path) -> None:
