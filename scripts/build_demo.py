@@ -10,6 +10,7 @@ resumes where it stopped, and each can be asked for alone:
     python scripts/build_demo.py --work ~/demo-build --stage measure   its figures for each set, and a sheet
     python scripts/build_demo.py --work ~/demo-build --stage base --device cuda --batch 512 --minutes 9
     python scripts/build_demo.py --work ~/demo-build --stage write     the demo folder and its sheet
+    python scripts/build_demo.py --work ~/demo-build --stage trials    two picture sets that nothing is tuned on
 
 Needs `pip install -e .[demo]` and `npm`.
 """
@@ -39,8 +40,10 @@ from demo_pictures import (
     STYLES,
     SYMBOLS,
     THINGS,
+    TRIALS,
     Emoji,
     fetch,
+    fetch_trials,
     fine_tuning_split,
     fluent_emoji,
     held_out_things,
@@ -59,7 +62,7 @@ from pixart_ft.pictures.sheets import grid
 from pixart_ft.sampling.text_to_image import TextToImage
 
 SIZE = 256
-STAGES = ("vae", "measure", "base", "write")
+STAGES = ("vae", "measure", "base", "write", "trials")
 VAE_HELD_OUT_SHARE = 0.06  # of the things, in no style seen by the VAE: its figures are of them
 TURNS = (70.0, 160.0, 250.0)  # degrees of hue by which the figures' turned pictures are turned
 
@@ -256,6 +259,14 @@ class Build:
         )
         write_licences(out / "LICENCES.md", self.places)
         write_base_sheet(self.args.sheet, out / "model", EYE_NAMES)
+
+    def trials(self) -> None:
+        """Sixty pictures of each set that nothing is tuned on, and sixty held out, for data.folder and data.held_out."""
+        places = fetch_trials(self.work / "npm")
+        for name in TRIALS:
+            train, unseen = fine_tuning_split(styled_emoji(self.places | places, name), train=60)
+            write_pictures(self.work / "trials" / name / "train", train)
+            write_pictures(self.work / "trials" / name / "held_out", unseen)
 
 
 def main() -> None:

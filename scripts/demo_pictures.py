@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,10 @@ STYLES = {
     "firefox": ArtSet("@iconify-json/fxemoji@1.2.2", "Apache-2.0", "firefox"),
     "flat": ArtSet("@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "flat"),
     "ink": ArtSet("@iconify-json/fluent-emoji-high-contrast@1.2.6", "MIT", "ink"),
+}
+TRIALS = {  # that nothing is tuned on: the quickstart's recipe is tried on sixty pictures of each
+    "twemoji": ArtSet("@iconify-json/twemoji@1.2.5", "CC-BY-4.0", ""),
+    "colour": ArtSet("@iconify-json/fluent-emoji@1.2.7", "MIT", ""),
 }
 OTHERS = {
     "fluent": "@lobehub/fluent-emoji-3d@1.1.0",  # Fluent Emoji 3D artwork as WebP, MIT
@@ -221,8 +225,20 @@ class Emoji:
 
 def fetch(folder: Path) -> dict[str, Path]:
     """Unpack the npm packages under `folder`, once; returns where each lies."""
+    places = _unpacked(folder, {key: style.package for key, style in STYLES.items()} | OTHERS)
+    _check_licences(places, STYLES)
+    return places
+
+
+def fetch_trials(folder: Path) -> dict[str, Path]:
+    """The same of the sets that the quickstart's recipe is tried on."""
+    places = _unpacked(folder, {key: style.package for key, style in TRIALS.items()})
+    _check_licences(places, TRIALS)
+    return places
+
+
+def _unpacked(folder: Path, packages: Mapping[str, str]) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    packages = {key: style.package for key, style in STYLES.items()} | OTHERS
     places = {key: folder / key for key in packages}
     for key, package in packages.items():
         if places[key].is_dir():
@@ -234,10 +250,13 @@ def fetch(folder: Path) -> dict[str, Path]:
             archive.extractall(folder / f"{key}.part", filter="data")
         (folder / f"{key}.part" / "package").rename(places[key])
         (folder / f"{key}.part").rmdir()
-    for key, style in STYLES.items():
+    return places
+
+
+def _check_licences(places: Mapping[str, Path], sets: Mapping[str, ArtSet]) -> None:
+    for key, style in sets.items():
         licence = json.loads((places[key] / "info.json").read_text())["license"]["spdx"]
         assert licence == style.licence, f"{style.package} is under {licence} now"
-    return places
 
 
 def _code(text: str) -> str:
