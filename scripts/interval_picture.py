@@ -35,6 +35,7 @@ def main() -> None:
     prompts = asked.prompt or list(choice.prompts[:COLUMNS])
     bare, model = TextToImage.load("demo"), TextToImage.load("demo", lora=asked.lora)
     settings = model.settled(Settings(guidance=choice.guidance))
+    about = model.circumstances(settings) | {"seed": asked.seed, "pictures": prompts, "intervals": ROWS}
     jobs = [(prompt, asked.seed) for prompt in prompts]
     with tqdm(total=(len(ROWS) + 1) * len(jobs) * (model.calls(settings) or 0), unit=" calls") as bar:
         rows = [list(bare.draw(jobs, settings, progress=bar.update))]
@@ -45,7 +46,7 @@ def main() -> None:
     sheet = grid(
         rows, title="The adapter at a part of the timesteps", row_labels=labels, column_labels=prompts, cell=160
     )
-    save_png(sheet, asked.out, model.circumstances(settings) | {"pictures": prompts, "intervals": ROWS})
+    save_png(sheet, asked.out, about)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion.names import LossSpace, Weighting, unknown
-from pixart_ft.diffusion.process import posterior_x0_weight
+from pixart_ft.diffusion.process import network_timesteps, posterior_x0_weight
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 # The debiased weight is capped here: it grows without bound where the signal vanishes.
@@ -26,9 +26,10 @@ def indices_within(schedule: NoiseSchedule, low: float, high: float) -> range:
 
     Raises ValueError where there is none.
     """
-    inside = ((schedule.timesteps >= low) & (schedule.timesteps <= high)).nonzero().flatten().tolist()
+    told = network_timesteps(schedule, torch.arange(schedule.num_steps)).double()  # beside a number, float32 rounds it
+    inside = ((told >= low) & (told <= high)).nonzero().flatten().tolist()
     if not inside:
-        first, last = schedule.timesteps[[0, -1]].tolist()
+        first, last = told[[0, -1]].tolist()
         raise ValueError(f"[{low:g}, {high:g}] holds none of the network's timesteps, {first:g} to {last:g}")
     return range(inside[0], inside[-1] + 1)  # timesteps never fall
 

@@ -105,9 +105,10 @@ def config_of(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     adapter = recipe.get("adapter")
     if isinstance(adapter, dict):
         values |= {"lora": adapter.get("path"), "lora_scale": adapter.get("scale")}
-        values["lora_interval"] = adapter.get("interval")
-        metadata = adapter.get("metadata")
-        values["weights"] = metadata.get("weights") if isinstance(metadata, dict) else None
+        if "lora" not in given:  # which weights of it, and where it acted, is nothing to another
+            values["lora_interval"] = adapter.get("interval")
+            metadata = adapter.get("metadata")
+            values["weights"] = metadata.get("weights") if isinstance(metadata, dict) else None
     options = recipe.get("options")
     if isinstance(options, dict) and not {"sampler", "compare"} & set(given):
         values |= {key: options[key] for key in OPTIONS if options.get(key) is not None}

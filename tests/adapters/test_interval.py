@@ -23,9 +23,10 @@ from pixart_ft import cli
 from pixart_ft.adapters.files import Adapter, LoraSettings, read_metadata
 from pixart_ft.adapters.lora import attach, limit_adapter, load_adapter, merge
 from pixart_ft.config.samplers import EVERY_SAMPLER
-from pixart_ft.diffusion.intervals import WHOLE
+from pixart_ft.diffusion.intervals import WHOLE, holds
 from pixart_ft.diffusion.likelihood import OdeLikelihood, ode_likelihood
 from pixart_ft.diffusion.names import TimestepLaw
+from pixart_ft.diffusion.process import network_timesteps
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.diffusion.weighting import LossHistory, importance_timesteps, indices_within, logit_normal_timesteps
 from pixart_ft.errors import UserError
@@ -36,7 +37,7 @@ from pixart_ft.model.loading import load_transformer
 from pixart_ft.model.network import denoise
 from pixart_ft.model.shared_calls import prepared
 from pixart_ft.model.text import pad_text
-from pixart_ft.pictures.recipes import read_recipe
+from pixart_ft.pictures.recipes import config_of, read_recipe
 from pixart_ft.sampling.pipeline import PixArtPipeline
 from pixart_ft.sampling.settings import Settings
 from pixart_ft.sampling.text_to_image import TextToImage
@@ -362,6 +363,9 @@ def test_the_command_line_takes_two_numbers_and_a_picture_remembers_them(
     assert "Lora interval" not in words_of(tmp_path / "c" / "000-a-seed0.png")
     assert cli.main(["generate", "--from", str(picture), "--out", str(tmp_path / "d")]) == 0
     assert (tmp_path / "d" / "000-a-seed0.png").read_bytes() == first
+    values = config_of(picture, ["lora"])  # the other adapter acts where it was trained, with the weights it has
+    assert values["lora_scale"] == 1 and not {"lora_interval", "weights"} & set(values)
+    assert config_of(picture)["lora_interval"] == [300, 700] and config_of(picture)["weights"] == "raw"
     capsys.readouterr()
     for wrong, message in (
         (["--lora-interval", "5", "1", "--lora", adapter], "lora_interval [5, 1] ends before it begins"),
@@ -433,6 +437,10 @@ def test_a_range_means_what_the_network_is_told() -> None:
         and len(inside) == inside[-1] - inside[0] + 1
     )
     assert inside != list(range(100, 601))
+    told = network_timesteps(matched, torch.arange(1000)).tolist()  # in float32: may lie on the other side of an end
+    for end in matched.timesteps[25::25].tolist():
+        within = indices_within(matched, 0, end)
+        assert [holds((0, end), timestep) for timestep in told] == [t in within for t in range(1000)]
     with pytest.raises(ValueError, match=r"\[0.1, 0.9\] holds none of the network's timesteps, 0 to 999"):
         indices_within(base, 0.1, 0.9)
 
