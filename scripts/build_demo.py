@@ -261,7 +261,7 @@ class Build:
         write_base_sheet(self.args.sheet, out / "model", EYE_NAMES)
 
     def trials(self) -> None:
-        """Sixty pictures of each set that nothing is tuned on, and sixty held out, for data.folder and data.held_out."""
+        """Of each set that nothing is tuned on sixty pictures, and sixty held out: data.folder and data.held_out."""
         places = fetch_trials(self.work / "npm")
         for name in TRIALS:
             train, unseen = fine_tuning_split(styled_emoji(self.places | places, name), train=60)

@@ -39,7 +39,7 @@ STYLES = {
 }
 TRIALS = {  # that nothing is tuned on: the quickstart's recipe is tried on sixty pictures of each
     "twemoji": ArtSet("@iconify-json/twemoji@1.2.5", "CC-BY-4.0", ""),
-    "colour": ArtSet("@iconify-json/fluent-emoji@1.2.7", "MIT", ""),
+    "openmoji": ArtSet("@iconify-json/openmoji@1.2.29", "CC-BY-SA-4.0", ""),
 }
 OTHERS = {
     "fluent": "@lobehub/fluent-emoji-3d@1.1.0",  # Fluent Emoji 3D artwork as WebP, MIT
