@@ -62,7 +62,8 @@ def items(chosen: list[str]) -> dict[str, Callable[[Path], Content]]:
             found |= {f"{each}/{part}": partial(contents, f"runs/{name}", TRAINED[part]) for part in parts}
         else:
             found[each] = partial(contents, each, ("*.png",)) if kind == "generate" else partial(arrays, each)
-    return found | {"recipes": recipes}
+    drawn = any(each.startswith("generate/") for each in chosen)
+    return found | ({"recipes": recipes} if drawn else {})
 
 
 # ---------------------------------------------------------------------------------------------------- what came out
@@ -220,6 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
         on_purpose = named(options.expect, list(compared))
     except ValueError as error:
         parser.error(str(error))
+    known = ["git", "rev-parse", "--quiet", "--verify", f"{options.commit}^{{commit}}"]
+    if subprocess.run(known, cwd=ROOT, stdout=subprocess.DEVNULL, check=False).returncode:
+        parser.error(f"{options.commit} is no commit of this repository")
     with tempfile.TemporaryDirectory(prefix="same-results-") as temporary:
         place = (options.keep or Path(temporary) / "results").resolve()
         place.mkdir(parents=True)

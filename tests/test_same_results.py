@@ -75,3 +75,4 @@ def test_every_sampler_and_every_golden_group_is_on_the_list() -> None:
     assert set(GOLDEN) == found["load_golden"]().groups == set(found["VALUES"])
     assert set(found["SCHEDULED"]) < set(GOLDEN) and {"in_float32", "scheduled"} < set(found)
     assert {"generate/ddim", "train/hybrid/samples", "golden/traj", "recipes"} <= set(items(names()))
+    assert list(items(["golden/traj"])) == ["golden/traj"]
