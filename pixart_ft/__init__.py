@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from pixart_ft.config.generate import GenerateConfig
     from pixart_ft.config.train import TrainConfig, load_config
     from pixart_ft.errors import UserError
-    from pixart_ft.files import __version__
+    from pixart_ft.files import __version__ as __version__
     from pixart_ft.pictures.recipes import read_recipe
     from pixart_ft.sampling.command import run_generation
     from pixart_ft.sampling.pipeline import PixArtPipeline
@@ -22,7 +22,6 @@ __all__ = [
     "TextToImage",
     "TrainConfig",
     "UserError",
-    "__version__",
     "load_config",
     "read_recipe",
     "run_generation",
