@@ -200,7 +200,7 @@ def split_options(
         is_switch, has_value = name in switches, bool(words) and not words[0].startswith("--")
         if not equals and not is_switch and has_value:
             value = words.pop(0)
-            if name in pairs and not value.startswith("[") and words and not words[0].startswith("--"):
+            if name in pairs and words and _is_number(value) and _is_number(words[0]):
                 value = f"[{value}, {words.pop(0)}]"
         if not is_text(value):
             problems.append(no_text(f"--{name}", value))
@@ -220,6 +220,14 @@ def split_options(
             shown = " and ".join(dict.fromkeys(json.dumps(visible(value)) for value in values))
             problems.append(f"--{name}: given {len(values)} times ({shown}); give it once")
     return given, problems
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _prints(text: str) -> bool:

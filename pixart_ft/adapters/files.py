@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pixart_ft.config.train import LARGEST_RANK, Weights
-from pixart_ft.diffusion.intervals import WHOLE, Interval, adapter_interval_faults, covers, shown
+from pixart_ft.diffusion.intervals import WHOLE, Interval, covers, end_faults, or_whole, shown
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
@@ -78,6 +78,12 @@ class AdapterMetadata:
     step: int | None = None
     interval: Interval = WHOLE
 
+    @property
+    def last_timestep(self) -> int:
+        """The one of the most noise, of the process it was trained on."""
+        steps = self.schedule.get("num_train_timesteps")
+        return (steps if isinstance(steps, int) else 1000) - 1
+
 
 MetadataOf = Callable[[Path], AdapterMetadata]  # of an adapter folder
 
@@ -90,24 +96,28 @@ class Adapter:
     folder     the adapter folder that this means
     metadata   what it was trained on and how
     settings   of its LoRA
+    interval   the network's timesteps that it is to act at, both ends included
     """
 
     name: str
     folder: Path
     metadata: AdapterMetadata
     settings: LoraSettings
+    interval: Interval = WHOLE
 
     @classmethod
-    def read(cls, path: str | Path, *, weights: Weights = "ema") -> Self:
+    def read(cls, path: str | Path, *, weights: Weights = "ema", interval: Interval | None = None) -> Self:
         """The adapter behind `path`: an adapter folder, the final one of a run folder, or what RUN@STEP kept then.
 
         `weights` chooses between a run's averaged and last weights; a run without an average has only the last ones,
-        and a step of a run with one only the average. Raises UserError if there is no such adapter, or its files are
-        damaged or of another version.
+        and a step of a run with one only the average. `interval`: where it is to act; None: where it was trained.
+        Raises UserError if there is no such adapter or interval, or its files are damaged or of another version; warns
+        of an interval that goes beyond the training's.
         """
         metadata_of = cache(read_metadata)  # where it is may depend on what is found there
         folder = _find(path, weights, metadata_of)
-        return cls(str(path), folder, metadata_of(folder), read_settings(folder))
+        metadata = metadata_of(folder)
+        return cls(str(path), folder, metadata, read_settings(folder), acting_interval(metadata, interval))
 
 
 def _find(path: str | Path, weights: Weights, metadata_of: MetadataOf) -> Path:
@@ -192,17 +202,19 @@ def acting_interval(metadata: AdapterMetadata, asked: Interval | None) -> Interv
 
     Raises UserError for an interval that there is not; warns of one that goes beyond the training's.
     """
+    last = metadata.last_timestep
+    trained_at = or_whole(metadata.interval, last)
     if asked is None:
-        return metadata.interval
-    if faults := adapter_interval_faults(asked, None):
+        return trained_at
+    if faults := end_faults("lora_interval", asked, last):
         raise UserError(faults[0])
-    if not covers(metadata.interval, asked):
+    if not covers(trained_at, asked):
         warnings.warn(
-            f"lora_interval {shown(asked)} goes beyond {shown(metadata.interval)}, the timesteps that this adapter was "
+            f"lora_interval {shown(asked)} goes beyond {shown(trained_at)}, the timesteps that this adapter was "
             "trained at: it never learnt what to do there",
             stacklevel=1,
         )
-    return float(asked[0]), float(asked[1])
+    return or_whole(asked, last)
 
 
 def read_settings(folder: Path) -> LoraSettings:
@@ -243,7 +255,7 @@ def _is_number(value: object, least: float, most: float) -> bool:
 
 def _is_interval(value: object) -> bool:
     ends = value if isinstance(value, list) and len(value) == 2 else [2, 1]
-    return all(_is_number(end, *WHOLE) for end in ends) and ends[0] <= ends[1]
+    return all(_is_number(end, 0, 1e6) for end in ends) and ends[0] <= ends[1]
 
 
 def _is_names(value: object) -> bool:

@@ -26,7 +26,6 @@ from pixart_ft.adapters.files import (
     Adapter,
     AdapterMetadata,
     LoraSettings,
-    acting_interval,
     some,
 )
 from pixart_ft.adapters.targets import check_targets
@@ -128,25 +127,23 @@ class Attached:
 
 
 def load_adapter(
-    transformer: PixArtTransformer2DModel, adapter: Adapter, *, scale: float = 1.0, interval: Interval | None = None
+    transformer: PixArtTransformer2DModel, adapter: Adapter, *, scale: float = 1.0
 ) -> tuple[Attached, Tensor]:
     """Attach an adapter to its base, frozen, and return it as it is there and its null caption (1,D).
 
-    The update is multiplied by `scale`. It acts at the network's timesteps in `interval`, both ends included, and the
-    network is the bare base elsewhere; None: where it was trained. Raises UserError if this is not the base it was
-    trained on, or unless every weight in the file found its place and every place its weight, and for an interval that
-    there is not.
+    The update is multiplied by `scale`, and acts at the timesteps of the adapter's interval; the network is the bare
+    base elsewhere. Raises UserError if this is not the base it was trained on, or unless every weight in the file found
+    its place and every place its weight.
     """
     _check_base(transformer, adapter)
-    interval = acting_interval(adapter.metadata, interval)
     attach(transformer, adapter.settings, seed=0)
     mark = _fill(transformer, adapter.folder)
     for parameter in _parameters(transformer).values():
         parameter.requires_grad_(False)
     scale_adapter(transformer, scale)
-    limit_adapter(transformer, interval)
+    limit_adapter(transformer, adapter.interval)
     null_caption = _read_null_caption(adapter.folder)
-    return Attached(adapter.name, scale, interval, mark, adapter.metadata), null_caption
+    return Attached(adapter.name, scale, adapter.interval, mark, adapter.metadata), null_caption
 
 
 def scale_adapter(transformer: PixArtTransformer2DModel, scale: float) -> None:

@@ -5,7 +5,6 @@ Which sampler uses which key is read from the table in `samplers.py`. No torch h
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import Field
 
@@ -24,6 +23,7 @@ from pixart_ft.config.train import (
     SamplerSteps,
     Seed,
     Source,
+    Timestep,
     Weights,
 )
 from pixart_ft.diffusion.names import Predictor, ScheduleChoice, Spacing, TimeConditioning, Variance
@@ -51,7 +51,7 @@ class GenerateConfig(Config):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
     lora: Folder | None = Field(None, description="adapter folder, run folder, or RUN@STEP; null = the base alone")
     lora_scale: float = Field(1.0, ge=-100, le=100, description="strength of the adapter; 1 = as trained")
-    lora_interval: tuple[Annotated[float, Field(ge=0, le=1000)], ...] | None = Field(
+    lora_interval: tuple[Timestep, ...] | None = Field(
         None,
         min_length=2,
         max_length=2,
@@ -79,8 +79,7 @@ class GenerateConfig(Config):
     sampler: Sampler = Field("ddim", description=_SAMPLERS)
     steps: SamplerSteps = Field(30, description="sampler steps")
     guidance: Guidance = GUIDANCE
-    # `intervals` knows the run's timesteps; these ends only keep the numbers sane
-    guidance_interval: tuple[Annotated[float, Field(ge=-1_000_000, le=1_000_000)], ...] | None = Field(
+    guidance_interval: tuple[Timestep, ...] | None = Field(
         None,
         min_length=2,
         max_length=2,

@@ -12,8 +12,10 @@ from pixart_ft.config import yaml_text
 
 def expected(field: FieldInfo) -> str:
     """What a key accepts, in words: `integer >= 1`, `ddim | ddpm`, `[text, ...]`, `path or null`."""
-    bounds = _bound_words(field.metadata)
     words = _type_words(field.annotation)
+    if is_pair(field):
+        return "two numbers LOW HIGH" + (", or null" if words.endswith(" or null") else "")
+    bounds = _bound_words(field.metadata)
     if not bounds:
         return words
     plain = words.removesuffix(" or null")

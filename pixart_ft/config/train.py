@@ -58,6 +58,7 @@ Batch = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
 SamplerSteps = Annotated[int, Field(ge=1, le=1000)]  # the schedules have a thousand
 Guidance = Annotated[float, Field(ge=1, le=LARGEST_GUIDANCE, description="classifier-free guidance scale; 1 = off")]
 GUIDANCE = 4.5  # by default, in sampling and in the grids of a training
+Timestep = Annotated[float, Field(ge=-1e6, le=1e6)]  # an end of an interval: `intervals` knows the process
 Scale = Annotated[float, Field(ge=1e-6, le=1e6)]  # float32 holds it, its square and its inverse beside 1
 
 
@@ -133,7 +134,7 @@ class Diffusion(Section):
     )
     logit_mean: float = Field(0.0, ge=-10, le=10, description="of logit_normal; below 0 = less noise")
     logit_std: float = Field(1.0, ge=1e-3, le=10, description="of logit_normal")
-    timestep_range: tuple[Annotated[float, Field(ge=0, le=1000)], ...] = Field(
+    timestep_range: tuple[Timestep, ...] = Field(
         WHOLE,
         min_length=2,
         max_length=2,

@@ -34,7 +34,7 @@ class Objective:
     space      whose error the simple term is; None: of what the network predicts
     weighting  of the simple term by t, see `loss_weights`
     variance   p's, for vlb alone
-    timestep_range  the network's timesteps that are trained, both ends included
+    interval   the network's timesteps that are trained, both ends included
     """
 
     schedule: NoiseSchedule
@@ -48,7 +48,7 @@ class Objective:
     min_snr_gamma: float = 5.0
     p2_gamma: float = 1.0
     variance: Variance = "learned"
-    timestep_range: Interval = WHOLE
+    interval: Interval = WHOLE
 
     @property
     def trains_variance(self) -> bool:
@@ -74,14 +74,14 @@ class Objective:
     @cached_property
     def within(self) -> range:
         """The t that are trained. Raises ValueError where there is none."""
-        whole = self.timestep_range == WHOLE
-        return range(self.schedule.num_steps) if whole else indices_within(self.schedule, *self.timestep_range)
+        whole = self.interval == WHOLE
+        return range(self.schedule.num_steps) if whole else indices_within(self.schedule, *self.interval)
 
     @property
     def where(self) -> str:
         """The part of the process that is trained, for people; empty for all of it."""
-        low, high = self.timestep_range
-        return "" if self.timestep_range == WHOLE else f"timesteps {low:g} to {high:g}"
+        low, high = self.interval
+        return "" if self.interval == WHOLE else f"timesteps {low:g} to {high:g}"
 
     @cached_property
     def weights(self) -> Tensor:

@@ -12,7 +12,6 @@ from PIL import Image
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.train import HUB_BASE, MOST_PICTURES
-from pixart_ft.diffusion.intervals import Interval
 from pixart_ft.errors import UserError
 from pixart_ft.files import probe
 from pixart_ft.model.base import Base
@@ -95,7 +94,7 @@ def _look(config: GenerateConfig, adapter: Adapter | None) -> tuple[list[str], B
     """Prompts, base, how to sample, the cells of a comparison: all that can be refused before weights are loaded."""
     prompts = _prompts(config)
     base = _base(config, adapter)
-    abilities = abilities_of(base, adapter, _pair(config.lora_interval))
+    abilities = abilities_of(base, adapter)
     name = None if adapter is None else adapter.name
     settings = settled(_settings(config, abilities), abilities, name)
     cells = settled_cells(config, settings, abilities, name) if config.compare else {}
@@ -114,7 +113,6 @@ def _load_model(config: GenerateConfig, base: Base, adapter: Adapter | None, pro
         base,
         adapter,
         config.lora_scale,
-        _pair(config.lora_interval),
         dtype=_dtype(config.dtype, device),
         device=device,
         prompts=[*prompts, config.negative_prompt],
@@ -131,10 +129,6 @@ def _settings(config: GenerateConfig, abilities: Abilities) -> Settings:
         return settings
     width, height = size_of(config.aspect_ratio, abilities)
     return replace(settings, width=width, height=height)
-
-
-def _pair(ends: tuple[float, ...] | None) -> Interval | None:
-    return None if ends is None else (ends[0], ends[1])
 
 
 def _cost(settings: Settings, calls: int | None, on_average: float | None) -> str:

@@ -100,8 +100,8 @@ class PixArtPipeline(PixArtSigmaPipeline):
         """Attach an adapter of this package; arguments and errors as of `Adapter.read` and `lora.load_adapter`."""
         if hasattr(self.transformer, "adapter_switch"):
             raise UserError("adapter: this pipeline has one already; load the pipeline anew for another")
-        adapter = Adapter.read(path, weights=weights)
-        load_adapter(self.transformer, adapter, scale=scale, interval=interval)
+        adapter = Adapter.read(path, weights=weights, interval=interval)
+        load_adapter(self.transformer, adapter, scale=scale)
         warn_of_other_process(adapter.metadata, self.scheduler)
 
     @torch.no_grad()

@@ -14,7 +14,9 @@ def check_generation(config: GenerateConfig) -> Adapter | None:
             resolve_base(config.model)
     if config.lora is not None:
         with mistakes.noted():
-            adapter = Adapter.read(config.lora, weights=config.weights)
+            ends = config.lora_interval
+            interval = None if ends is None else (ends[0], ends[1])
+            adapter = Adapter.read(config.lora, weights=config.weights, interval=interval)
     for key, file in (("image", config.image), ("prompts_file", config.prompts_file)):
         if file is not None and not file.is_file():
             mistakes.add(f"{key}: there is no file {file}")

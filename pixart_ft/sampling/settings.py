@@ -63,7 +63,7 @@ class Abilities:
 
     schedule, prediction_type, variance   what it was trained on, to predict, and the state of its learned variance
     size, unit                            the side of its pictures, and what sides must be multiples of, pixels
-    adapter_interval                      the timesteps that its adapter acts at
+    interval                              the timesteps that its adapter acts at
     """
 
     schedule: NoiseSchedule
@@ -71,7 +71,7 @@ class Abilities:
     variance: VarianceState
     size: int
     unit: int
-    adapter_interval: Interval = WHOLE
+    interval: Interval = WHOLE
 
 
 def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler | StockScheduler:
@@ -136,8 +136,9 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
         try:
             scheduler = scheduler_for(replace(settings, image=None) if start_faults else settings, model)
             options = {key: scheduler.config[key] for key in EVERY_SAMPLER[settings.sampler].settings}
-            interval = settings.guidance_interval if settings.guidance > 1 else None
-            faults += interval_faults(interval, model.adapter_interval, calls_to_come(scheduler))
+            guided = settings.guidance_interval if settings.guidance > 1 else None
+            last = model.schedule.num_steps - 1
+            faults += interval_faults(guided, model.interval, calls_to_come(scheduler), last)
         except ValueError as error:
             named = str(error).startswith(f"sampler {settings.sampler} ")
             faults.append(str(error) if named else f"sampler {settings.sampler}: {error}")
@@ -182,10 +183,11 @@ def image_faults(strength: float, tolerance: object) -> list[str]:
 
 
 def interval_faults(
-    guidance: Interval | None, adapter: Interval, calls: Sequence[float] | None, last: int = 999
+    guidance: Interval | None, adapter: Interval, calls: Sequence[float] | None, last: int
 ) -> list[str]:
     """What keeps guidance, and an adapter, from acting where they should; arguments as in `intervals`."""
-    return [*guidance_interval_faults(guidance, calls, last), *adapter_interval_faults(adapter, calls)]
+    remedy = "give another lora_interval, more steps or more strength"
+    return [*guidance_interval_faults(guidance, calls, last), *adapter_interval_faults(adapter, calls, remedy)]
 
 
 def calls_to_come(scheduler: Any) -> list[float] | None:

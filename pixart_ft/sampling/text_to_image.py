@@ -39,18 +39,15 @@ from pixart_ft.sampling.settings import (
 from pixart_ft.schedulers import RespacedDDIMScheduler
 
 
-def abilities_of(base: Base, adapter: Adapter | None = None, lora_interval: Interval | None = None) -> Abilities:
-    """What a base, with an adapter, can draw; `lora_interval` as in `TextToImage.load`.
-
-    Raises UserError for an interval that there is not.
-    """
+def abilities_of(base: Base, adapter: Adapter | None = None) -> Abilities:
+    """What a base, with an adapter, can draw."""
     schedule, prediction_type, variance, interval = base.schedule, base.prediction_type, base.variance, WHOLE
     if adapter is not None:
         metadata = adapter.metadata
         trained_on = NoiseSchedule.from_diffusers_config(metadata.schedule)
         schedule = conditioned(trained_on, schedule, metadata.time_conditioning)
         prediction_type, variance = metadata.prediction_type, metadata.variance
-        interval = acting_interval(metadata, lora_interval)
+        interval = adapter.interval
     return Abilities(schedule, prediction_type, variance, base.native_size, base.size_unit, interval)
 
 
@@ -95,8 +92,8 @@ class TextToImage:
         Raises UserError when a part is missing, or the adapter is for another base or lacks a key.
         """
         read = Base.read(base, revision)
-        adapter = None if lora is None else Adapter.read(lora, weights=weights)
-        return cls.of(read, adapter, lora_scale, lora_interval, dtype=dtype, device=device, prompts=prompts)
+        adapter = None if lora is None else Adapter.read(lora, weights=weights, interval=lora_interval)
+        return cls.of(read, adapter, lora_scale, dtype=dtype, device=device, prompts=prompts)
 
     @classmethod
     def of(
@@ -104,14 +101,13 @@ class TextToImage:
         base: Base,
         adapter: Adapter | None,
         lora_scale: float,
-        lora_interval: Interval | None,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
         prompts: Sequence[str] | None,
     ) -> Self:
         """As `load`, of a base and an adapter that are read."""
-        abilities = abilities_of(base, adapter, lora_interval)
+        abilities = abilities_of(base, adapter)
         max_tokens = 300 if adapter is None else adapter.metadata.max_tokens
         text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=max_tokens)
         if prompts is not None:
@@ -120,7 +116,7 @@ class TextToImage:
         transformer = loading.load_transformer(base, dtype=held)
         attached = None
         if adapter is not None:
-            attached, text.known[""] = load_adapter(transformer, adapter, scale=lora_scale, interval=lora_interval)
+            attached, text.known[""] = load_adapter(transformer, adapter, scale=lora_scale)
         return cls(
             transformer=transformer.to(device),
             vae=loading.load_vae(base, dtype=dtype).to(device),
@@ -165,7 +161,7 @@ class TextToImage:
         interval = acting_interval(self.adapter.metadata, interval)
         limit_adapter(self.transformer, interval)
         self.adapter = replace(self.adapter, interval=interval)
-        self.abilities = replace(self.abilities, adapter_interval=interval)
+        self.abilities = replace(self.abilities, interval=interval)
 
     def generate(
         self,

@@ -5,12 +5,13 @@ Reads the base's configurations alone, so that every refusal comes before any we
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from pixart_ft.adapters.files import AdapterMetadata
 from pixart_ft.config.train import Diffusion, TrainConfig, Validation
-from pixart_ft.diffusion.intervals import adapter_interval_faults, covers, shown
+from pixart_ft.diffusion.intervals import WHOLE, adapter_interval_faults, covers, end_faults, or_whole, shown
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.diffusion.weighting import logit_normal_timesteps
@@ -44,12 +45,15 @@ def build_objective(config: TrainConfig, base: Base) -> tuple[Objective, dict[st
         min_snr_gamma=choice.min_snr_gamma,
         p2_gamma=choice.p2_gamma,
         variance=choice.variance,
-        timestep_range=(choice.timestep_range[0], choice.timestep_range[1]),
+        interval=or_whole(choice.timestep_range, schedule.num_steps - 1),
     )
     faults = _faults(objective, learned_variance=base.variance != "none")
-    faults += _range_faults(choice, objective)
+    range_faults = _range_faults(choice, objective)
+    faults += range_faults
     if config.validation.prompts:
-        faults += _sampling_faults(config.validation, objective, abilities_after(objective, base))
+        abilities = abilities_after(objective, base)
+        abilities = replace(abilities, interval=WHOLE) if range_faults else abilities  # one mistake is told once
+        faults += _sampling_faults(config.validation, objective, abilities)
     if faults:
         raise UserError("\n  - ".join([f"diffusion: these settings do not work with {config.model.base}:", *faults]))
     if prediction_type != native_prediction:
@@ -73,7 +77,7 @@ def abilities_after(objective: Objective, base: Base, size: int | None = None) -
         "none" if base.variance == "none" else variance,
         base.native_size if size is None else size,
         base.size_unit,
-        objective.timestep_range,
+        objective.interval,
     )
 
 
@@ -87,10 +91,8 @@ def warn_of_relearning(adapter: AdapterMetadata, objective: Objective, time_cond
         changes.append("they know another noise schedule")
     if adapter.time_conditioning != time_conditioning:
         changes.append(f"they were told its steps by {adapter.time_conditioning}, not {time_conditioning}")
-    if not covers(adapter.interval, objective.timestep_range):
-        changes.append(
-            f"they were trained at timesteps {shown(adapter.interval)}, not {shown(objective.timestep_range)}"
-        )
+    if not covers(or_whole(adapter.interval, adapter.last_timestep), objective.interval):
+        changes.append(f"they were trained at timesteps {shown(adapter.interval)}, not {shown(objective.interval)}")
     if changes:
         warnings.warn(f"--init-from: these weights begin wrong and must relearn: {'; '.join(changes)}", stacklevel=2)
 
@@ -109,7 +111,8 @@ def _sampling_faults(choice: Validation, objective: Objective, abilities: Abilit
         ]
     try:
         calls = calls_to_come(scheduler_for(Settings.of(choice), abilities))
-        faults = adapter_interval_faults(abilities.adapter_interval, calls, key="diffusion.timestep_range")
+        remedy = "give another diffusion.timestep_range, more validation.steps or no validation.prompts"
+        faults = adapter_interval_faults(abilities.interval, calls, remedy)
     except ValueError as error:
         faults = [str(error)]
     return [f"validation.sampler {choice.sampler} with validation.steps {choice.steps}: {fault}" for fault in faults]
@@ -117,6 +120,8 @@ def _sampling_faults(choice: Validation, objective: Objective, abilities: Abilit
 
 def _range_faults(choice: Diffusion, objective: Objective) -> list[str]:
     """Why nothing, or almost nothing, can be drawn in the range of timesteps."""
+    if faults := end_faults("diffusion.timestep_range", objective.interval, objective.schedule.num_steps - 1):
+        return faults
     try:
         within, num_steps = objective.within, objective.schedule.num_steps
         if choice.timestep_law == "logit_normal":

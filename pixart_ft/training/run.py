@@ -84,8 +84,7 @@ def _run(
         print("\n".join(start.facts(config, accelerator)))
     with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered; pictures are read anew
         digests = picture_digests([*rows, *held_rows])
-        predicted = objective.prediction_type
-        about = trained_on(config, base, rows, held_rows, digests, schedule_config, predicted, resolution)
+        about = trained_on(config, base, rows, held_rows, digests, schedule_config, objective, resolution)
     if checkpoint is not None:
         check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
     encoded = encode_once(config, base, rows, held_rows, resolution, accelerator, digests)
@@ -124,7 +123,7 @@ def _run(
         weights="raw",
         samples_seen=0,
         revision=base.revision,
-        interval=abilities.adapter_interval,
+        interval=abilities.interval,
     )
     limit_adapter(transformer, metadata.interval)
     keeper = Keeper(

@@ -18,6 +18,7 @@ from pixart_ft.config.reading import default, flat, keys
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import TRANSFORM, Row
 from pixart_ft.errors import UserError
+from pixart_ft.evaluation.objective import Objective
 from pixart_ft.files import read_object, sha256
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
@@ -121,7 +122,7 @@ def trained_on(
     held: Sequence[Row],
     digests: Sequence[str],
     schedule_config: Mapping[str, object],
-    prediction_type: str,
+    objective: Objective,
     resolution: int,
 ) -> TrainedOn:
     """Everything but the base's own weights, found without loading any.
@@ -140,8 +141,8 @@ def trained_on(
     parts["size of the pictures"] = Part.of([resolution, TRANSFORM], f"{resolution} pixels")
     parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])
     parts["text encoder"] = Part.of([text_encoder_id(config, base), config.data.max_tokens, TEXT_PREPARATION])
-    parts["noise schedule"] = Part.of([schedule, prediction_type])
-    return TrainedOn(parts, flat(config))
+    parts["noise schedule"] = Part.of([schedule, objective.prediction_type])
+    return TrainedOn(parts, flat(config) | {"diffusion.timestep_range": list(objective.interval)})
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Watch:
         self.before = self.before or losses
         self.last = losses
         found = {name: vars(mean_over_pictures(values)) for name, values in losses.items()}
-        over = {"timestep_range": self.objective.timestep_range} if self.objective.where else {}
+        over = {"interval": self.objective.interval} if self.objective.where else {}
         self.records.held_out(place, found, over)
 
     def has_drawn(self, step: int) -> bool:

@@ -16,6 +16,7 @@ from diffusers import DDIMScheduler
 from pixart_ft.adapters.files import AdapterMetadata
 from pixart_ft.config.samplers import SAMPLERS
 from pixart_ft.config.train import TrainConfig, load_config
+from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.objective import Objective
@@ -234,8 +235,17 @@ def test_another_prediction_type_is_said_aloud(base: Path) -> None:
         (
             {"prompts": ["a"], "steps": 2, "sampler": "edm"},
             {"timestep_range": [1, 99]},
-            "validation.sampler edm with validation.steps 2: diffusion.timestep_range [1, 99] holds none of this run's",
+            "validation.sampler edm with validation.steps 2: the adapter acts at [1, 99] alone, which holds none of "
+            "this run's 3 network calls, at timesteps 999 to 0; give another diffusion.timestep_range, more "
+            "validation.steps",
         ),
+        (
+            {"prompts": ["a"]},
+            {"timestep_range": [999.5, 1000]},
+            "[999.5, 1000] holds none of the network's timesteps, 0 to 999; choose",
+        ),
+        ({}, {"timestep_range": [0, 1001]}, "[0, 1001] reaches beyond the timesteps"),
+        ({"prompts": ["a"]}, {"timestep_range": [-1, 1000]}, "[-1, 1000] reaches beyond the timesteps"),
     ],
 )
 def test_a_range_in_which_nothing_would_happen_is_refused(
@@ -246,10 +256,21 @@ def test_a_range_in_which_nothing_would_happen_is_refused(
 
 
 def test_a_range_that_ends_before_it_begins_or_leaves_the_scale_is_refused(base: Path) -> None:
-    for ends, expected in (([600, 0], "ends before it begins"), ([0, 1001], r"timestep_range\[1\] is 1001; expected")):
+    for ends, expected in (([600, 0], "ends before it begins"), ([5], r"is \[5\]; expected two numbers LOW HIGH$")):
         with pytest.raises(UserError, match=expected):
             configured(base, timestep_range=ends)
     assert built(base, timestep_range=[0, 600])[0].within == range(601)
+    for everywhere in ([0, 999], [0, 1000]):
+        objective, _ = built(base, timestep_range=everywhere)
+        assert objective.interval == WHOLE and objective.where == "" and objective.within == range(1000)
+
+
+def test_a_range_of_a_longer_process_reaches_its_own_end(base: Path) -> None:
+    edit(base / "scheduler/scheduler_config.json", num_train_timesteps=2000)
+    assert built(base, timestep_range=[1200, 1999])[0].within == range(1200, 2000)
+    assert built(base, timestep_range=[0, 1999])[0].interval == WHOLE
+    assert built(base)[0].within == range(2000)
+    assert "from 0 (the least noise) to 1999" in faults(base, timestep_range=[0, 2001])[0]
 
 
 def test_every_setting_of_the_loss_arrives(base: Path) -> None:

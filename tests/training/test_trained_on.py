@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pixart_ft.config.train import load_config
 from pixart_ft.errors import UserError
+from pixart_ft.model.base import Base
 from pixart_ft.runs.log import RunLog
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.nested import load_nested
-from pixart_ft.training.trained_on import Part, TrainedOn, changes
+from pixart_ft.training.objective import build_objective
+from pixart_ft.training.trained_on import Part, TrainedOn, changes, trained_on
 from tests.helpers.runs import STEPS, Options, cut_off, short_run, train
 from tests.helpers.tiny import build_picture_folder
 
@@ -37,6 +40,17 @@ def trained(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
     }
     train(options)
     return options
+
+
+def test_all_timesteps_are_the_same_range_however_they_are_written(tiny: Path) -> None:
+    def settings(ends: list[float]) -> Mapping[str, object]:
+        base = Base.read(tiny)
+        plain = {"model": {"base": str(tiny)}, "data": {"folder": "demo"}, "diffusion": {"timestep_range": ends}}
+        config = load_config(plain, {"train.mixed_precision": "no"})
+        objective, schedule = build_objective(config, base)
+        return trained_on(config, base, [], [], [], schedule, objective, 64).settings
+
+    assert settings([0, 999]) == settings([0, 1000]) != settings([0, 600])
 
 
 @pytest.fixture
