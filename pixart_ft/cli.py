@@ -20,10 +20,10 @@ from typing import Any
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.key_types import expected, is_empty, is_pair
 from pixart_ft.config.reading import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
+from pixart_ft.config.text import is_text, no_text, visible
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of, versions
-from pixart_ft.text import is_text, no_text, visible
 
 WIDTH = 110
 SWITCHES = {

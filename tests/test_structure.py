@@ -17,9 +17,9 @@ PACKAGE = ROOT / "pixart_ft"
 # Rooms from the ground up, and in each the order of its files. A module imports from earlier rooms, and from earlier
 # files of its own; the package's own names and the command line are the doors, which import from everywhere.
 HOUSE = {
-    "": "errors text files randomness",
+    "": "errors files randomness",
     "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow likelihood",
-    "config": "yaml_text key_types reading samplers train generate",
+    "config": "text yaml_text key_types reading samplers train generate",
     "pictures": "lettering recipes own sheets",
     "schedulers": "stored base discrete sigma sde stock",
     "model": "place faults weights vae text attention adapter_switch network shared_calls base loading text_encoder",

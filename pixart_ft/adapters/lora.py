@@ -19,15 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from pixart_ft.adapters.files import (
-    METADATA,
-    NULL_CAPTION,
-    WEIGHTS,
-    Adapter,
-    AdapterMetadata,
-    LoraSettings,
-    some,
-)
+from pixart_ft.adapters.files import METADATA, NULL_CAPTION, WEIGHTS, Adapter, AdapterMetadata, LoraSettings, some
 from pixart_ft.adapters.targets import check_targets
 from pixart_ft.diffusion.intervals import WHOLE, Interval, shown
 from pixart_ft.diffusion.schedules import NoiseSchedule

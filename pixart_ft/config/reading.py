@@ -15,9 +15,9 @@ from pydantic.fields import FieldInfo
 
 from pixart_ft.config import yaml_text
 from pixart_ft.config.key_types import expected, is_empty, item_of, parse_override
+from pixart_ft.config.text import is_text, no_text, read_text, visible
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of
-from pixart_ft.text import is_text, no_text, read_text, visible
 
 
 class Section(BaseModel):

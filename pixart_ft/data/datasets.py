@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, TypeVar
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from pixart_ft.config.text import is_text, read_text, visible
 from pixart_ft.errors import UserError
-from pixart_ft.text import is_text, read_text, visible
 
 if TYPE_CHECKING:  # torch waits until there is a picture to load: a wrong folder is known at once
     from torch import Tensor

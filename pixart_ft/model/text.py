@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from pixart_ft.config.text import is_text, visible
 from pixart_ft.errors import UserError
-from pixart_ft.text import is_text, visible
 
 TEXT_PREPARATION = "lower().strip()"
 """Recorded in caches and adapters, so that text prepared in another way is never taken for ours."""

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.config.generate import GenerateConfig
+from pixart_ft.config.text import read_text
 from pixart_ft.config.train import HUB_BASE, MOST_PICTURES
 from pixart_ft.errors import UserError
 from pixart_ft.files import probe
@@ -22,7 +23,6 @@ from pixart_ft.sampling.comparison import Cells, comparison_sheets, run_comparis
 from pixart_ft.sampling.places import check_generation
 from pixart_ft.sampling.settings import Abilities, Settings, settled, size_of
 from pixart_ft.sampling.text_to_image import TextToImage, abilities_of
-from pixart_ft.text import read_text
 
 GRID_PIXELS = 8192  # longest side of grid.png, labels not counted
 LEAST_CELL = 32  # pixels; rows and columns that would need smaller ones are left out

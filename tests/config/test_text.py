@@ -12,11 +12,11 @@ from PIL import Image
 from pixart_ft import cli
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import load
+from pixart_ft.config.text import read_text
 from pixart_ft.data.cache import component_id
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.errors import UserError
 from pixart_ft.sampling.command import _prompts
-from pixart_ft.text import read_text
 
 HALF = "\ud83d"  # the first half of an emoji
 NOT_UTF8 = "caf\udce9"  # café in Latin-1, as Python hands on a file name or an argument
