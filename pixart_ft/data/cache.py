@@ -239,19 +239,19 @@ def component_id(
     base: str | Path,
     *subfolders: str,
     dtype: torch.dtype,
-    revision: str | None = None,
+    commit: str | None = None,
     memo: Path | None = None,
 ) -> str:
     """A name for models and the dtype they run in that changes when they do, found without loading weights.
 
     A local folder is named by the SHA-256 of all files of the subfolders; a Hub id, whose files may not be
-    here yet, by id and revision (pin one: "main" may move).
+    here yet, by id and commit.
 
     memo   a JSON file that remembers each file's hash by path, size and time, since hashing T5-XXL takes long
     """
     folder = Path(base)
     if not folder.is_dir():
-        return f"{base}/{'+'.join(subfolders)}@{revision or 'main'} {dtype}"
+        return f"{base}/{'+'.join(subfolders)}@{commit} {dtype}"
     known: dict[str, list[object]] = _read_memo(memo)
     before = dict(known)
     digest = hashlib.sha256()

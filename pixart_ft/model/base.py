@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pixart_ft.diffusion.names import PredictionType, VarianceState
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
@@ -36,7 +37,7 @@ class Base:
     name                              as it was given: "demo", a folder, or a Hub id
     place                             the folder or Hub id that this means
     revision                          asked for of a Hub model; None: its newest
-    commit                            what that was when it was read, for all further parts; None: a folder
+    commit                            the one that its index is of, and every other file with it; None: a folder
     transformer, vae, text_encoder    the configurations of its parts; None: its index says that it has no such part
     schedule, prediction_type         the noise schedule it was trained with and what it predicts
     schedule_config                   that schedule in the words of a diffusers scheduler config
@@ -75,8 +76,12 @@ class Base:
         for part in _PARTS:
             if part == "text_encoder" and index.get(part) in (None, [None, None]):
                 continue
-            with mistakes.noted():
+            try:
                 parts[part] = _read_part(place, part, commit)
+            except UserError as error:
+                mistakes.add(str(error))
+                if isinstance(error.__cause__, LocalEntryNotFoundError):  # out of reach: so are the others
+                    break
         mistakes.raise_if_any()
         transformer, vae, text_encoder = parts["transformer"], parts["vae"], parts.get("text_encoder")
         faults = transformer_faults(transformer) + latent_scale_faults(vae) + fit_faults(transformer, vae, text_encoder)

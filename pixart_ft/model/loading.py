@@ -51,7 +51,7 @@ def load_transformer(base: Base, *, dtype: torch.dtype) -> PixArtTransformer2DMo
 def skeleton(base: Base) -> PixArtTransformer2DModel:
     """The denoiser's layers without any values (on the meta device): for what only their names decide."""
     with torch.device("meta"), quiet(base.place), readable(base.place, "transformer"):
-        transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_config(dict(base.transformer))
+        transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_config(_own(base.transformer))
     return transformer
 
 
@@ -80,17 +80,27 @@ def load_text_encoder(base: Base, *, dtype: torch.dtype) -> tuple[PreTrainedToke
     Load in the dtype you want and never cast afterwards: in float16 only `from_pretrained` keeps the layers
     that overflow (`wo`) in float32, and a T5 that was cast gives finite, wrong embeddings.
     """
+    if base.text_encoder is None:
+        raise UserError(
+            f"model.base: {base.place} comes without a text encoder, and there are texts to encode; give a whole "
+            "diffusers PixArt-Sigma, whose model_index.json names its text_encoder"
+        )
     words = Path(base.place) / "tokenizer"
     if Path(base.place).is_dir() and not any((words / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError(f"model.base: {words} holds neither tokenizer.json nor spiece.model; copy the model again")
     with quiet(base.place), readable(base.place, "tokenizer"):
         tokenizer = T5Tokenizer.from_pretrained(base.place, subfolder="tokenizer", revision=base.commit or "main")
     with readable(base.place, "text_encoder"):
-        config = None if base.text_encoder is None else T5Config.from_dict(copy.deepcopy(dict(base.text_encoder)))
+        config = T5Config.from_dict(_own(base.text_encoder))
     encoder: T5EncoderModel = _load(T5EncoderModel, base, "text_encoder", dtype=dtype, config=config)
     overflowing = [weight for name, weight in encoder.named_parameters() if ".wo." in name]
     assert dtype != torch.float16 or all(weight.dtype == torch.float32 for weight in overflowing)
     return tokenizer, encoder
+
+
+def _own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy for a library, which may write into it: what a `Base` says of itself stays as it was read."""
+    return copy.deepcopy(dict(config))
 
 
 def _load(kind: Any, base: Base, part: str, **how: Any) -> Any:

@@ -50,7 +50,7 @@ def text_encoder_id(config: TrainConfig, base: Base) -> str:
 
 def _component_id(config: TrainConfig, base: Base, *subfolders: str, dtype: torch.dtype) -> str:
     memo = config.data.cache / "files.json"
-    return component_id(base.place, *subfolders, dtype=dtype, revision=base.revision, memo=memo)
+    return component_id(base.place, *subfolders, dtype=dtype, commit=base.commit, memo=memo)
 
 
 def _text_dtype(config: TrainConfig) -> torch.dtype:

@@ -346,11 +346,11 @@ def test_the_memo_spares_reading_unchanged_files(tiny: Path, tmp_path: Path, mon
     assert component_id(tiny, "vae", dtype=torch.float32, memo=memo) == name
 
 
-def test_a_hub_model_is_named_by_its_revision() -> None:
+def test_a_hub_model_is_named_by_its_commit() -> None:
     names = {
-        component_id("owner/name", "vae", dtype=dtype, revision=revision)
+        component_id("owner/name", "vae", dtype=dtype, commit=commit)
         for dtype in (torch.float32, torch.bfloat16)
-        for revision in (None, "abc")
+        for commit in ("def", "abc")
     }
     assert len(names) == 4 and "owner/name/vae@abc torch.bfloat16" in names
 

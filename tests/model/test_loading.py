@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PixArtSigmaPipeline
+from huggingface_hub import constants
 
 from pixart_ft.errors import UserError
 from pixart_ft.model import loading, place
@@ -70,6 +71,28 @@ def test_base_names(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_hub_base_that_is_not_here_gives_one_message_offline() -> None:
     with pytest.raises(UserError, match=r"cannot load model_index\.json of someone/some-model; check the name and the"):
         loading.load_transformer(Base.read("someone/some-model"), dtype=torch.float32)
+
+
+def test_files_of_a_hub_base_that_cannot_be_reached_are_reported_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--owner--name"
+    snapshot = model / "snapshots" / ("1" * 40)
+    snapshot.mkdir(parents=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(snapshot.name)
+    shutil.copy(tiny / "model_index.json", snapshot)
+    with pytest.raises(
+        UserError, match=r"^model\.base: cannot load transformer/config\.json of owner/name; check"
+    ) as e:
+        Base.read("owner/name")
+    assert str(e.value).count("cannot load") == 1
+    shutil.copytree(tiny, snapshot, dirs_exist_ok=True)
+    edit(snapshot / "transformer" / "config.json", patch_size="two")
+    (snapshot / "vae" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"(?s)2 problems.*patch_size is 'two'.*cannot load vae/config"):
+        Base.read("owner/name")
 
 
 @pytest.mark.parametrize(
@@ -142,6 +165,15 @@ def test_other_pipelines_and_incomplete_folders_are_refused(base: Path) -> None:
     shutil.rmtree(base / "vae")
     with pytest.raises(UserError, match=r"vae/config\.json is missing \(the folder holds model_index.json, sched"):
         loading.load_vae(Base.read(base), dtype=torch.float32)
+
+
+def test_a_base_without_a_text_encoder_says_so_when_it_is_wanted(base: Path) -> None:
+    edit(base / "model_index.json", text_encoder=[None, None])
+    shutil.rmtree(base / "text_encoder")
+    shutil.rmtree(base / "tokenizer")
+    loading.load_vae(Base.read(base), dtype=torch.float32)
+    with pytest.raises(UserError, match=r"base: .*base comes without a text encoder, .* give a whole diffusers PixArt"):
+        loading.load_text_encoder(Base.read(base), dtype=torch.float32)
 
 
 def test_missing_unknown_and_truncated_weights_are_refused(base: Path) -> None:

@@ -16,6 +16,7 @@ from pixart_ft.config.train import load_config
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
 from pixart_ft.runs.log import RunLog
+from pixart_ft.training.encode import text_encoder_id, vae_id
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.nested import load_nested
 from pixart_ft.training.objective import build_objective
@@ -69,6 +70,13 @@ def change_weights(folder: Path, part: str) -> None:
     name = max(weights, key=lambda key: weights[key].numel())
     weights[name].view(-1)[-1] += 0.5
     save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_what_encodes_is_named_by_the_commit_that_was_read(tiny: Path, tmp_path: Path) -> None:
+    config = load_config("quickstart", {"data.cache": tmp_path})
+    base = replace(Base.read(tiny), place="owner/name", revision="v1", commit="abc")
+    assert vae_id(config, base) == "owner/name/vae@abc torch.float32"
+    assert "owner/name/tokenizer+text_encoder@abc " in text_encoder_id(config, base)
 
 
 def change_json(path: Path, **values: object) -> None:
