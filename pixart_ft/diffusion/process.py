@@ -143,6 +143,8 @@ def eps_from(value: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, kin
 def to_x0(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """x0 from `value`, a quantity of the given kind at x_t."""
     value, plain = _stepless(schedule, value, x_t, t, kind)
+    if plain == "sample":  # asked for no table, which would go to the GPU in vain
+        return value
     # Only such schedules are looked into: on a GPU, reading t waits for everything queued before.
     if plain == "epsilon" and schedule.has_zero_snr and bool((t == schedule.num_steps - 1).any()):
         raise ValueError(
@@ -155,6 +157,8 @@ def to_x0(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: 
 def to_eps(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """The accumulated noise eps from `value`, a quantity of the given kind at x_t."""
     value, plain = _stepless(schedule, value, x_t, t, kind)
+    if plain == "epsilon":
+        return value
     return eps_from(value, x_t, *_signal_and_noise(schedule, t, x_t), plain)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -197,6 +198,12 @@ def test_predict_splits_the_output_and_knows_its_type() -> None:
         process.predict(schedule, torch.zeros(2, 6, 2, 2), x_t, t, "epsilon")
     with pytest.raises(ValueError, match="unknown kind 'eps'; choose epsilon, "):
         process.predict(schedule, eps, x_t, t, "eps")  # type: ignore[arg-type]
+
+
+def test_what_is_given_already_is_looked_up_in_no_table() -> None:
+    value, beyond = randn(2, 4, 2, 2), torch.tensor([10**6, -(10**6)])  # where no table has an entry
+    for kind in get_args(PredictionType)[:3]:
+        assert CONVERSIONS[kind](SCHEDULES["linear"], value, value, beyond, kind) is value
 
 
 def test_zero_snr_refuses_what_noise_cannot_tell() -> None:
