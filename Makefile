@@ -5,7 +5,7 @@
 # make test-processors  the tests of numbers on the kernels of other processors, with one thread and two
 # make test-lowest  the tests that meet the libraries, with the oldest versions that pyproject.toml allows, in .venv-lowest
 # make planted      every planted bug must turn a test red (half an hour; BUGS="sampling ema" for some, JOBS=2)
-# scripts/same_results.py COMMIT   runs a fixed list on that commit and on the working tree, and says what comes out otherwise
+# scripts/same_results.py COMMIT   runs a fixed list on that commit and on the working tree, and prints what differs
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -22,6 +22,7 @@ from pixart_ft.config.key_types import expected, is_empty, is_pair
 from pixart_ft.config.reading import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
 from pixart_ft.config.text import is_text, no_text, visible
 from pixart_ft.config.train import TrainConfig
+from pixart_ft.diffusion.names import unknown_word
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of, versions
 
@@ -157,7 +158,7 @@ def _run(arguments: list[str]) -> None:
         return
     name, *rest = arguments
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name}; choose from {', '.join(COMMANDS)}")
+        raise UserError(unknown_word(name, "command", COMMANDS))
     command = COMMANDS[name]
     flags = [name for name, field in keys(command.config).items() if field.annotation in (bool, bool | None)]
     pairs = [name for name, field in keys(command.config).items() if is_pair(field)]

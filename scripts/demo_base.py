@@ -25,7 +25,7 @@ from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.model.attention import use_plain_attention
-from pixart_ft.model.network import denoise
+from pixart_ft.model.network import network_output
 from pixart_ft.model.vae import LatentScale, encode_moments
 
 BATCH = 64
@@ -239,7 +239,7 @@ class BaseTraining:
         ids, mask = self.ids[texts, :length].to(self.device), self.mask[texts, :length].to(self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             embeds = self.text_encoder(ids, attention_mask=mask).last_hidden_state
-            output = denoise(self.transformer, noised.x_t, t, embeds, mask)
+            output = network_output(self.transformer, noised.x_t, t, embeds, mask)
         simple = simple_term(self.schedule, output, noised, "epsilon")
         vlb = vlb_term(self.schedule, variance_alone(output), noised, "epsilon")
         snr = self.schedule.snr.to(self.device)[t].float()

@@ -19,7 +19,7 @@ def sampler_table() -> str:
     lines = ["| sampler | | calls | order | noise | options | from |", "|---" * 7 + "|"]
     for facts in SAMPLERS.values():
         order = "" if facts.order is None else str(facts.order)
-        options = ", ".join(facts.settings)
+        options = ", ".join(facts.options)
         noise = "yes" if facts.stochastic else "no"
         what = f"{facts.title}: {facts.summary}"
         lines.append(

@@ -32,7 +32,7 @@ _SAMPLERS = "; ".join(f"{facts.name}: {facts.summary}" for facts in EVERY_SAMPLE
 
 
 def _uses(option: str, sampler: str) -> bool:
-    return option in EVERY_SAMPLER[sampler].settings
+    return option in EVERY_SAMPLER[sampler].options
 
 
 def _of(option: str) -> str:

@@ -27,11 +27,11 @@ class SamplerFacts:
     source: str
     # the error of a run of N steps falls like N**-order; None: it converges in distribution only
     order: int | None = None
-    calls_per_step: int = 1  # network calls with the default settings, guidance's second branch not counted
-    stochastic: bool = False  # whether its steps draw noise with the default settings
+    calls_per_step: int = 1  # network calls with the default options, guidance's second branch not counted
+    stochastic: bool = False  # whether its steps draw noise with the default options
     needs_variance: bool = False  # whether it steps by the network's own variance
     space: Space = "index"  # indices of the schedule; noise-to-signal ratios; the reverse SDE on some of the indices
-    settings: tuple[str, ...] = ("spacing",)  # the settings that it uses beside sampler, steps and guidance
+    options: tuple[str, ...] = ("spacing",)  # what it takes beside sampler, steps and guidance
     summary: str
 
     @property
@@ -66,7 +66,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             title="DDPM",
             source="Ho et al. 2020, Alg. 2",
             stochastic=True,
-            settings=("spacing", "variance"),
+            options=("spacing", "variance"),
             summary="ancestral, fixed variance; wants 100 steps or more",
         ),
         SamplerFacts(
@@ -81,7 +81,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             source="Nichol & Dhariwal 2021, secs. 3.1 and 4",
             stochastic=True,
             needs_variance=True,
-            settings=("spacing", "variance"),
+            options=("spacing", "variance"),
             summary="ancestral, with the variance that the network learned; good from 50 steps",
         ),
         SamplerFacts(
@@ -89,7 +89,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             title="DDIM",
             source="Song et al. 2021a, eq. 12",
             order=1,
-            settings=("spacing", "eta"),
+            options=("spacing", "eta"),
             summary="deterministic at eta 0, good from 20 to 50 steps; at eta 1 it is DDPM with beta_tilde",
         ),
         SamplerFacts(
@@ -98,7 +98,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             source="Karras et al. 2022, Alg. 1 without its second order",
             order=1,
             space="sigma",
-            settings=(*_SIGMAS, *_CHURN),
+            options=(*_SIGMAS, *_CHURN),
             summary="DDIM on a grid of noise levels of your choice",
         ),
         SamplerFacts(
@@ -107,7 +107,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             source="Song et al. 2021a, eq. 12, in sigma",
             stochastic=True,
             space="sigma",
-            settings=(*_SIGMAS, "eta"),
+            options=(*_SIGMAS, "eta"),
             summary="Euler that goes too far down and adds noise back, eta 1 by default",
         ),
         SamplerFacts(
@@ -117,7 +117,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             order=2,
             calls_per_step=2,
             space="sigma",
-            settings=(*_SIGMAS, *_CHURN),
+            options=(*_SIGMAS, *_CHURN),
             summary="second order, deterministic, stochastic with s_churn; two calls a step, good from 12 steps",
         ),
         SamplerFacts(
@@ -127,7 +127,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             calls_per_step=2,
             stochastic=True,
             space="sde",
-            settings=("spacing", "predictor", "corrector_steps", "corrector_snr", "corrector_first"),
+            options=("spacing", "predictor", "corrector_steps", "corrector_snr", "corrector_first"),
             summary="reverse SDE, predictor and Langevin corrector; wants 100 steps or more",
         ),
         SamplerFacts(
@@ -137,7 +137,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             calls_per_step=3,
             stochastic=True,
             space="sigma",
-            settings=(*_SIGMAS, "langevin_steps", "langevin_step_size"),
+            options=(*_SIGMAS, "langevin_steps", "langevin_step_size"),
             summary="Langevin dynamics at each noise level in turn; wants 50 steps or more",
         ),
         SamplerFacts(
@@ -146,7 +146,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             source="Song et al. 2021b, sec. 4.3",
             order=1,
             space="sde",
-            settings=("spacing", "tolerance"),
+            options=("spacing", "tolerance"),
             summary="the deterministic ODE of score_sde, in even steps or, with a tolerance, adaptive ones",
         ),
     )
@@ -242,7 +242,7 @@ STOCK_SAMPLERS: dict[str, StockFacts] = {
 
 EVERY_SAMPLER: dict[str, SamplerFacts] = {**SAMPLERS, **STOCK_SAMPLERS}
 
-OPTIONS = tuple(dict.fromkeys(option for facts in SAMPLERS.values() for option in facts.settings))
+OPTIONS = tuple(dict.fromkeys(option for facts in SAMPLERS.values() for option in facts.options))
 
 # (option, other, used): the option acts only where `used(value of other)` is true, None being the sampler's default.
 CONDITIONS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
@@ -258,6 +258,6 @@ CONDITIONS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 )
 
 
-def users_of(setting: str) -> tuple[str, ...]:
-    """The samplers that use a setting."""
-    return tuple(facts.name for facts in EVERY_SAMPLER.values() if setting in facts.settings)
+def users_of(option: str) -> tuple[str, ...]:
+    """The samplers that take an option."""
+    return tuple(facts.name for facts in EVERY_SAMPLER.values() if option in facts.options)

@@ -44,7 +44,7 @@ def drift(eps: Eps, y: Tensor, log_sigma: float) -> Tensor:
 
 
 def integrate(
-    change: Callable[[float, Tensor], Tensor],
+    derivative: Callable[[float, Tensor], Tensor],
     start: Tensor,
     span: tuple[float, float],
     *,
@@ -52,17 +52,17 @@ def integrate(
     atol: float,
     method: str,
 ) -> tuple[Tensor, int]:
-    """The state (M,) at the end of a span of log sigma, float64 on the CPU, and the calls of `change`, its derivative.
+    """The state (M,) at the end of a span of log sigma, float64 on the CPU, and the calls of its `derivative`.
 
     By scipy's `solve_ivp`, which works in float64 and takes the same steps for all of it. ValueError when it fails.
     """
     from scipy.integrate import solve_ivp  # type: ignore[import-untyped]
 
-    def derivative(log_sigma: float, state: object) -> object:
-        return change(log_sigma, torch.as_tensor(state)).detach().to("cpu", torch.float64).numpy()
+    def in_numpy(log_sigma: float, state: object) -> object:
+        return derivative(log_sigma, torch.as_tensor(state)).detach().to("cpu", torch.float64).numpy()
 
     first = start.to("cpu", torch.float64).numpy()
-    solution = solve_ivp(derivative, span, first, method=method, rtol=rtol, atol=atol, t_eval=span[1:])
+    solution = solve_ivp(in_numpy, span, first, method=method, rtol=rtol, atol=atol, t_eval=span[1:])
     if not solution.success:
         raise ValueError(f"the probability-flow ODE was not solved: {solution.message}")
     return torch.from_numpy(solution.y[:, -1].copy()), int(solution.nfev)
@@ -76,11 +76,11 @@ def solve_flow(
     Raises ValueError as `drift` and `integrate` do.
     """
 
-    def change(log_sigma: float, state: Tensor) -> Tensor:
+    def derivative(log_sigma: float, state: Tensor) -> Tensor:
         return drift(eps, state.view(y.shape).to(y), log_sigma).flatten()
 
     span = (math.log(sigma), math.log(next_sigma))
-    end, calls = integrate(change, y.flatten(), span, rtol=rtol, atol=atol, method=method)
+    end, calls = integrate(derivative, y.flatten(), span, rtol=rtol, atol=atol, method=method)
     return end.view(y.shape).to(y), calls
 
 

@@ -137,7 +137,7 @@ def ode_likelihood(
     eps = eps_of(schedule, differentiable, prediction_type)
 
     @torch.enable_grad()
-    def change(log_sigma: float, state: Tensor) -> Tensor:
+    def derivative(log_sigma: float, state: Tensor) -> Tensor:
         y = state[: count * size].view(x0.shape).to(x0).requires_grad_()
         moved = drift(eps, y, log_sigma)
         divergence = _trace(moved, y) if probe is None else _probed_trace(moved, y, probe.to(x0))
@@ -145,7 +145,7 @@ def ode_likelihood(
 
     start = torch.cat([x0.flatten(), x0.new_zeros(count)])
     span = (schedule.log_sigmas[0].item(), schedule.log_sigmas[-1].item())
-    end, calls = integrate(change, start, span, rtol=rtol, atol=atol, method=method)
+    end, calls = integrate(derivative, start, span, rtol=rtol, atol=atol, method=method)
     log_a = 0.5 * math.log(schedule.alpha_bar[-1].item())
     latent = end[: count * size].view(x0.shape) * math.exp(log_a)
     log_prior = -0.5 * (latent**2 + math.log(2 * math.pi)).flatten(1).sum(dim=1)
@@ -153,15 +153,15 @@ def ode_likelihood(
     return OdeLikelihood(log_density, -log_density / (size * math.log(2)), latent, calls)
 
 
-def _probed_trace(drift: Tensor, y: Tensor, probe: Tensor) -> Tensor:
-    """probe J probe (N,) for J the Jacobian of drift with respect to y: on average over the signs, J's trace."""
-    (pulled,) = torch.autograd.grad((drift * probe).sum(), y)
+def _probed_trace(moved: Tensor, y: Tensor, probe: Tensor) -> Tensor:
+    """probe J probe (N,) for J the Jacobian of moved with respect to y: on average over the signs, J's trace."""
+    (pulled,) = torch.autograd.grad((moved * probe).sum(), y)
     return (pulled * probe).flatten(1).sum(dim=1)
 
 
-def _trace(drift: Tensor, y: Tensor) -> Tensor:
-    """The divergence (N,) of drift with respect to y, exactly: samples do not influence each other."""
-    columns = drift.flatten(1)
+def _trace(moved: Tensor, y: Tensor) -> Tensor:
+    """The divergence (N,) of moved with respect to y, exactly: samples do not influence each other."""
+    columns = moved.flatten(1)
     total = torch.zeros(len(y), dtype=y.dtype, device=y.device)
     for i in range(columns.shape[1]):
         (gradient,) = torch.autograd.grad(columns[:, i].sum(), y, retain_graph=True)

@@ -1,9 +1,10 @@
 """The words of the mathematics, each list once: configuration, schedulers and formulas all take them from here.
 
-Nothing but typing is imported, so that help is instant. Whoever acts by such a word ends with `raise unknown(...)`:
+Nothing of torch is imported, so that help is instant. Whoever acts by such a word ends with `raise unknown(...)`:
 so a type checker sees a word that is not in the list, and one of the list that was forgotten.
 """
 
+from collections.abc import Iterable
 from typing import Any, Literal, Never, get_args
 
 # What a network may predict, as in diffusers' scheduler_config.json: eps, v and x0; and the posterior's mean, which
@@ -38,10 +39,18 @@ Predictor = Literal["euler_maruyama", "reverse_diffusion", "ancestral"]
 CorrectorNorms = Literal["per_sample", "batch_mean"]
 
 
+def unknown_word(word: object, what: str, words: Iterable[str]) -> str:
+    """The message for a word that is none of two or more: "unknown spacing 'x'; choose a, b or c"."""
+    *others, last = words
+    return f"unknown {what} {word!r}; choose {', '.join(others)} or {last}"
+
+
 def unknown(word: Never, what: str, names: object) -> ValueError:
-    """The error for a word that is none of `names`, one of the lists above; Never where each of them was handled."""
-    *others, last = get_args(names)
-    return ValueError(f"unknown {what} {word!r}; choose {', '.join(others)} or {last}")
+    """The error for a word that is none of `names`, one of the lists above.
+
+    A type checker calls the word Never where every name of the list was handled before.
+    """
+    return ValueError(unknown_word(word, what, get_args(names)))
 
 
 def check(word: Any, what: str, names: object) -> None:

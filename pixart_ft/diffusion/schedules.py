@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.names import ScheduleName, TimeConditioning, unknown
+from pixart_ft.diffusion.names import ScheduleName, TimeConditioning, unknown, unknown_word
 from pixart_ft.diffusion.respacing import kept_indices
 
 # The keys of a diffusers scheduler_config.json that define the process; the others are a sampler's business.
@@ -162,7 +162,8 @@ class NoiseSchedule:
         elif name == "squaredcos_cap_v2":
             schedule = cls.cosine(num_steps)
         else:
-            raise ValueError(f"unknown beta_schedule {name!r}; choose linear, scaled_linear or squaredcos_cap_v2")
+            words = ("linear", "scaled_linear", "squaredcos_cap_v2")
+            raise ValueError(unknown_word(name, "beta_schedule", words))
         return schedule.zero_terminal_snr() if config.get("rescale_betas_zero_snr") else schedule
 
     def zero_terminal_snr(self) -> Self:

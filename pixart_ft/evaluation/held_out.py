@@ -12,7 +12,7 @@ from pixart_ft.diffusion.likelihood import Bound, variational_bound
 from pixart_ft.diffusion.names import PredictionType, Variance
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.evaluation.objective import Objective
-from pixart_ft.model.network import denoise
+from pixart_ft.model.network import network_output
 from pixart_ft.model.text import pad_text
 from pixart_ft.randomness import normal
 
@@ -99,7 +99,7 @@ def held_out_bound(
             embeds, mask = (x.to(device) for x in pad_text(texts))
 
             def network(x_t: Tensor, timesteps: Tensor, embeds: Tensor = embeds, mask: Tensor = mask) -> Tensor:
-                return denoise(transformer, x_t, timesteps, embeds, mask)
+                return network_output(transformer, x_t, timesteps, embeds, mask)
 
             def noise(index: int, pictures: Sequence[int] = pictures) -> Tensor:
                 numbers = [p * schedule.num_steps + index for p in pictures]

@@ -12,7 +12,7 @@ from pixart_ft.diffusion.objectives import simple_term, su_term, variance_alone,
 from pixart_ft.diffusion.process import Noised, at, network_timesteps
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import indices_within, loss_weights
-from pixart_ft.model.network import denoise
+from pixart_ft.model.network import network_output
 
 _ERRORS: dict[LossSpace, str] = {
     "epsilon": "noise error",
@@ -107,11 +107,11 @@ class Objective:
         (N, L). "loss" is what is minimised, the others are what it is made of, unweighted.
         """
         noised = Noised.of(self.schedule, x0, t, eps)
-        output = denoise(transformer, noised.x_t, network_timesteps(self.schedule, t), embeds, mask)
+        output = network_output(transformer, noised.x_t, network_timesteps(self.schedule, t), embeds, mask)
         return self.terms_of(output, noised, rest)
 
     def terms_of(self, output: Tensor, noised: Noised, rest: Tensor | None = None) -> dict[str, Tensor]:
-        """The same of a network's output (N, C or 2C, H, W), in its precision, float32 at least.
+        """The same, of a network's output (N, C or 2C, H, W); computed in float32, or in float64 if the output is.
 
         Raises ValueError for a kind that wants a learned variance where the output has none.
         """

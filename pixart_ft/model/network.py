@@ -6,7 +6,9 @@ from torch import Tensor
 from pixart_ft.model.attention import check_text
 
 
-def denoise(transformer: torch.nn.Module, x_t: Tensor, timesteps: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
+def network_output(
+    transformer: torch.nn.Module, x_t: Tensor, timesteps: Tensor, embeds: Tensor, mask: Tensor
+) -> Tensor:
     """The network's raw output (N, C or 2C, H, W) at x_t, in float32 (float64 for a float64 network).
 
     x_t (N, C, H, W); timesteps (N,) int64 or float32 in the original process's count, since bfloat16 holds only 506

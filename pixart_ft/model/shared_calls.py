@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pixart_ft.model.adapter_switch import adapter_is_off
 from pixart_ft.model.attention import ShortSequenceAttention
-from pixart_ft.model.network import denoise
+from pixart_ft.model.network import network_output
 
 # (x_t (N, C, H, W), timesteps (N,)) -> output
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -57,7 +57,7 @@ def prepared(transformer: nn.Module, embeds: Tensor, mask: Tensor, size: tuple[i
     """
 
     def network(x: Tensor, timesteps: Tensor) -> Tensor:
-        return denoise(transformer, x, timesteps, embeds[-len(x) :], mask[-len(x) :])
+        return network_output(transformer, x, timesteps, embeds[-len(x) :], mask[-len(x) :])
 
     if not isinstance(transformer, PixArtTransformer2DModel):
         yield network

@@ -85,7 +85,9 @@ def sample_latents(
         else:
             begin = scheduler.timesteps[[first_call(scheduler)]]
             start = scheduler.add_noise(x0.to(device).expand_as(noise), noise, begin)
-    branches = partial(denoiser, transformer, guidance=guidance, channels=channels, size=shape[1:], autocast=autocast)
+    branches = partial(
+        guided_network, transformer, guidance=guidance, channels=channels, size=shape[1:], autocast=autocast
+    )
     if isinstance(scheduler, ProbabilityFlowScheduler) and scheduler.tolerance is not None:
         return _solved(scheduler, branches, embeds, mask, null, start, on_call)
     timesteps = scheduler.timesteps.cpu()
@@ -122,7 +124,7 @@ def invert_latents(
     _check_mode(transformer)
     x, rising = x0.float(), scheduler.timesteps.cpu().flip(0)
     unguided, channels, size = Guidance(1.0), x0.shape[1], x0.shape[2:]
-    with denoiser(
+    with guided_network(
         transformer, embeds, mask, embeds[0], guidance=unguided, channels=channels, size=size, autocast=autocast
     ) as network:
         for index in range(calls):
@@ -134,7 +136,7 @@ def invert_latents(
 
 
 @contextmanager
-def denoiser(
+def guided_network(
     transformer: nn.Module,
     embeds: Tensor,
     mask: Tensor,

@@ -24,6 +24,7 @@ from pixart_ft.adapters.lora import load_adapter, warn_of_other_process
 from pixart_ft.config.train import Weights
 from pixart_ft.data.datasets import picture_pixels
 from pixart_ft.diffusion.intervals import Interval
+from pixart_ft.diffusion.names import unknown_word
 from pixart_ft.errors import UserError
 from pixart_ft.model.adapter_switch import adapter_interval
 from pixart_ft.model.attention import check_text
@@ -265,7 +266,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
         """What a user of the stock pipeline may ask for and cannot have."""
         faults = []
         if output_type not in get_args(OutputType):
-            faults.append(f"unknown output_type {output_type!r}; choose {', '.join(get_args(OutputType))}")
+            faults.append(unknown_word(output_type, "output_type", get_args(OutputType)))
         if clean_caption:
             faults.append(
                 "clean_caption rewrites captions (links, digits, punctuation), which training here does not, so the "

@@ -14,7 +14,7 @@ from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import Section
 from pixart_ft.config.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS
 from pixart_ft.diffusion.intervals import WHOLE, Interval, adapter_interval_faults, guidance_interval_faults
-from pixart_ft.diffusion.names import PredictionType, ScheduleChoice, TimeConditioning, VarianceState
+from pixart_ft.diffusion.names import PredictionType, ScheduleChoice, TimeConditioning, VarianceState, unknown_word
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.errors import UserError
 from pixart_ft.schedulers import SCHEDULERS, build_scheduler
@@ -40,7 +40,7 @@ class Settings:
     guidance: float = _DEFAULTS["guidance"]
     guidance_interval: Interval | None = None  # timesteps between which guidance acts; None: everywhere
     negative_prompt: str = _DEFAULTS["negative_prompt"]  # in place of the null caption, unless empty
-    options: Mapping[str, object] = field(default_factory=dict)  # the sampler's own: EVERY_SAMPLER[sampler].settings
+    options: Mapping[str, object] = field(default_factory=dict)  # the sampler's own: EVERY_SAMPLER[sampler].options
     schedule: ScheduleChoice = _DEFAULTS["schedule"]  # walked through; base: the one trained on
     time_conditioning: TimeConditioning = _DEFAULTS["time_conditioning"]  # what another schedule tells the network
     image: Path | Image.Image | None = None  # a picture to start from
@@ -128,14 +128,14 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
     if settings.steps < 1:
         faults.append(f"steps must be at least 1, got {settings.steps}")
     if settings.sampler not in EVERY_SAMPLER:
-        faults.append(f"sampler: unknown {settings.sampler!r}; choose from {', '.join(EVERY_SAMPLER)}")
+        faults.append(f"sampler: {unknown_word(settings.sampler, 'sampler', EVERY_SAMPLER)}")
     elif _learned(settings) and model.variance != "trained":
         faults.append(_untrained_variance(model.variance, adapter))
     options: dict[str, object] = {}
     if settings.sampler in EVERY_SAMPLER and settings.steps >= 1:
         try:
             scheduler = scheduler_for(replace(settings, image=None) if start_faults else settings, model)
-            options = {key: scheduler.config[key] for key in EVERY_SAMPLER[settings.sampler].settings}
+            options = {key: scheduler.config[key] for key in EVERY_SAMPLER[settings.sampler].options}
             guided = settings.guidance_interval if settings.guidance > 1 else None
             last = model.schedule.num_steps - 1
             faults += interval_faults(guided, model.interval, calls_to_come(scheduler), last)

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from pixart_ft.config.samplers import EVERY_SAMPLER, STOCK_SAMPLERS
-from pixart_ft.diffusion.names import PredictionType
+from pixart_ft.config.samplers import EVERY_SAMPLER, STOCK_SAMPLERS, Sampler
+from pixart_ft.diffusion.names import PredictionType, check
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.schedulers.base import PixArtScheduler
 from pixart_ft.schedulers.discrete import (
@@ -37,16 +37,15 @@ def build_scheduler(
     sampler: str,
     schedule: NoiseSchedule,
     prediction_type: PredictionType,
-    settings: Mapping[str, object] | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> PixArtScheduler | StockScheduler:
-    """The scheduler of a sampler by name; `settings` are those of its row that differ from the class's defaults.
+    """The scheduler of a sampler by name; `options` are those of its row that differ from the class's defaults.
 
-    Raises ValueError for an unknown sampler, a setting that it does not use, and values that it cannot take.
+    Raises ValueError for an unknown sampler, an option that it does not use, and values that it cannot take.
     """
-    if sampler not in EVERY_SAMPLER:
-        raise ValueError(f"unknown sampler {sampler!r}; choose from {', '.join(EVERY_SAMPLER)}")
-    if unused := sorted(set(settings or {}) - set(EVERY_SAMPLER[sampler].settings)):
+    check(sampler, "sampler", Sampler)
+    if unused := sorted(set(options or {}) - set(EVERY_SAMPLER[sampler].options)):
         raise ValueError(f"sampler {sampler} does not use {', '.join(unused)}")
     if sampler in STOCK_SAMPLERS:
-        return StockScheduler(STOCK_SAMPLERS[sampler], schedule, prediction_type, settings)
-    return SCHEDULERS[sampler].from_schedule(schedule, prediction_type, settings)
+        return StockScheduler(STOCK_SAMPLERS[sampler], schedule, prediction_type, options)
+    return SCHEDULERS[sampler].from_schedule(schedule, prediction_type, options)

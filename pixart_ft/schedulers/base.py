@@ -90,11 +90,11 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_schedule(
-        cls, schedule: NoiseSchedule, prediction_type: PredictionType, settings: Mapping[str, object] | None = None
+        cls, schedule: NoiseSchedule, prediction_type: PredictionType, options: Mapping[str, object] | None = None
     ) -> Self:
-        """A scheduler for a process however it was made; `settings` are further arguments of the class."""
+        """A scheduler for a process however it was made; `options` are further arguments of the class."""
         own = torch.equal(schedule.timesteps, torch.arange(schedule.num_steps))
-        arguments: dict[str, Any] = dict(settings or {})
+        arguments: dict[str, Any] = dict(options or {})
         return cls(
             num_train_timesteps=schedule.num_steps,
             trained_betas=schedule.betas.tolist(),

@@ -52,7 +52,7 @@ class SigmaScheduler(PixArtScheduler):
         lookup: Lookup = "interpolated",
         churn: tuple[float, float, float | None, float] = (0.0, 0.0, None, 1.0),
     ) -> None:
-        """Check the settings of the grid against the process, which must have been read."""
+        """Check the options of the grid against the process, which must have been read."""
         if self.prediction_type == "posterior_mean":
             raise ValueError(
                 f"sampler {self.sampler} steps between the timesteps, where a posterior mean has no meaning"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.config.samplers import StockFacts
-from pixart_ft.diffusion.names import PredictionType
+from pixart_ft.diffusion.names import PredictionType, unknown_word
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.diffusion.sigmas import index_to_timestep
 from pixart_ft.schedulers.base import PixArtScheduler
@@ -38,11 +38,11 @@ class StockScheduler:
         facts: StockFacts,
         schedule: NoiseSchedule,
         prediction_type: PredictionType,
-        settings: Mapping[str, object] | None = None,
+        options: Mapping[str, object] | None = None,
     ) -> None:
-        spacing = str((settings or {}).get("spacing") or facts.spacings[0])
+        spacing = str((options or {}).get("spacing") or facts.spacings[0])
         if spacing not in facts.spacings:
-            raise ValueError(f"unknown spacing {spacing!r}; choose from {', '.join(facts.spacings)}")
+            raise ValueError(unknown_word(spacing, "spacing", facts.spacings))
         if prediction_type == "posterior_mean":
             raise ValueError(f"sampler {facts.name} is diffusers', where no network predicts a posterior mean")
         if schedule.has_zero_snr:

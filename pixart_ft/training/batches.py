@@ -25,8 +25,8 @@ from pixart_ft.randomness import epoch_order, normal, uniform
 
 
 @dataclass(frozen=True)
-class Chance:
-    """What is left to chance in a draw, and by which laws."""
+class DrawLaws:
+    """By which laws the random parts of a draw follow from its index."""
 
     seed: int
     caption_dropout: float
@@ -65,7 +65,7 @@ class Batch:
 def draw_batch(
     data: TrainingSet,
     draws: Sequence[int],
-    chance: Chance,
+    laws: DrawLaws,
     *,
     global_batch: int,
     num_steps: int,
@@ -79,37 +79,37 @@ def draw_batch(
     which thereby depends on the losses before this step too.
     """
     count = len(data.pictures)
-    rows = [int(epoch_order(chance.seed, d // count, count)[d % count]) for d in draws]
+    rows = [int(epoch_order(laws.seed, d // count, count)[d % count]) for d in draws]
     mean, std = data.pictures.latents(rows)
     shape = tuple(mean.shape[1:])
-    t, weight = _timesteps(draws, chance, global_batch, num_steps, within or range(num_steps), law)
-    dropped = uniform(chance.seed, draws, "caption dropout") < chance.caption_dropout
+    t, weight = _timesteps(draws, laws, global_batch, num_steps, within or range(num_steps), law)
+    dropped = uniform(laws.seed, draws, "caption dropout") < laws.caption_dropout
     texts = drop_captions(data.pictures.texts(rows), dropped.tolist(), data.null_caption)
     embeds, mask = pad_text(texts)
     return Batch(
-        x0=data.scale.scaled(mean + std * normal(chance.seed, draws, "posterior", shape)),
-        eps=normal(chance.seed, draws, "noise", shape),
+        x0=data.scale.scaled(mean + std * normal(laws.seed, draws, "posterior", shape)),
+        eps=normal(laws.seed, draws, "noise", shape),
         t=t,
         weight=weight,
         embeds=embeds,
         mask=mask,
-        rest=normal(chance.seed, draws, "second noise", shape) if two_noises else None,
+        rest=normal(laws.seed, draws, "second noise", shape) if two_noises else None,
     )
 
 
 def _timesteps(
-    draws: Sequence[int], chance: Chance, global_batch: int, num_steps: int, within: range, law: Tensor | None
+    draws: Sequence[int], laws: DrawLaws, global_batch: int, num_steps: int, within: range, law: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    u, first, count = uniform(chance.seed, draws, "timestep"), within.start, len(within)
+    u, first, count = uniform(laws.seed, draws, "timestep"), within.start, len(within)
     ones = torch.ones(len(draws), dtype=torch.float32)
-    if chance.timestep_law == "uniform":
+    if laws.timestep_law == "uniform":
         return first + uniform_timesteps(u, count), ones
-    if chance.timestep_law == "stratified":
+    if laws.timestep_law == "stratified":
         return first + stratified_timesteps(u, torch.tensor(draws), global_batch, count), ones
-    if chance.timestep_law == "logit_normal":
-        return logit_normal_timesteps(u, num_steps, mean=chance.logit_mean, std=chance.logit_std, within=within), ones
-    if chance.timestep_law == "importance":
+    if laws.timestep_law == "logit_normal":
+        return logit_normal_timesteps(u, num_steps, mean=laws.logit_mean, std=laws.logit_std, within=within), ones
+    if laws.timestep_law == "importance":
         assert law is not None, "importance sampling needs the law of t"
         t, weight = importance_timesteps(u, law)
         return first + t, weight.to(torch.float32)
-    raise unknown(chance.timestep_law, "timestep_law", TimestepLaw)
+    raise unknown(laws.timestep_law, "timestep_law", TimestepLaw)

@@ -16,7 +16,7 @@ from pixart_ft.adapters.files import FINAL_ADAPTERS, AdapterMetadata
 from pixart_ft.adapters.lora import save_adapter
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.training.ema import Ema
-from pixart_ft.training.log import Place
+from pixart_ft.training.records import Progress
 
 
 def lowest_step(records: Iterable[Mapping[str, Any]]) -> int | None:
@@ -26,7 +26,7 @@ def lowest_step(records: Iterable[Mapping[str, Any]]) -> int | None:
     return min(finite)[1] if finite else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Keeper:
     """Saves adapters into the run's folder; `metadata` lacks only what depends on the step."""
 
@@ -38,31 +38,31 @@ class Keeper:
     samples_every: int  # steps between sample grids; 0: none
     last_step: int  # whose weights are the result, and not kept beside it
 
-    def on_the_way(self, place: Place) -> None:
+    def on_the_way(self, progress: Progress) -> None:
         """Keep the averaged weights if this step is one of samples, or has the lowest held-out loss so far.
 
         The lowest before it goes then, unless it is a step of samples: one adapter more than there are samples stays.
         """
         lowest = lowest_step(self.folder.log.comparable())
-        folder = self.folder.adapter_at(place.step)
-        if 0 < place.step < self.last_step and self._is_kept(place.step, lowest) and not folder.is_dir():
-            self._save(folder, place, averaged=self.ema.is_on)
+        folder = self.folder.adapter_at(progress.step)
+        if 0 < progress.step < self.last_step and self._is_kept(progress.step, lowest) and not folder.is_dir():
+            self._save(folder, progress, averaged=self.ema.is_on)
         self.folder.drop_adapters(lambda step: not self._is_kept(step, lowest))
 
-    def at_the_end(self, place: Place) -> None:
+    def at_the_end(self, progress: Progress) -> None:
         """Save `final/adapter`, the averaged weights where the run has them, and then `final/adapter_raw`, the last."""
         main, beside = (self.folder.path / name for name in FINAL_ADAPTERS.values())
-        self._save(main, place, averaged=self.ema.is_on)
+        self._save(main, progress, averaged=self.ema.is_on)
         if self.ema.is_on:
-            self._save(beside, place, averaged=False)
+            self._save(beside, progress, averaged=False)
 
     def _is_kept(self, step: int, lowest: int | None) -> bool:
         is_sampled = self.samples_every > 0 and step % self.samples_every == 0
         return is_sampled or step == lowest
 
-    def _save(self, folder: Path, place: Place, *, averaged: bool) -> None:
+    def _save(self, folder: Path, progress: Progress, *, averaged: bool) -> None:
         described = replace(
-            self.metadata, weights="ema" if averaged else "raw", step=place.step, samples_seen=place.samples
+            self.metadata, weights="ema" if averaged else "raw", step=progress.step, samples_seen=progress.samples
         )
         state = self.ema.shadows if averaged else None
         save_adapter(folder, self.transformer, described, self.null_caption, state=state)

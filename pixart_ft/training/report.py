@@ -13,7 +13,7 @@ from pixart_ft.pictures.sheets import loss_curve, term_curves
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.training.before_after import before_after
 from pixart_ft.training.keeping import lowest_step
-from pixart_ft.training.log import Place
+from pixart_ft.training.records import Progress
 from pixart_ft.training.shell import pasteable
 from pixart_ft.training.trainer import Trainer
 from pixart_ft.training.watching import Comparison
@@ -49,7 +49,7 @@ def finish(
             write_file(folder.final / "before_after.png", lambda aside: sheet.save(aside, format="PNG"))
             written["before and after"] = folder.final / "before_after.png"
     with attempted("the summary"):
-        print(summary(trainer.place, trainer.watch.comparison(), trainer.objective.titles, trainer.objective.where))
+        print(summary(trainer.progress, trainer.watch.comparison(), trainer.objective.titles, trainer.objective.where))
     for what, path in written.items():
         print(f"  {what:<18}{path}")
     with attempted("the lines to paste"):
@@ -87,12 +87,12 @@ def _first_seeds(folder: RunFolder, step: int, prompts: Sequence[str]) -> list[I
     return [Image.open(file).convert("RGB") for file in files[:: len(files) // len(prompts)]]
 
 
-def summary(place: Place, held_out: Comparison, titles: Mapping[str, str], where: str = "") -> str:
+def summary(progress: Progress, held_out: Comparison, titles: Mapping[str, str], where: str = "") -> str:
     """By how much the held-out loss changed, with the standard error of the paired difference over pictures.
 
     where: the part of the process that it is measured at, if not all.
     """
-    lines = [f"{place.step} steps, {place.samples} pictures seen"]
+    lines = [f"{progress.step} steps, {progress.samples} pictures seen"]
     if held_out.change and held_out.since:
         lines.append(f"  compared with step {held_out.since}, where the comparison began anew")
     if held_out.change and where:

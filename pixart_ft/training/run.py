@@ -127,7 +127,13 @@ def _run(
     )
     limit_adapter(transformer, metadata.interval)
     keeper = Keeper(
-        folder, transformer, ema, metadata, encoded.null_caption, config.validation.samples_every, plan.steps
+        folder=folder,
+        transformer=transformer,
+        ema=ema,
+        metadata=metadata,
+        null_caption=encoded.null_caption,
+        samples_every=config.validation.samples_every,
+        last_step=plan.steps,
     )
     trainer = Trainer(
         accelerator=accelerator,
@@ -136,7 +142,7 @@ def _run(
         data=TrainingSet(encoded.train, encoded.scale, encoded.null_caption),
         optimizer=optimizer,
         ema=ema,
-        chance=start.chance,
+        laws=start.laws,
         learning_rate=start.learning_rate,
         plan=plan,
         folder=folder,
@@ -159,7 +165,7 @@ def _run(
         if resume is not None:
             announce(folder, checkpoint, plan.steps, found)
     if found.begins_anew:
-        trainer.watch.begin_anew(trainer.place, found.names)
+        trainer.watch.begin_anew(trainer.progress, found.names)
     if adapter is not None:
         trainer.save()  # else a run that is resumed before its first checkpoint would begin without these weights
     accelerator.wait_for_everyone()

@@ -20,7 +20,7 @@ from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.sampling.settings import side_fault
-from pixart_ft.training.batches import Chance
+from pixart_ft.training.batches import DrawLaws
 from pixart_ft.training.encode import read_rows
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective
@@ -36,7 +36,7 @@ class Start:
     objective: Objective
     schedule_config: dict[str, object]
     plan: Plan
-    chance: Chance
+    laws: DrawLaws
     learning_rate: LearningRate
     checkpoint: Path | None  # to continue from
     rows: list[Row]
@@ -90,7 +90,7 @@ def look(config: TrainConfig, resume: str | None) -> Start:
         objective=objective,
         schedule_config=schedule_config,
         plan=_plan(config),
-        chance=_chance(config),
+        laws=_draw_laws(config),
         learning_rate=learning_rate_of(config),
         checkpoint=checkpoint,
         rows=rows,
@@ -175,8 +175,8 @@ def _plan(config: TrainConfig) -> Plan:
     )
 
 
-def _chance(config: TrainConfig) -> Chance:
-    return Chance(
+def _draw_laws(config: TrainConfig) -> DrawLaws:
+    return DrawLaws(
         seed=config.run.seed,
         caption_dropout=config.diffusion.caption_dropout,
         timestep_law=config.diffusion.timestep_law,

@@ -24,11 +24,11 @@ from pixart_ft.model.weights import all_finite
 from pixart_ft.pictures.sheets import Sample
 from pixart_ft.randomness import generator
 from pixart_ft.runs.folder import RunFolder
-from pixart_ft.training.batches import Chance, TrainingSet, draw_batch
+from pixart_ft.training.batches import DrawLaws, TrainingSet, draw_batch
 from pixart_ft.training.ema import Ema
 from pixart_ft.training.learning_rate import LearningRate
-from pixart_ft.training.log import LossWindow, Place, Records
 from pixart_ft.training.nested import load_nested, save_nested
+from pixart_ft.training.records import LossWindow, Progress, Records
 from pixart_ft.training.stopping import StopRequest
 from pixart_ft.training.watching import Watch
 
@@ -69,7 +69,7 @@ class Trainer:
         transformer: torch.nn.Module,
         objective: Objective,
         data: TrainingSet,
-        chance: Chance,
+        laws: DrawLaws,
         optimizer: torch.optim.Optimizer,
         ema: Ema,
         learning_rate: LearningRate,
@@ -78,8 +78,8 @@ class Trainer:
         held_out: HeldOutSet | None = None,
         draw_samples: Callable[[], list[Sample]] | None = None,
         describe: Callable[[Path], None] = lambda checkpoint: None,
-        export: Callable[[Place], None] = lambda place: None,
-        keep_adapter: Callable[[Place], None] = lambda place: None,
+        export: Callable[[Progress], None] = lambda progress: None,
+        keep_adapter: Callable[[Progress], None] = lambda progress: None,
     ):
         """`transformer` has its adapter attached; only parameters with requires_grad are trained and saved.
 
@@ -88,7 +88,7 @@ class Trainer:
         `describe` writes into each checkpoint what else belongs there.
         """
         self.accelerator, self.objective, self.plan = accelerator, objective, plan
-        self.data, self.chance = data, chance
+        self.data, self.laws = data, laws
         self.folder, self.ema, self.transformer, self.learning_rate = folder, ema, transformer, learning_rate
         self.describe, self.export, self.keep_adapter = describe, export, keep_adapter
         self.records = Records(folder.log, accelerator)
@@ -108,7 +108,7 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
         self.step = 0
         self.window = LossWindow()
-        importance = chance.timestep_law == "importance"
+        importance = laws.timestep_law == "importance"
         self.history = LossHistory.empty(objective.schedule.num_steps) if importance else None
         self._bad_steps = 0
         self._saved_at = -1
@@ -123,9 +123,9 @@ class Trainer:
         return self.plan.batch_size * self.plan.accumulation * self.accelerator.num_processes
 
     @property
-    def place(self) -> Place:
+    def progress(self) -> Progress:
         """Where the run stands."""
-        return Place(self.step, self.step * self.global_batch)
+        return Progress(self.step, self.step * self.global_batch)
 
     def draws_of(self, step: int, micro: int) -> range:
         """The draw indices of this process's micro-batch number `micro` of an optimizer step."""
@@ -137,20 +137,25 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step and leave the result; SIGTERM or Ctrl-C saves a checkpoint first of all and then
-        raises KeyboardInterrupt.
+        raises KeyboardInterrupt. Before the first step that is one of step 0, with what was measured by then.
 
         Raises UserError where the training diverged: the last checkpoints are then those from before.
         """
-        with self._stop.caught(), self._progress() as bar:
-            while self._goes_on():
-                norm = self._optimizer_step()
-                self.step += 1
-                bar.update(self.global_batch)
-                if self._due(self.plan.log_every):
-                    bar.set_postfix_str(f"loss {self._log(norm):.4f}")
+        with self._stop.caught():
+            self._between_steps()
+            with self._bar() as bar:  # from the first step on: its rate is that of steps
+                while self.step < self.plan.steps:
+                    norm = self._optimizer_step()
+                    self.step += 1
+                    bar.update(self.global_batch)
+                    if self._due(self.plan.log_every):
+                        bar.set_postfix_str(f"loss {self._log(norm):.4f}")
+                    if self.step == self.plan.steps:
+                        bar.close()  # what the end has to say begins a line of its own
+                    self._between_steps()
 
-    def _goes_on(self) -> bool:
-        """What is due between two steps, before the first and after the last; whether there is another step.
+    def _between_steps(self) -> None:
+        """What is due between two steps, before the first and after the last.
 
         The state goes to disk first. Raises KeyboardInterrupt when it has, after a request to stop.
         """
@@ -164,7 +169,6 @@ class Trainer:
             raise KeyboardInterrupt(
                 f"stopped after step {self.step}, state saved; the same command with --resume auto continues"
             )
-        return not last
 
     def _optimizer_step(self) -> float:
         """One optimizer step over the global batch; returns the norm of the gradient before clipping."""
@@ -175,7 +179,7 @@ class Trainer:
             last = micro == self.plan.accumulation - 1
             draws = self.draws_of(self.step, micro)
             # the adapter's own dropout is the one draw that torch makes by itself
-            torch.manual_seed(generator(self.chance.seed, draws[0], "adapter dropout").initial_seed())
+            torch.manual_seed(generator(self.laws.seed, draws[0], "adapter dropout").initial_seed())
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 t, weight, terms = self._forward(draws)
                 self.accelerator.backward(terms["loss"].mean() / self.plan.accumulation)
@@ -202,7 +206,7 @@ class Trainer:
         batch = draw_batch(
             self.data,
             draws,
-            self.chance,
+            self.laws,
             global_batch=self.global_batch,
             num_steps=self.objective.schedule.num_steps,
             within=within,
@@ -261,7 +265,7 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0
 
-    def _progress(self) -> tqdm:
+    def _bar(self) -> tqdm:
         return tqdm(
             total=self.plan.steps * self.global_batch,
             initial=self.step * self.global_batch,
@@ -276,7 +280,7 @@ class Trainer:
         means = self.window.means()
         self.window = LossWindow()
         facts = {"learning_rate": self.learning_rate.at(self.step - 1), "gradient_norm": norm}
-        self.records.train(self.place, means, facts)
+        self.records.train(self.progress, means, facts)
         return means["loss"]
 
     def _look(self, *, last: bool) -> None:
@@ -300,16 +304,16 @@ class Trainer:
         hook = self.transformer.register_forward_pre_hook(stop_if_asked)
         try:
             if last and self.accelerator.is_main_process:
-                self.export(self.place)
+                self.export(self.progress)
             if begin or last or (measuring and not self.records.has_held_out(self.step)):
                 with nullcontext() if begin else attempted("the held-out loss"):
-                    self.watch.measure(self.place)
+                    self.watch.measure(self.progress)
             if begin or last or (drawing and not self.watch.has_drawn(self.step)):
                 with nullcontext() if begin else attempted("the sample grid"):
-                    self.watch.draw(self.place)
+                    self.watch.draw(self.progress)
             if self.accelerator.is_main_process:
                 with attempted("the adapter of this step"):
-                    self.keep_adapter(self.place)
+                    self.keep_adapter(self.progress)
         except _Stopped:
             pass
         finally:

@@ -24,7 +24,7 @@ from pixart_ft.files import write_folder
 from pixart_ft.pictures.sheets import Sample, picture_name, sample_sheet, save_png
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.training.ema import Ema
-from pixart_ft.training.log import Place, Records
+from pixart_ft.training.records import Progress, Records
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Watch:
         self.before: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
 
-    def begin_anew(self, place: Place, why: Sequence[str]) -> None:
+    def begin_anew(self, progress: Progress, why: Sequence[str]) -> None:
         """Compare with this step from now on; the log says why."""
-        self.since, self.before = place.step, {}
-        self.records.begins_anew(place, why)
+        self.since, self.before = progress.step, {}
+        self.records.begins_anew(progress, why)
 
-    def measure(self, place: Place) -> None:
+    def measure(self, progress: Progress) -> None:
         """The held-out loss, into the log; the first one is what later ones are compared with."""
         if self.held_out is None or not self.accelerator.is_main_process:
             return
@@ -84,30 +84,30 @@ class Watch:
         self.last = losses
         found = {name: vars(mean_over_pictures(values)) for name, values in losses.items()}
         over = {"interval": self.objective.interval} if self.objective.where else {}
-        self.records.held_out(place, found, over)
+        self.records.held_out(progress, found, over)
 
     def has_drawn(self, step: int) -> bool:
         """Whether the sample grid of this step is there."""
         return self.folder.samples_at(step).is_dir()
 
-    def draw(self, place: Place) -> None:
+    def draw(self, progress: Progress) -> None:
         """Pictures of the fixed prompts, into samples/step-XXXXXX/, and beside it a labelled sheet of them."""
         if self.draw_samples is None or not self.accelerator.is_main_process:
             return
         with self.ema.applied(), evaluating(self.transformer):
             samples = self.draw_samples()
-        about = {"run": self.folder.path.name, "step": place.step}
+        about = {"run": self.folder.path.name, "step": progress.step}
 
         def write(folder: Path) -> None:
             for number, sample in enumerate(samples):
                 name = picture_name(f"{number:04d}", sample.prompt, sample.seed)
                 save_png(sample.picture, folder / name, {"prompt": sample.prompt, "seed": sample.seed, **about})
 
-        pictures = self.folder.samples_at(place.step)
-        sheet = sample_sheet(samples, f"{self.folder.path.name}, step {place.step}")
+        pictures = self.folder.samples_at(progress.step)
+        sheet = sample_sheet(samples, f"{self.folder.path.name}, step {progress.step}")
         save_png(sheet, pictures.with_suffix(".png"), about)
         write_folder(pictures, write)  # last: it tells that all is there
-        self.records.samples(place, sheet)
+        self.records.samples(progress, sheet)
 
     def comparison(self) -> Comparison:
         """The last held-out loss against the first."""

@@ -34,7 +34,7 @@ from pixart_ft.evaluation.held_out import HeldOutSet, held_out_loss
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import load_transformer
-from pixart_ft.model.network import denoise
+from pixart_ft.model.network import network_output
 from pixart_ft.model.shared_calls import prepared
 from pixart_ft.model.text import pad_text
 from pixart_ft.pictures.recipes import config_of, read_recipe
@@ -47,7 +47,7 @@ from pixart_ft.training.trained_on import TrainedOn, changes
 from tests.helpers.adapters import make_adapter
 from tests.helpers.rounding import PICTURE, gap
 from tests.helpers.runs import STEPS, losses, short_run, train
-from tests.helpers.toy_run import CHANCE, toy_set
+from tests.helpers.toy_run import LAWS, toy_set
 
 PROMPTS = ["a red circle on grey", "A photo of the black triangle on pink "]
 INTERVAL = (300.0, 700.0)
@@ -132,14 +132,14 @@ def test_a_text_prepared_once_differs_with_the_adapter_on_and_off(tiny: Path, ta
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     calls = [(x, torch.tensor([timestep] * 2)) for timestep in (900, 500, 700, 100, 300, 299)]
     with torch.no_grad():
-        bare = [denoise(transformer, *call, embeds, mask) for call in calls]
+        bare = [network_output(transformer, *call, embeds, mask) for call in calls]
         attach(transformer, LoraSettings(4, 4.0, (target,)), seed=0)
         for name, parameter in transformer.named_parameters():
             if ".lora_B." in name:
                 parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        whole = [denoise(transformer, *call, embeds, mask) for call in calls]
+        whole = [network_output(transformer, *call, embeds, mask) for call in calls]
         limit_adapter(transformer, INTERVAL)
-        plain = [denoise(transformer, *call, embeds, mask) for call in calls]
+        plain = [network_output(transformer, *call, embeds, mask) for call in calls]
         with prepared(transformer, embeds, mask, (8, 8)) as network:
             shared = [network(*call) for call in calls]
     for number, inside in enumerate([False, True, True, False, True, False]):
@@ -155,7 +155,7 @@ def test_likelihood_walks_through_both(limited: TextToImage, by_hand: TextToImag
 
     def likelihood(transformer: nn.Module) -> OdeLikelihood:
         def network(x: Tensor, timesteps: Tensor) -> Tensor:
-            return denoise(transformer, x, timesteps, embeds, mask)
+            return network_output(transformer, x, timesteps, embeds, mask)
 
         schedule = NoiseSchedule.linear(1000)
         return ode_likelihood(schedule, network, x0, "epsilon", probe=probe, rtol=1.0, atol=1.0)
@@ -226,7 +226,7 @@ def test_one_call_has_one_side_and_training_is_always_inside(tiny: Path, adapter
 
     def call(*timesteps: int) -> Tensor:
         with torch.no_grad():
-            return denoise(transformer, x, torch.tensor(timesteps), embeds, mask)
+            return network_output(transformer, x, torch.tensor(timesteps), embeds, mask)
 
     with pytest.raises(ValueError, match=r"timesteps inside and outside of \[300, 700\]"):
         call(500, 900)
@@ -256,7 +256,7 @@ def test_a_call_that_was_interrupted_leaves_nothing_to_the_next(tiny: Path, adap
 
     def call() -> Tensor:
         with torch.no_grad():
-            return denoise(transformer, x, torch.tensor([900]), embeds, mask)
+            return network_output(transformer, x, torch.tensor([900]), embeds, mask)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -417,13 +417,11 @@ def test_the_command_line_takes_two_numbers_and_a_picture_remembers_them(
 
 @pytest.mark.parametrize("law", get_args(TimestepLaw))
 def test_every_law_of_t_stays_in_the_range_and_the_whole_is_as_without(tmp_path: Path, law: TimestepLaw) -> None:
-    data, chance = toy_set(tmp_path), replace(CHANCE, timestep_law=law, logit_mean=1.0)
+    data, laws = toy_set(tmp_path), replace(LAWS, timestep_law=law, logit_mean=1.0)
 
     def draw(count: int, within: range | None) -> Batch:
         even = torch.full((len(within or range(1000)),), 1.0, dtype=torch.float64)
-        return draw_batch(
-            data, range(count), chance, global_batch=4, num_steps=1000, within=within, law=even / len(even)
-        )
+        return draw_batch(data, range(count), laws, global_batch=4, num_steps=1000, within=within, law=even / len(even))
 
     within = range(100, 132)
     t = draw(400, within).t

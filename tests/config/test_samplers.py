@@ -28,7 +28,7 @@ PROCESS = {  # what every scheduler is told of its process
     *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
     *("prediction_type", "network_timesteps"),
 }
-CLASS_ONLY = {"corrector_norms", "lookup"}  # for the golden values; no setting of a user's
+CLASS_ONLY = {"corrector_norms", "lookup"}  # for the golden values; no option of a user's
 
 
 def test_every_row_has_its_scheduler() -> None:
@@ -49,18 +49,18 @@ def test_configurations_offer_exactly_the_samplers_there_are() -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_settings_are_the_constructors(name: str) -> None:
+def test_options_are_the_constructors(name: str) -> None:
     parameters = inspect.signature(SCHEDULERS[name].__init__).parameters
-    assert set(parameters) - {"self"} - PROCESS - CLASS_ONLY == set(SAMPLERS[name].settings)
+    assert set(parameters) - {"self"} - PROCESS - CLASS_ONLY == set(SAMPLERS[name].options)
     assert set(parameters) >= PROCESS
     assert parameters["spacing"].default == SAMPLERS[name].spacings[0]
-    for setting in SAMPLERS[name].settings:
-        assert name in users_of(setting)
-    unused = set().union(*(facts.settings for facts in SAMPLERS.values())) - set(SAMPLERS[name].settings)
-    for setting in unused:
-        assert name not in users_of(setting)
-        with pytest.raises(ValueError, match=f"sampler {name} does not use {setting}"):
-            build_scheduler(name, LINEAR, "epsilon", {setting: 1})
+    for option in SAMPLERS[name].options:
+        assert name in users_of(option)
+    unused = set().union(*(facts.options for facts in SAMPLERS.values())) - set(SAMPLERS[name].options)
+    for option in unused:
+        assert name not in users_of(option)
+        with pytest.raises(ValueError, match=f"sampler {name} does not use {option}"):
+            build_scheduler(name, LINEAR, "epsilon", {option: 1})
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -93,8 +93,8 @@ def test_timesteps_are_the_network_calls(name: str) -> None:
 @pytest.mark.parametrize("first", [False, True])
 def test_calls_of_correctors_and_of_langevin_steps(first: bool) -> None:
     for count in (0, 1, 3):
-        settings = {"corrector_steps": count, "corrector_first": first}
-        scheduler = made(("score_sde", settings), 5)
+        options = {"corrector_steps": count, "corrector_first": first}
+        scheduler = made(("score_sde", options), 5)
         assert len(scheduler.timesteps) == (5 if first else 4) * count + 5
         assert scheduler.order == count + 1
     for count in (1, 4):
@@ -197,9 +197,9 @@ def test_final_variances_on_gaussian_data_are_the_closed_forms(steps: int, std: 
         ("ddim", {"eta": 0.5}, 3),
         ("ddpm_greedy", {}, 4),
     ]
-    for name, settings, column in cases:
-        variance = final_variance(made((name, settings), steps), network)
-        assert variance == pytest.approx(VARIANCES[steps, std][column], abs=6e-9), (name, settings)
+    for name, options, column in cases:
+        variance = final_variance(made((name, options), steps), network)
+        assert variance == pytest.approx(VARIANCES[steps, std][column], abs=6e-9), (name, options)
     # The same levels in y: the start has sigma^2 where it had 1, which is alpha_bar_T less.
     for name, eta, column in (("euler", None, 2), ("euler_ancestral", 0.5, 3), ("euler_ancestral", 1.0, 0)):
         scheduler = SCHEDULERS[name](**({} if eta is None else {"eta": eta}))
@@ -209,7 +209,7 @@ def test_final_variances_on_gaussian_data_are_the_closed_forms(steps: int, std: 
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "options"),
     [
         ("score_sde", {"predictor": "euler_maruyama", "corrector_steps": 0}),
         ("score_sde", {"predictor": "reverse_diffusion", "corrector_steps": 0}),
@@ -217,8 +217,8 @@ def test_final_variances_on_gaussian_data_are_the_closed_forms(steps: int, std: 
         ("ddpm", {"variance": "beta"}),
     ],
 )
-def test_variance_of_a_stochastic_sampler_reaches_the_datas_at_first_order(name: str, settings: dict[str, Any]) -> None:
-    errors = [abs(final_variance(made((name, settings), n), gaussian(LINEAR, MEAN, STD)) - STD**2) for n in (60, 120)]
+def test_variance_of_a_stochastic_sampler_reaches_the_datas_at_first_order(name: str, options: dict[str, Any]) -> None:
+    errors = [abs(final_variance(made((name, options), n), gaussian(LINEAR, MEAN, STD)) - STD**2) for n in (60, 120)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.1)
 
 
@@ -229,17 +229,17 @@ def test_variance_of_annealed_langevin_lags_behind_the_level_by_its_closed_form(
     """
     count, size, lags = 2, 0.5, []
     for steps in (60, 120):
-        settings = {"spacing": "exponential", "langevin_steps": count, "langevin_step_size": size}
-        scheduler = made(("annealed_langevin", settings), steps)
+        options = {"spacing": "exponential", "langevin_steps": count, "langevin_step_size": size}
+        scheduler = made(("annealed_langevin", options), steps)
         variance = final_variance(scheduler, gaussian(LINEAR, MEAN, STD), len(scheduler.timesteps) - 1)
         lags.append(steps * (variance - STD**2 - LINEAR.sigmas[0].item() ** 2))
     span = math.log(LINEAR.sigmas[-1].item() / LINEAR.sigmas[0].item())
     assert 2 * lags[1] - lags[0] == pytest.approx(span * STD**2 * (1 + size / 2) / (count * size), rel=0.02)
 
 
-def oracle_error(name: str, schedule: NoiseSchedule, settings: dict[str, Any]) -> float:
+def oracle_error(name: str, schedule: NoiseSchedule, options: dict[str, Any]) -> float:
     """Root mean square distance from x0, with a step for each of the schedule's."""
-    x0, scheduler = randn(2, 4, 16, 16, seed=1), made((name, settings), schedule.num_steps, schedule)
+    x0, scheduler = randn(2, 4, 16, 16, seed=1), made((name, options), schedule.num_steps, schedule)
     generator = torch.Generator().manual_seed(2)
     found = run(scheduler, oracle(schedule, "epsilon", x0), randn(2, 4, 16, 16), generator)[-1]
     return (found - x0).square().mean().sqrt().item()
@@ -251,8 +251,8 @@ def test_reverse_sde_meets_an_exact_network_at_its_rate(predictor: str, rate: fl
     """With beta = 3 / N at each of N steps. Before the last, x - x0 is sqrt(beta) z; the last mean leaves
     1 - sqrt(1 - beta) = beta/2 of that by reverse diffusion, beta^2/8 x0 by Euler-Maruyama; the ancestral one nothing.
     """
-    settings = {"predictor": predictor, "corrector_first": first}
-    errors = [oracle_error("score_sde", NoiseSchedule.from_betas([3 / n] * n), settings) for n in (60, 120)]
+    options = {"predictor": predictor, "corrector_first": first}
+    errors = [oracle_error("score_sde", NoiseSchedule.from_betas([3 / n] * n), options) for n in (60, 120)]
     assert math.log2(errors[0] / errors[1]) == pytest.approx(rate, abs=0.1)
     assert errors[1] < 0.005
 
@@ -319,10 +319,10 @@ MISTAKES: list[tuple[str, dict[str, Any], Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "settings", "steps", "message"), MISTAKES)
-def test_mistakes_are_named(name: str, settings: dict[str, Any], steps: int, message: str) -> None:
+@pytest.mark.parametrize(("name", "options", "steps", "message"), MISTAKES)
+def test_mistakes_are_named(name: str, options: dict[str, Any], steps: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        made((name, settings), steps)
+        made((name, options), steps)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -345,5 +345,5 @@ def test_mistakes_of_any_sampler_are_named(name: str) -> None:
 
 
 def test_unknown_samplers_are_named() -> None:
-    with pytest.raises(ValueError, match=r"unknown sampler 'dim'; choose from ddpm, ddpm_greedy, .*pf_ode"):
+    with pytest.raises(ValueError, match=r"unknown sampler 'dim'; choose ddpm, ddpm_greedy, .*pf_ode, .* or pndm"):
         build_scheduler("dim", LINEAR, "epsilon")

@@ -221,7 +221,7 @@ def given(sampler: str, option: str) -> dict[str, Any]:
 def test_an_option_is_for_the_samplers_that_use_it(sampler: str) -> None:
     for option in OPTIONS:
         values = given(sampler, option)
-        if option in SAMPLERS[sampler].settings:
+        if option in SAMPLERS[sampler].options:
             options = Settings.of(load(GenerateConfig, values)).options
             assert options == {key: value for key, value in values.items() if key in OPTIONS}, option
         else:

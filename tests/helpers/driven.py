@@ -10,7 +10,7 @@ from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.schedulers import SCHEDULERS, PixArtScheduler
 from tests.helpers.networks import LINEAR, Network
 
-Case = tuple[str, dict[str, Any]]  # a sampler and its settings
+Case = tuple[str, dict[str, Any]]  # a sampler and its options
 EVERY: list[Case] = [(name, {}) for name in SAMPLERS] + [
     ("ddim", {"eta": 1.0}),
     ("edm", {"s_churn": 4.0}),

@@ -35,8 +35,8 @@ def scheduled_traj_value(golden: Golden, name: str) -> Tensor | None:
     _, identifier, array = name.split("/")
     facts, (original, _) = golden.entry("traj", identifier), golden.schedules("traj", identifier)
     method = re.fullmatch(INDEX_METHOD, array)
-    kind, settings = _index_scheduler(method[1], method[2]) if method else (RespacedDDIMScheduler, {})
-    scheduler = kind.from_schedule(original, "epsilon", settings)
+    kind, options = _index_scheduler(method[1], method[2]) if method else (RespacedDDIMScheduler, {})
+    scheduler = kind.from_schedule(original, "epsilon", options)
     spec = facts.get("respacing", str(facts["T"]))
     if spec.isdigit() and spec != "1":  # of which the schedulers make T-1
         scheduler.set_timesteps(int(spec))
@@ -107,11 +107,11 @@ def scheduled_sigma_value(golden: Golden, name: str) -> Tensor | None:
 
 
 def sigma_scheduler(method: SigmaMethod, schedule: NoiseSchedule, rho: float, lookup: str) -> SigmaScheduler:
-    settings: dict[str, Any] = {"spacing": "karras", "rho": rho, "lookup": lookup}
+    options: dict[str, Any] = {"spacing": "karras", "rho": rho, "lookup": lookup}
     if method.eta is not None:
-        return EulerAncestralScheduler.from_schedule(schedule, "epsilon", settings | {"eta": method.eta})
-    settings |= zip(("s_churn", "s_min", "s_max", "s_noise"), method.churn, strict=True)
-    return (EDMScheduler if method.heun else EulerScheduler).from_schedule(schedule, "epsilon", settings)
+        return EulerAncestralScheduler.from_schedule(schedule, "epsilon", options | {"eta": method.eta})
+    options |= zip(("s_churn", "s_min", "s_max", "s_noise"), method.churn, strict=True)
+    return (EDMScheduler if method.heun else EulerScheduler).from_schedule(schedule, "epsilon", options)
 
 
 def indices_of(called: np.ndarray, schedule: NoiseSchedule, variant: str) -> np.ndarray:

@@ -15,12 +15,12 @@ from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model.vae import LatentScale
 from pixart_ft.runs.folder import RunFolder
-from pixart_ft.training.batches import Chance, TrainingSet
+from pixart_ft.training.batches import DrawLaws, TrainingSet
 from pixart_ft.training.ema import Ema
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.trainer import Plan, Trainer
 
-CHANCE = Chance(seed=3, caption_dropout=0.0, timestep_law="importance", logit_mean=0.0, logit_std=1.0)
+LAWS = DrawLaws(seed=3, caption_dropout=0.0, timestep_law="importance", logit_mean=0.0, logit_std=1.0)
 PLAN = Plan(
     steps=12,
     batch_size=4,
@@ -78,7 +78,7 @@ def toy_trainer(folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | N
         optimizer=torch.optim.SGD(trained.values(), lr=0.0, momentum=0.5),
         ema=Ema(trained, 0.9),
         learning_rate=LearningRate(0.5, 0, "constant", 12),
-        chance=CHANCE,
+        laws=LAWS,
         plan=replace(PLAN, **plan),
         folder=run,
         draw_samples=None if draw_samples is None else lambda: draw_samples(network),

@@ -1,7 +1,7 @@
 """The network with its text and positions computed once, on the tiny transformer.
 
-Oracle: the same network called plainly, `denoise`, whose output it must give to the bit; forward hooks, which count
-what is run; and the transformer's own parts, which must be found untouched afterwards.
+Oracle: the same network called plainly, `network_output`, whose output it must give to the bit; forward hooks, which
+count what is run; and the transformer's own parts, which must be found untouched afterwards.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from pixart_ft.model import shared_calls as module
 from pixart_ft.model.attention import use_plain_attention
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import load_transformer
-from pixart_ft.model.network import denoise
+from pixart_ft.model.network import network_output
 from pixart_ft.model.shared_calls import Network, prepared
 from pixart_ft.model.text import pad_text
 
@@ -70,7 +70,7 @@ def calls(size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
 
 
 def plainly(transformer: nn.Module, embeds: Tensor, mask: Tensor) -> Network:
-    return lambda x, timesteps: denoise(transformer, x, timesteps, embeds[-len(x) :], mask[-len(x) :])
+    return lambda x, timesteps: network_output(transformer, x, timesteps, embeds[-len(x) :], mask[-len(x) :])
 
 
 def check_same(transformer: nn.Module, precision: Precision, size: tuple[int, int], width: int = 32) -> None:

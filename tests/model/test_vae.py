@@ -19,7 +19,7 @@ from pixart_ft.randomness import normal
 from pixart_ft.training.batches import TrainingSet, draw_batch
 from tests.helpers.rounding import CALL, check_same_picture, gap
 from tests.helpers.tiny import shifted_copy
-from tests.helpers.toy_run import CHANCE
+from tests.helpers.toy_run import LAWS
 
 
 @pytest.fixture
@@ -39,12 +39,12 @@ def pixels(count: int = 1) -> Tensor:
 
 def test_training_and_sampling_have_the_same_latents(shifted: Path, pictures: Path, tmp_path: Path) -> None:
     """A training sample, less what the posterior's noise adds to it, is what image to image starts from."""
-    vae, store, seed = load_vae(Base.read(shifted), dtype=torch.float32), TensorStore(tmp_path), CHANCE.seed
+    vae, store, seed = load_vae(Base.read(shifted), dtype=torch.float32), TensorStore(tmp_path), LAWS.seed
     row = read_folder(pictures)[0]
     keys = cache_pictures(store, [row], load_vae=lambda: vae, vae_id="vae", size=64, progress=False)
     store.add({"text": torch.zeros(1, 3)})
     data = TrainingSet(CachedPictures(store, keys, ["text"]), Base.read(shifted).latent_scale, torch.zeros(1, 3))
-    x0 = draw_batch(data, [0], replace(CHANCE, timestep_law="uniform"), global_batch=1, num_steps=10).x0
+    x0 = draw_batch(data, [0], replace(LAWS, timestep_law="uniform"), global_batch=1, num_steps=10).x0
     picture = load_picture(row.path, 64)[None]
     with torch.no_grad():
         posterior = vae.encode(picture).latent_dist

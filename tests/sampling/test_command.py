@@ -122,7 +122,7 @@ def test_recipe_is_enough_to_draw_the_picture_again(
     assert all(recipe[key] == getattr(asked, key) for key in shared)
     assert recipe["guidance_interval"] == (asked.guidance_interval and list(asked.guidance_interval))
     values = {field.name: recipe[field.name] for field in fields(Settings)}
-    assert tuple(values["options"]) == EVERY_SAMPLER[values["sampler"]].settings  # as used, and none of another's
+    assert tuple(values["options"]) == EVERY_SAMPLER[values["sampler"]].options  # as used, and none of another's
     assert values["options"].items() >= Settings.of(asked).options.items()
     values["image"] = None if values["image"] is None else Path(values["image"])
     settings = Settings(**values)

@@ -80,7 +80,7 @@ def first_level(scheduler: PixArtScheduler) -> float:
     return scheduler.respaced.sigmas[-1 - step].item()
 
 
-CHURNED = [(name, {"s_churn": 2.0}) for name, facts in SAMPLERS.items() if "s_churn" in facts.settings]
+CHURNED = [(name, {"s_churn": 2.0}) for name, facts in SAMPLERS.items() if "s_churn" in facts.options]
 
 
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
@@ -184,7 +184,7 @@ def test_the_recipe_holds_what_the_picture_was_made_of(model: TextToImage, photo
     assert recipe["image_sha256"] == hashlib.sha256(photo.read_bytes()).hexdigest()
     assert (recipe["image"], recipe["strength"], recipe["inversion"]) == (str(photo), 0.3, False)
     assert recipe["options"] == dict(settings.options) and settings.options["s_churn"] == 1.0
-    assert set(settings.options) == set(SAMPLERS["euler"].settings)
+    assert set(settings.options) == set(SAMPLERS["euler"].options)
     plain = model.recipe(PROMPT, SEED, model.settled(Settings()))
     assert plain["image"] is None and "image_sha256" not in plain
     assert plain["options"] == {"spacing": "iddpm", "eta": 0.0}

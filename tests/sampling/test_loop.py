@@ -34,7 +34,7 @@ from tests.helpers.sampling_by_hand import (
     texts,
 )
 
-USES = [(name, option) for name, facts in SAMPLERS.items() for option in facts.settings]
+USES = [(name, option) for name, facts in SAMPLERS.items() for option in facts.options]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_each_call_is_told_and_may_change_the_sample(network: nn.Module, sampler
 
 
 def test_refusals(network: nn.Module) -> None:
-    with pytest.raises(ValueError, match=f"unknown sampler 'dim'; choose from {', '.join(SAMPLERS)}"):
+    with pytest.raises(ValueError, match=f"unknown sampler 'dim'; choose {', '.join(SAMPLERS)}"):
         sample(network, sampler="dim")
     with pytest.raises(ValueError, match="choose 1 to 1000"):
         sample(network, steps=1001)

@@ -329,7 +329,7 @@ def decoded(vae: Any, found: Tensor) -> numpy.ndarray:
         ({"image": Image.new("RGB", (64, 64)), "latents": torch.zeros(1, 4, 8, 8)}, "both say what to begin with"),
         ({"latents": torch.zeros(1, 4, 12, 12)}, r"latents must be \(1, 4, 8, 8\) for these pictures"),
         ({"guidance_scale": 1.0, "guidance_interval": (0, 9)}, "unused at guidance_scale 1"),
-        ({"output_type": "jpg"}, "unknown output_type 'jpg'; choose pil, np, pt, latent"),
+        ({"output_type": "jpg"}, "unknown output_type 'jpg'; choose pil, np, pt or latent"),
         ({"clean_caption": True}, "clean_caption rewrites captions .* leave it False"),
         ({"timesteps": [999, 0], "sigmas": [9.0]}, "timesteps and sigmas both say the steps; give one"),
         ({"sigmas": [9.0, 1.0]}, "RespacedDDIMScheduler takes no sigmas; give num_inference_steps"),

@@ -52,7 +52,7 @@ def faults(settings: Settings, model: Abilities = ABLE, adapter: str | None = No
 def test_settled_fills_in_the_size_and_every_option_of_the_sampler(sampler: str) -> None:
     done = settled(Settings(sampler=sampler), ABLE)
     assert (done.width, done.height) == (64, 64)
-    assert tuple(done.options) == SAMPLERS[sampler].settings
+    assert tuple(done.options) == SAMPLERS[sampler].options
     assert done.options["spacing"] == SAMPLERS[sampler].spacings[0]
     assert settled(done, ABLE) == done
     other = SAMPLERS[sampler].spacings[-1]
@@ -66,7 +66,7 @@ def test_settled_fills_in_the_size_and_every_option_of_the_sampler(sampler: str)
 @pytest.mark.parametrize(
     ("settings", "model", "expected"),
     [
-        ({"sampler": "dpm"}, ABLE, f"sampler: unknown 'dpm'; choose from {', '.join(SAMPLERS)}"),
+        ({"sampler": "dpm"}, ABLE, f"sampler: unknown sampler 'dpm'; choose {', '.join(SAMPLERS)}"),
         ({"steps": 0}, ABLE, "steps must be at least 1, got 0"),
         ({"steps": 1001}, ABLE, "cannot take 1001 steps of a process of 1000; choose 1 to 1000"),
         ({"width": 72}, ABLE, "width (72) must be a multiple of 16 (patch size times VAE factor); try 64"),
@@ -237,7 +237,7 @@ def test_other_aspect_ratios_are_refused(ratio: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "option"), [(name, option) for name, facts in SAMPLERS.items() for option in facts.settings]
+    ("sampler", "option"), [(name, option) for name, facts in SAMPLERS.items() for option in facts.options]
 )
 def test_what_is_settled_stays_so(sampler: str, option: str) -> None:
     """A recipe holds every option, those too that are idle beside the one that was given."""

@@ -54,10 +54,10 @@ NOT_DEFAULT: dict[str, Any] = {
 @pytest.mark.parametrize("matched", [False, True], ids=["own", "matched"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_saved_scheduler_takes_the_same_steps(name: str, matched: bool, tmp_path: Path) -> None:
-    settings = {key: NOT_DEFAULT[key] for key in SAMPLERS[name].settings}
-    settings |= {"spacing": "exponential"} if "rho" in settings else {}
+    options = {key: NOT_DEFAULT[key] for key in SAMPLERS[name].options}
+    options |= {"spacing": "exponential"} if "rho" in options else {}
     schedule = conditioned(SCHEDULES["scaled_linear"], LINEAR, "snr_matched" if matched else "index")
-    scheduler = build_scheduler(name, schedule, "v_prediction", settings)
+    scheduler = build_scheduler(name, schedule, "v_prediction", options)
     assert isinstance(scheduler, PixArtScheduler)
     scheduler.save_pretrained(tmp_path)
     loaded = SCHEDULERS[name].from_pretrained(tmp_path)
@@ -81,7 +81,7 @@ def test_a_constructor_begins_with_the_process_as_diffusers_own_do(name: str) ->
     names = [*list(inspect.signature(DPMSolverMultistepScheduler).parameters)[:5], "rescale_betas_zero_snr"]
     parameters = inspect.signature(kind).parameters
     assert list(parameters)[:8] == [*names, "prediction_type", "network_timesteps"]
-    assert set(parameters) - {"lookup", "corrector_norms"} == {*list(parameters)[:8], *SAMPLERS[name].settings}
+    assert set(parameters) - {"lookup", "corrector_norms"} == {*list(parameters)[:8], *SAMPLERS[name].options}
     by_name = kind(**dict(zip(parameters, process, strict=False)))
     for one in (kind(*process), by_name, kind.from_config(by_name.config)):
         expected = torch.linspace(0.01**0.5, 0.2**0.5, 20, dtype=torch.float64) ** 2

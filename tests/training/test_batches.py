@@ -11,10 +11,10 @@ import torch
 
 from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.model.vae import LatentScale
-from pixart_ft.training.batches import Batch, Chance, TrainingSet, draw_batch
-from tests.helpers.toy_run import CHANCE as TOY_CHANCE
+from pixart_ft.training.batches import Batch, DrawLaws, TrainingSet, draw_batch
+from tests.helpers.toy_run import LAWS as TOY_LAWS
 
-CHANCE = replace(TOY_CHANCE, caption_dropout=0.5, timestep_law="uniform")
+LAWS = replace(TOY_LAWS, caption_dropout=0.5, timestep_law="uniform")
 COUNT = 5
 
 
@@ -29,8 +29,8 @@ def data(tmp_path: Path) -> TrainingSet:
     return TrainingSet(pictures, scale=LatentScale(0.1, 2.0), null_caption=torch.full((1, 3), -1.0))
 
 
-def draw(data: TrainingSet, draws: Sequence[int], chance: Chance = CHANCE, **more: Any) -> Batch:
-    return draw_batch(data, list(draws), chance, global_batch=4, **{"num_steps": 1000} | more)
+def draw(data: TrainingSet, draws: Sequence[int], laws: DrawLaws = LAWS, **more: Any) -> Batch:
+    return draw_batch(data, list(draws), laws, global_batch=4, **{"num_steps": 1000} | more)
 
 
 def test_a_draw_does_not_depend_on_its_batch(data: TrainingSet) -> None:
@@ -53,7 +53,7 @@ def test_every_epoch_shows_every_picture_once_in_another_order(data: TrainingSet
 
 
 def test_picture_and_caption_belong_together(data: TrainingSet) -> None:
-    batch = draw(data, range(20), replace(CHANCE, caption_dropout=0.0))
+    batch = draw(data, range(20), replace(LAWS, caption_dropout=0.0))
     for x0, embeds, mask in zip(batch.x0, batch.embeds, batch.mask, strict=True):
         picture = round(x0[0, 0, 0].item() + 0.2)
         assert mask.sum() == picture + 1
@@ -61,11 +61,11 @@ def test_picture_and_caption_belong_together(data: TrainingSet) -> None:
 
 
 def test_dropout_takes_the_null_caption_at_its_rate(data: TrainingSet) -> None:
-    batch = draw(data, range(2000), replace(CHANCE, caption_dropout=0.3))
+    batch = draw(data, range(2000), replace(LAWS, caption_dropout=0.3))
     dropped = batch.embeds[:, 0, 0] == -1
     assert abs(dropped.float().mean().item() - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
     assert (batch.mask[dropped].sum(1) == 1).all()
-    everything = draw(data, range(8), replace(CHANCE, caption_dropout=1.0))
+    everything = draw(data, range(8), replace(LAWS, caption_dropout=1.0))
     assert everything.embeds.shape == (8, 1, 3) and (everything.embeds == -1).all()
 
 
@@ -79,38 +79,38 @@ def test_the_posterior_is_sampled_with_its_own_deviation(data: TrainingSet) -> N
 
 def test_stratified_t_visits_every_stratum_of_a_global_batch(data: TrainingSet) -> None:
     for step in range(3):
-        t = draw(data, range(step * 4, step * 4 + 4), replace(CHANCE, timestep_law="stratified")).t
+        t = draw(data, range(step * 4, step * 4 + 4), replace(LAWS, timestep_law="stratified")).t
         assert sorted((t // 250).tolist()) == [0, 1, 2, 3]
 
 
 def test_other_laws_of_t_need_no_weight(data: TrainingSet) -> None:
     for law in ("uniform", "stratified", "logit_normal"):
-        batch = draw(data, range(8), replace(CHANCE, timestep_law=law))
+        batch = draw(data, range(8), replace(LAWS, timestep_law=law))
         assert batch.t.dtype == torch.int64 and torch.equal(batch.weight, torch.ones(8))
 
 
 def test_logit_normal_t_has_the_law_that_was_named(data: TrainingSet) -> None:
-    chance = replace(CHANCE, timestep_law="logit_normal", logit_mean=-0.5, logit_std=0.7)
+    laws = replace(LAWS, timestep_law="logit_normal", logit_mean=-0.5, logit_std=0.7)
     count = 1500
-    t = draw(data, range(count), chance).t
+    t = draw(data, range(count), laws).t
     logit = torch.logit((t + 0.5) / 1000)
     assert abs(logit.mean().item() + 0.5) < 4 * 0.7 / count**0.5
     assert abs(logit.std().item() - 0.7) < 4 * 0.7 / (2 * count) ** 0.5
-    assert torch.equal(draw(data, [9], chance).t, t[9:10])
+    assert torch.equal(draw(data, [9], laws).t, t[9:10])
 
 
 def test_importance_t_follows_its_law_by_draw_index_with_the_weights_that_undo_it(data: TrainingSet) -> None:
-    chance, count = replace(CHANCE, timestep_law="importance"), 1500
+    laws, count = replace(LAWS, timestep_law="importance"), 1500
     law = torch.tensor([0.5, 0.1, 0.15, 0.25], dtype=torch.float64)
-    batch = draw(data, range(count), chance, num_steps=4, law=law)
+    batch = draw(data, range(count), laws, num_steps=4, law=law)
     share = torch.bincount(batch.t, minlength=4) / count
     assert ((share - law).abs() < 4 * (law * (1 - law) / count).sqrt()).all()
     assert batch.weight.dtype == torch.float32
     torch.testing.assert_close(batch.weight, (1 / (4 * law[batch.t])).float())
-    part = draw(data, [17, 3, 250], chance, num_steps=4, law=law)
+    part = draw(data, [17, 3, 250], laws, num_steps=4, law=law)
     assert torch.equal(part.t, batch.t[[17, 3, 250]]) and torch.equal(part.weight, batch.weight[[17, 3, 250]])
     with pytest.raises(AssertionError, match="needs the law"):
-        draw(data, range(4), chance)
+        draw(data, range(4), laws)
 
 
 def test_a_second_noise_is_drawn_where_it_is_asked_for(data: TrainingSet) -> None:

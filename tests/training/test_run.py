@@ -35,8 +35,8 @@ from pixart_ft.sampling.text_to_image import TextToImage
 from pixart_ft.training import report, watching
 from pixart_ft.training.before_after import HELD_OUT, LEARNED, before_after
 from pixart_ft.training.keeping import lowest_step
-from pixart_ft.training.log import Place
 from pixart_ft.training.nested import load_nested
+from pixart_ft.training.records import Progress
 from pixart_ft.training.start import dry_run, learning_rate_of
 from pixart_ft.training.trainer import Trainer
 from tests.helpers.runs import STEPS, Options, assert_same_end, command, cut_off, losses, short_run, train
@@ -406,10 +406,10 @@ def test_the_state_is_saved_before_anything_is_drawn(
     straight, cut = train(options), tmp_path / "cut"
     whole = watching.Watch.draw
 
-    def asked(self: watching.Watch, place: Place) -> None:
+    def asked(self: watching.Watch, progress: Progress) -> None:
         if (cut / "checkpoints" / "step-000003").is_dir():
             os.kill(os.getpid(), signal.SIGTERM)
-        whole(self, place)
+        whole(self, progress)
 
     with monkeypatch.context() as patch:
         patch.setattr(watching.Watch, "draw", asked)

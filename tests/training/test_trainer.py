@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_a_step_with_nothing_to_look_at_keeps_nothing(tmp_path: Path) -> None:
     """Whether an adapter is kept is asked of the whole log, which grows: only where something was measured or drawn."""
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=7, validate_every=3, samples_every=0)
     asked: list[int] = []
-    trainer.keep_adapter = lambda place: asked.append(place.step)
+    trainer.keep_adapter = lambda progress: asked.append(progress.step)
     trainer.run()
     assert asked == [0, 3, 6, 7]
 
@@ -147,8 +148,8 @@ def test_the_state_is_saved_then_the_result_and_then_the_end_is_looked_at_once(t
 
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2, checkpoint_every=1)
     trainer.describe = lambda folder: met.append(("saved", trainer.step))
-    trainer.export = lambda place: met.append(("exported", place.step))
-    trainer.keep_adapter = lambda place: met.append(("kept", place.step))
+    trainer.export = lambda progress: met.append(("exported", progress.step))
+    trainer.keep_adapter = lambda progress: met.append(("kept", progress.step))
     trainer.run()
     begin, end = [("drawn", 0), ("kept", 0), ("saved", 1)], [("exported", 2), ("drawn", 2), ("kept", 2)]
     assert met == [*begin, ("saved", 2), *end]
@@ -157,9 +158,19 @@ def test_the_state_is_saved_then_the_result_and_then_the_end_is_looked_at_once(t
     again.load(tmp_path / "run" / "checkpoints" / "step-000002")
     trainer, met[:] = again, []
     again.describe = lambda folder: met.append(("saved", again.step))
-    again.export = lambda place: met.append(("exported", place.step))
+    again.export = lambda progress: met.append(("exported", progress.step))
     again.run()  # nothing to train, nothing new to save; what the end leaves is made anew
     assert met == [("exported", 2), ("drawn", 2)]
+
+
+def test_the_bar_stands_between_what_is_drawn_at_both_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def draw(network: Toy) -> list[Sample]:
+        print("drawn", file=sys.stderr)
+        return [SAMPLE]
+
+    toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2).run()
+    nothing, bar, end = capsys.readouterr().err.split("drawn\n")
+    assert (nothing, end) == ("", "") and bar.startswith("\rtraining:   0%") and bar.endswith("\n")
 
 
 def test_a_request_to_stop_before_the_first_step_is_heeded_after_the_state_is_saved(tmp_path: Path) -> None:
@@ -170,4 +181,7 @@ def test_a_request_to_stop_before_the_first_step_is_heeded_after_the_state_is_sa
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 0, state saved"):
         trainer.run()
-    assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
+    again = toy_trainer(tmp_path / "run", tmp_path / "data", steps=2)
+    again.load(tmp_path / "run" / "checkpoints" / "step-000000")
+    assert again.step == 0
+    again.run()

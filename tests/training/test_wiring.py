@@ -186,12 +186,12 @@ def test_training_and_sampling_see_the_same_null_caption(
             embeds: torch.Tensor,
             mask: torch.Tensor,
             calls: list[tuple[torch.Tensor, torch.Tensor]] = calls,
-            whole: Callable[..., Any] = module.denoise,
+            whole: Callable[..., Any] = module.network_output,
         ) -> Any:
             calls.append((embeds.clone(), mask.clone()))
             return whole(transformer, x_t, timesteps, embeds, mask)
 
-        monkeypatch.setattr(module, "denoise", recording)
+        monkeypatch.setattr(module, "network_output", recording)
     place, data = {"folder": str(tmp_path / "run")}, {"held_out": None}  # each call of the loss is a training step's
     sampled = {"prompts": ["a red circle"], "steps": 2, "guidance": 2.0}
     run = train(options, run=place, data=data, diffusion={"caption_dropout": 1.0}, validation=sampled)
@@ -231,7 +231,7 @@ def test_every_number_of_the_configuration_arrives(options: dict[str, dict[str, 
     diffusion = noise | {"vlb_scale": 2.5}
     trainer = at_the_start(options, diffusion=diffusion, optim=optim, train=length, validation=often, **other)
     rest = {"log_every": 29, "validate_every": 19, "samples_every": 23}
-    assert dataclasses.asdict(trainer.chance) == noise | {"seed": 17}
+    assert dataclasses.asdict(trainer.laws) == noise | {"seed": 17}
     assert dataclasses.asdict(trainer.plan) == length | {"clip_norm": optim.pop("clip_norm")} | rest
     rate = {"peak": optim.pop("learning_rate"), "steps": length["steps"]}
     assert dataclasses.asdict(trainer.learning_rate) == rate | optim

@@ -43,7 +43,7 @@ class LossWindow:
 
 
 @dataclass(frozen=True)
-class Place:
+class Progress:
     """Where a run stands: optimizer steps done, pictures seen."""
 
     step: int
@@ -53,44 +53,46 @@ class Place:
 class Records:
     """The lines of a run's log, and the points and pictures of its trackers, of which there may be none.
 
-    Written by the main process alone; to the others every method is nothing.
+    Written by the main process alone; on the others nothing is written.
     """
 
     def __init__(self, log: RunLog, accelerator: Accelerator) -> None:
         self.log, self.accelerator = log, accelerator
 
-    def train(self, place: Place, losses: Mapping[str, float], facts: Mapping[str, float]) -> None:
+    def train(self, progress: Progress, losses: Mapping[str, float], facts: Mapping[str, float]) -> None:
         """The mean losses of a window, and what else is known of its last step."""
-        self._append(place, {"train": losses, **facts})
+        self._append(progress, {"train": losses, **facts})
         points = {f"train/{name}": loss for name, loss in losses.items()}
-        self.accelerator.log({**points, **facts}, step=place.step)
+        self.accelerator.log({**points, **facts}, step=progress.step)
 
-    def held_out(self, place: Place, losses: Mapping[str, Mapping[str, float]], over: Mapping[str, object]) -> None:
+    def held_out(
+        self, progress: Progress, losses: Mapping[str, Mapping[str, float]], over: Mapping[str, object]
+    ) -> None:
         """The mean and standard error of each held-out loss; a line of the log only once for each step.
 
         over: what of the process they are measured over, unless all.
         """
-        if not self.has_held_out(place.step):
-            self._append(place, {"held_out": losses, **over})
+        if not self.has_held_out(progress.step):
+            self._append(progress, {"held_out": losses, **over})
         points = {f"held_out/{name}": loss["mean"] for name, loss in losses.items()}
-        self.accelerator.log(points, step=place.step)
+        self.accelerator.log(points, step=progress.step)
 
     def has_held_out(self, step: int) -> bool:
         """Whether the log has the held-out loss of this step."""
         return any("held_out" in record and record["step"] == step for record in self.log.comparable())
 
-    def begins_anew(self, place: Place, why: Sequence[str]) -> None:
+    def begins_anew(self, progress: Progress, why: Sequence[str]) -> None:
         """From here on the held-out losses cannot be compared with those before."""
-        self._append(place, {"begins_anew": list(why)})
+        self._append(progress, {"begins_anew": list(why)})
 
-    def samples(self, place: Place, sheet: Image.Image) -> None:
+    def samples(self, progress: Progress, sheet: Image.Image) -> None:
         """A sheet of pictures, to trackers that show pictures."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 image = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
                 image = image.view(1, sheet.height, sheet.width, 3)
-                tracker.log_images({"samples": image.numpy()}, step=place.step, dataformats="NHWC")
+                tracker.log_images({"samples": image.numpy()}, step=progress.step, dataformats="NHWC")
 
-    def _append(self, place: Place, facts: Mapping[str, object]) -> None:
+    def _append(self, progress: Progress, facts: Mapping[str, object]) -> None:
         if self.accelerator.is_main_process:
-            self.log.append(vars(place), facts)
+            self.log.append(vars(progress), facts)
