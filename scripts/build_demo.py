@@ -28,9 +28,9 @@ from demo_base import (
     BATCH,
     BaseTraining,
     build_text_encoder,
-    build_tokenizer,
     build_transformer,
     encode_pictures,
+    kept_tokenizer,
     rotation,
     warm_start,
 )
@@ -230,15 +230,9 @@ class Build:
         return rotation(latents[: len(pictures) : every], old)
 
     def _tokenizer(self, pictures: Sequence[Example]) -> T5Tokenizer:
-        """Made once: learnt again it numbers a few pieces otherwise. A warm start brings its own."""
-        folder = self.work / "tokenizer"
-        if not folder.is_dir() and self.args.warm_start:
-            shutil.copytree(self.args.warm_start / "tokenizer", folder)
-        if not folder.is_dir():
-            texts = [text for picture in pictures for text, _ in picture.captions]
-            texts += [text for emoji in self.fluent for text, _ in captions_of(emoji.name, PLAIN_STYLE, ())]
-            build_tokenizer(texts).save_pretrained(str(folder))
-        return T5Tokenizer.from_pretrained(str(folder))
+        texts = [text for picture in pictures for text, _ in picture.captions]
+        texts += [text for emoji in self.fluent for text, _ in captions_of(emoji.name, PLAIN_STYLE, ())]
+        return kept_tokenizer(self.work / "tokenizer", texts, self.args.warm_start)
 
     def base(self) -> None:
         self._base().run(self.args.base_steps, compiled=not self.args.no_compile, minutes=self.args.minutes)

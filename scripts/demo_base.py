@@ -7,6 +7,8 @@ from a generator seeded by its index, on the processor, whatever device trains.
 """
 
 import json
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +59,24 @@ def build_tokenizer(captions: Sequence[str], vocabulary: int = 2000) -> T5Tokeni
     pieces = [(token, score) for token, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
     extra = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(EXTRA_IDS))]
     return T5Tokenizer(vocab=pieces + extra, extra_ids=EXTRA_IDS)
+
+
+def kept_tokenizer(folder: Path, captions: Sequence[str], warm: Path | None) -> T5Tokenizer:
+    """The one in `folder`, made once: learnt from the captions again, it would give a few pieces other numbers.
+
+    A warm start brings its own, by whose numbers its text encoder knows the pieces; exits where another lies there.
+    """
+    if not folder.is_dir() and warm is not None:
+        shutil.copytree(warm / "tokenizer", folder)
+    if not folder.is_dir():
+        build_tokenizer(captions).save_pretrained(str(folder))
+    tokenizer = T5Tokenizer.from_pretrained(str(folder))
+    if warm is not None and tokenizer.get_vocab() != T5Tokenizer.from_pretrained(str(warm / "tokenizer")).get_vocab():
+        sys.exit(
+            f"{folder} is not the tokenizer of --warm-start {warm}, whose text encoder would read every caption "
+            "wrongly; give another --work, or delete that folder and what was trained with it"
+        )
+    return tokenizer
 
 
 def build_text_encoder(vocabulary: int) -> T5EncoderModel:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pixart_ft.files import write_bytes
+from pixart_ft.files import write_file
 
 
 @dataclass(frozen=True)
@@ -372,9 +372,13 @@ def render(emoji: Emoji, size: int) -> Image.Image:
 def rendered(emojis: list[Emoji], size: int, path: Path) -> np.ndarray:
     """All pictures as one (N, H, W, 3) uint8 array, memory-mapped from `path` (made once)."""
     if not path.is_file():
-        made = io.BytesIO()
-        np.save(made, np.stack([np.asarray(render(emoji, size)) for emoji in emojis]))
-        write_bytes(path, made.getvalue())
+        pixels = np.stack([np.asarray(render(emoji, size)) for emoji in emojis])
+
+        def save(aside: Path) -> None:
+            with aside.open("wb") as file:  # straight into it: hundreds of megabytes
+                np.save(file, pixels)
+
+        write_file(path, save)
     pictures = np.load(path, mmap_mode="r")
     assert len(pictures) == len(emojis), f"{path} holds other pictures: delete it"
     return pictures

@@ -35,6 +35,8 @@ TRAIN = {
         --diffusion.loss_space v_prediction --diffusion.error huber --diffusion.weighting min_snr
         --diffusion.timestep_law logit_normal --train.accumulation 2 --train.batch_size 2 --train.steps 10""",
     "vlb": f"{TINY} --diffusion.objective vlb --diffusion.timestep_law stratified --train.steps 10",
+    "v": f"""{TINY.replace("shared/base", "shared/v")} --diffusion.objective vlb --diffusion.timestep_range [200,700]
+        --train.steps 10""",
     "su": f"{TINY} --diffusion.objective su_reduced --train.steps 10 --optim.decay linear",
     "quickstart": """--config quickstart --data.folder shared/large --data.held_out null --data.held_out_fraction 0.25
         --data.cache cache --train.steps 3 --train.batch_size 2 --optim.warmup_steps 0 --validation.timesteps 2
@@ -68,16 +70,23 @@ GENERATE = {
     "bfloat16": "--model shared/base --dtype bfloat16",  # the tiny one: the demo takes minutes
     "adapter": "--lora runs/quickstart --lora-scale 0.7",
     "raw": "--lora runs/quickstart --weights raw --sampler iddpm",
+    "interval": "--lora runs/quickstart --lora-interval 300 800",
+    "interval_trained": "--lora runs/v --model shared/v --sampler euler --steps 6",
+    **{
+        f"v_{name}": f"--model shared/v --sampler {name} --guidance 3" for name in ("ddim", "edm", "score_sde", "dpm++")
+    },
+    "v_adaptive": "--model shared/v --sampler pf_ode --tolerance 0.1 --steps 30",
 }
-PYTHON = ("TextToImage", "PixArtPipeline", "PixArtPipeline_start")
+PYTHON = ("TextToImage", "PixArtPipeline", "PixArtPipeline_start", "PixArtPipeline_v")
 GOLDEN = ("schedule", "pointwise", "hybrid", "vlb", "lookup", "gmm", "traj", "sigma", "sde")
 
 
 def make_shared(folder: Path) -> None:
-    """What both checkouts use: a tiny base with random weights, small pictures and large ones."""
-    from tests.helpers.tiny import build_picture_folder, build_tiny_pipeline
+    """What both checkouts use: two tiny bases with random weights (eps and v), small pictures and large ones."""
+    from tests.helpers.tiny import build_picture_folder, build_tiny_pipeline, edit
 
     build_tiny_pipeline(folder / "base")
+    edit(build_tiny_pipeline(folder / "v") / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     build_picture_folder(folder / "small", 12)
     build_picture_folder(folder / "large", 4, size=256)
 
@@ -155,7 +164,7 @@ def _python(name: str) -> Content:
         model = pixart_ft.TextToImage.load("demo", lora="runs/quickstart", lora_scale=1.0)
         pictures = model.generate(["red apple", "cat"], sampler="ddim", steps=2, guidance=4.5, seeds=[0, 1])
         return {str(number): np.asarray(picture) for number, picture in enumerate(pictures)}
-    pipeline: Any = pixart_ft.PixArtPipeline.from_pretrained("shared/base")
+    pipeline: Any = pixart_ft.PixArtPipeline.from_pretrained("shared/v" if name.endswith("v") else "shared/base")
     start = {"image": Image.open("shared/large/001.png"), "strength": 0.6} if name.endswith("start") else {}
     found = {}
     for sampler, scheduler in SCHEDULERS.items():

@@ -12,7 +12,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import demo_vae
-from demo_base import build_transformer, patches, rotation, turned_ends
+from demo_base import build_transformer, kept_tokenizer, patches, rotation, turned_ends
 from demo_captions import Example, captions_of, held_out
 from demo_course import Course
 from demo_muon import BatchedMuon
@@ -186,6 +186,16 @@ def test_a_turned_transformer_is_the_old_one_on_turned_latents() -> None:
 def unpatched(rows: Tensor) -> Tensor:
     """The latents (2, 4, 32, 32) that `patches` cuts into these rows."""
     return rows.reshape(2, 8, 8, 4, 4, 4).permute(0, 5, 1, 3, 2, 4).reshape(2, 4, 32, 32)
+
+
+def test_a_warm_start_keeps_its_own_tokenizer_or_is_refused(tmp_path: Path) -> None:
+    work, warm, other = (tmp_path / name / "tokenizer" for name in ("work", "warm", "other"))
+    own = kept_tokenizer(warm, ["red apple, red pear", "a red apple"], None).get_vocab()
+    assert own == kept_tokenizer(warm, ["blue whale, blue sky"], None).get_vocab()
+    assert kept_tokenizer(work, ["blue whale, blue sky"], warm.parent).get_vocab() == own
+    assert kept_tokenizer(other, ["blue whale, blue sky"], None).get_vocab() != own
+    with pytest.raises(SystemExit, match=r"other.tokenizer is not the tokenizer of --warm-start .*warm, whose text"):
+        kept_tokenizer(other, [], warm.parent)
 
 
 def test_a_course_goes_on_from_its_file_and_averages(tmp_path: Path) -> None:
