@@ -17,7 +17,7 @@ from pixart_ft.diffusion.schedules import NoiseSchedule
 
 # The debiased weight is capped here: it grows without bound where the signal vanishes.
 MAX_DEBIASED = 1000.0
-# Of a law of t that is cut to an interval: below it, the float64 numbers of the law's tail no longer tell its t apart.
+# The least share of a law of t that an interval may hold: further out in the law's tail, float64 tells no t apart.
 LEAST_SHARE = 1e-9
 
 

@@ -17,9 +17,9 @@ class RunLog:
 
     path: Path
 
-    def append(self, place: Mapping[str, int], facts: Mapping[str, object]) -> None:
+    def append(self, progress: Mapping[str, int], facts: Mapping[str, object]) -> None:
         """Write one record: where the run stands ("step", "samples"), the time, and the facts."""
-        record = {**place, "time": round(time.time(), 3), **facts}
+        record = {**progress, "time": round(time.time(), 3), **facts}
         with explained(self.path), self.path.open("ab") as file:
             file.write(json.dumps(record).encode() + b"\n")
 
