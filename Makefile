@@ -25,16 +25,12 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; own = ".".join(map(str, sys.version_inf
 FAST := tests/diffusion tests/config/test_train.py tests/config/test_reading.py tests/config/test_yaml_text.py tests/training/test_learning_rate.py \
 	tests/test_randomness.py
 # The tests whose results are numbers, and the kernels to run them on; `own` are the fastest that this processor has.
-NUMBERS := tests/diffusion tests/diffusion/test_flow.py tests/schedulers/test_schedulers.py tests/config/test_samplers.py \
-	tests/schedulers/test_in_pipelines.py tests/test_golden.py tests/test_rounding.py tests/sampling/test_loop.py \
-	tests/sampling/test_guidance.py tests/model/test_shared_calls.py tests/sampling/test_pipeline.py tests/sampling/test_text_to_image.py \
-	tests/sampling/test_image_to_image.py tests/model/test_attention.py tests/adapters/test_lora.py tests/evaluation/test_held_out.py \
-	tests/evaluation/test_objective.py tests/training/test_wiring.py tests/training/test_diffusion_settings.py tests/training/test_ema.py \
-	tests/data/test_cache.py tests/model/test_text.py tests/model/test_vae.py
+NUMBERS := tests/diffusion tests/schedulers tests/model tests/adapters tests/data tests/sampling tests/evaluation \
+	tests/training/test_wiring.py tests/training/test_diffusion_settings.py tests/training/test_ema.py \
+	tests/test_golden.py tests/test_rounding.py
 # Those that meet the libraries most, to be run with the oldest of them.
-LIBRARIES := tests/data tests/diffusion tests/adapters/test_lora.py tests/model/test_attention.py tests/config/test_train.py \
-	tests/training/test_ema.py tests/evaluation/test_held_out.py tests/diffusion/test_flow.py tests/sampling/test_command.py tests/test_golden.py \
-	tests/model/test_loading.py tests/pictures/test_sheets.py tests/sampling/test_pipeline.py tests/schedulers/test_in_pipelines.py
+LIBRARIES := tests/diffusion tests/schedulers tests/model tests/adapters tests/data tests/pictures tests/sampling \
+	tests/evaluation tests/config/test_train.py tests/training/test_ema.py tests/test_golden.py
 KERNELS_default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 KERNELS_own :=
