@@ -144,6 +144,21 @@ def test_an_unknown_schedule_is_refused_with_the_choices() -> None:
     assert "'cosin'" in line and all(name in line for name in NAMED)
 
 
+def test_guidance_knows_the_timesteps_of_a_longer_process() -> None:
+    longer = replace(ABLE, schedule=NoiseSchedule.linear(2000))
+    assert settled(Settings(guidance_interval=(1200, 1999)), longer).guidance_interval == (1200, 1999)
+    assert "from 0 (the least noise) to 1999" in faults(Settings(guidance_interval=(1200, 2000)), longer)[0]
+
+
+def test_an_adapter_of_much_noise_says_how_little_strength_keeps_it_idle() -> None:
+    """Nobody gave an interval here: the adapter was trained there."""
+    settings = Settings(image=IMAGE, strength=0.3)
+    assert faults(settings, replace(ABLE, interval=(600.0, 1000.0))) == [
+        "the adapter acts at [600, 1000] alone, which holds none of this run's 9 network calls, at timesteps 276 to 0; "
+        "give another lora_interval, more steps or more strength"
+    ]
+
+
 def test_all_that_is_wrong_is_named_at_once() -> None:
     wrong = Settings(sampler="euler", options={"rho": -1.0}, guidance=1.0, negative_prompt="a", inversion=True, width=8)
     assert [line.split()[0] for line in faults(wrong)] == ["width", "negative_prompt", "inversion", "sampler"]
