@@ -5,16 +5,21 @@ things are held out of one style each, so that "this thing in a style it was nev
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from demo_pictures import RELATIVES, RELATIVES_SHARE, STYLES, Emoji, held_out_things
+from demo_pictures import FAMILIAR, STYLES, Emoji, held_out_things
 
 PLAIN_STYLE = "noto"  # what a caption without a style's word means
 BARE_SHARE, SYNONYM_SHARE = 0.5, 0.15  # of a Noto picture's captions; of every picture's that has synonyms
 HELD_OUT_SHARE = 0.1
+# Familiar things that at least so many of the styles draw are what the base is to know well. The rest is drawn seldom:
+# five styles of 1,400 names are more than so small a network learns in some hours.
+FAMILIAR_STYLES = 4
+SELDOM = 0.1  # how often, relative to those
 # Fixed before any training, all of them in every style: what a stranger is asked to name.
 EYE_NAMES = (
     "rocket",
@@ -60,13 +65,18 @@ def captions_of(name: str, style: str, synonyms: Sequence[str]) -> tuple[tuple[s
 
 def examples(sets: Mapping[str, Sequence[Emoji]], synonyms: Mapping[str, Sequence[str]]) -> list[Example]:
     """Every picture of every style, in the order of `sets`; held-out ones too (see `held_out`)."""
+    drawn = Counter(emoji.code for emojis in sets.values() for emoji in emojis)
+
+    def is_familiar(emoji: Emoji) -> bool:
+        return emoji.group in FAMILIAR and drawn[emoji.code] >= FAMILIAR_STYLES
+
     return [
         Example(
             emoji.code,
             emoji.name,
             style,
             captions_of(emoji.name, style, synonyms.get(emoji.code, ())),
-            RELATIVES_SHARE if RELATIVES.match(emoji.name) else 1.0,
+            1.0 if is_familiar(emoji) else SELDOM,
         )
         for style, emojis in sets.items()
         for emoji in emojis
@@ -84,6 +94,9 @@ def held_out(pictures: Sequence[Example], path: Path) -> set[int]:
     many = [code for code, each in rows.items() if len(each) >= 3 and pictures[each[0]].name not in EYE_NAMES]
     generator = np.random.default_rng(3)
     chosen = {int(generator.choice(rows[code])) for code in sorted(held_out_things(many, HELD_OUT_SHARE, seed=2))}
-    listed = [{"name": pictures[i].name, "style": pictures[i].style, "code": pictures[i].code} for i in sorted(chosen)]
+    listed = [
+        {"name": p.name, "style": p.style, "code": p.code, "familiar": p.frequency == 1.0}
+        for p in (pictures[i] for i in sorted(chosen))
+    ]
     path.write_text("".join(json.dumps(each) + "\n" for each in listed))
     return chosen

@@ -74,7 +74,7 @@ def base_sheets(sheets: Sheets, model: TextToImage, held_out: Path, seed: int) -
         chosen = sheets.random.permutation(len(pictures))[:STYLE_PICTURES]
         by_style += [(pictures[i], style) for i in chosen]
     sheets.shuffled("sort-styles", by_style)
-    listed = [json.loads(line) for line in held_out.read_text().splitlines()]
+    listed = [each for each in map(json.loads, held_out.read_text().splitlines()) if each["familiar"]]
     some = [listed[i] for i in sheets.random.permutation(len(listed))[:16]]
     pictures = draw(model, [f"{each['name']}, {STYLES[each['style']].word}" for each in some], seed)
     sheets.shuffled("name-unseen", [(p, f"{e['name']} ({e['style']})") for p, e in zip(pictures, some, strict=True)])

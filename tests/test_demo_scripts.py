@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import demo_vae
 from demo_base import build_transformer, kept_tokenizer, patches, rotation, turned_ends
-from demo_captions import Example, captions_of, held_out
+from demo_captions import Example, captions_of, examples, held_out
 from demo_course import Course
 from demo_muon import BatchedMuon
 from demo_pictures import SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, Emoji, fine_tuning_split
@@ -151,13 +151,19 @@ def test_held_out_pictures_are_of_things_known_from_elsewhere(tmp_path: Path) ->
 
 def test_the_fine_tuning_set_has_what_the_sheet_shows_on_its_side() -> None:
     shown = (*SHOWN_LEARNED, *SHOWN_KNOWN, *SHOWN_NEW)
-    names = [*shown, *(f"thing {i}" for i in range(300)), *(f"woman {i}" for i in range(80))]
-    emojis = [Emoji(str(i), name, "Objects", "") for i, name in enumerate(names)]
-    train, unseen = ([e.name for e in each] for each in fine_tuning_split(emojis))
+    things = [Emoji(str(i), name, "Objects", "") for i, name in enumerate((*shown, *map(str, range(300))))]
+    people = [Emoji(f"p{i}", f"person {i}", "People & Body", "") for i in range(80)]
+    train, unseen = ([e.name for e in each] for each in fine_tuning_split(things + people))
     assert (len(set(train)), len(set(unseen))) == (240, 60) and not {*train} & {*unseen}
     assert {*SHOWN_LEARNED} <= {*train} and {*SHOWN_KNOWN, *SHOWN_NEW} <= {*unseen}
-    persons = sum(name.startswith("woman") for name in train + unseen)
-    assert 0 < persons < 300 * 20 / 320 * 2  # 20 of 320 are expected after three quarters are left out
+    assert not any(name.startswith("person") for name in train + unseen)
+
+
+def test_what_few_styles_draw_and_people_are_drawn_seldom() -> None:
+    thing, rare, person = (Emoji(*x, "") for x in (("a", "key", "Objects"), ("b", "pick", "Objects"), ("c", "man", "")))
+    sets = {"noto": [thing, rare, person], "blob": [thing, rare, person], "flat": [thing, rare, person]}
+    listed = examples(sets | {"ink": [thing, person]}, {})
+    assert [example.frequency for example in listed] == [1, 0.1, 0.1] * 3 + [1, 0.1]
 
 
 def test_a_turned_transformer_is_the_old_one_on_turned_latents() -> None:
