@@ -28,7 +28,7 @@ HOUSE = {
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",
-    "training": "places shell stopping nested records learning_rate ema batches encode objective trained_on "
+    "training": "places shell stopping processes nested records learning_rate ema batches encode objective trained_on "
     "before_after watching keeping trainer report start run",
 }
 DOORS = ("", "cli")

@@ -1,15 +1,13 @@
 """What is known of a training before a weight is loaded: whether it can begin, what it costs, how long it is."""
 
 import importlib.util
+import os
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from pixart_ft.adapters.targets import check_rank, check_targets, trainable
 from pixart_ft.config.train import TrainConfig
@@ -24,6 +22,7 @@ from pixart_ft.training.batches import DrawLaws
 from pixart_ft.training.encode import read_rows
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective
+from pixart_ft.training.processes import join
 from pixart_ft.training.trainer import Plan
 
 
@@ -123,23 +122,12 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         raise UserError(
             'optim.optimizer adamw8bit needs bitsandbytes: pip install "pixart_ft[quantized]", or use adamw'
         )
-    AcceleratorState._reset_state()  # a program may train twice, in another precision
-    accelerator = Accelerator(
+    return join(
+        os.environ,
         mixed_precision=config.train.mixed_precision,
         log_with="tensorboard" if config.logging.tensorboard else None,
         project_dir=str(config.run.folder),
-        # the others wait while one process encodes a large folder; ten minutes, the default, would not do
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
-    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    if accelerator.distributed_type not in plain:
-        raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}; only plain data-parallel training is "
-            "offered: choose no DeepSpeed and no FSDP in `accelerate config`"
-        )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise UserError("set train.accumulation here and leave gradient accumulation out of accelerate's configuration")
-    return accelerator
 
 
 def _resolution(config: TrainConfig, base: Base) -> int:

@@ -490,8 +490,7 @@ def test_two_processes_equal_one(options: Options, tmp_path: Path) -> None:
     one = train(options)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     script = [str(ROOT / "scripts" / "train.py"), *command(options, run__folder=tmp_path / "two", train__batch_size=2)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    subprocess.run([*launcher, *script], check=True, env=environment, capture_output=True)
+    subprocess.run([*launcher, *script], check=True, capture_output=True)
     for a, b in zip(losses(one), losses(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
     ours, theirs = (
