@@ -113,7 +113,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted."""
+    """Run one command; returns the exit code: 0, 2 for a user's mistake, 130 when interrupted.
+
+    A training whose other process has ended leaves with 3, see `training.processes`.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):  # a letter that the terminal lacks is escaped, and stops nothing
         if isinstance(stream, io.TextIOWrapper):

@@ -204,6 +204,11 @@ def step_of(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def content_of(checkpoint: Path) -> str:
+    """Names a whole checkpoint by all that it holds."""
+    return sha256(checkpoint / _MANIFEST)
+
+
 def _write_manifest(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     entries = {str(path.relative_to(folder)): [path.stat().st_size, sha256(path)] for path in files}

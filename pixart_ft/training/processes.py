@@ -1,15 +1,28 @@
-"""The processes of one run: how many the launcher promised, and that these are the ones that train together."""
+"""The processes of one run: they meet, see that they do the same, and end together, whatever ends one of them."""
 
+import os
+import secrets
+import selectors
+import socket
+import sys
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from types import TracebackType
+from typing import Any, NoReturn, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from pixart_ft.errors import UserError
+from pixart_ft.training.stopping import AllStopped
+
+ENDED = "another process of this run has ended; see its message"
+EXIT_ENDED = 3  # the exit code that goes with it
 
 TORCHRUN = "torchrun --nproc_per_node N scripts/train.py ..."
 # Where launchers write the number of processes: torchrun and accelerate, then the MPIs.
@@ -70,3 +83,138 @@ def join(environment: Mapping[str, str], *, mixed_precision: str, log_with: Any,
     if accelerator.gradient_accumulation_steps != 1:
         raise UserError("set train.accumulation here and leave gradient accumulation out of accelerate's configuration")
     return accelerator
+
+
+# By when the system asks whether a silent machine is still there, how often again, and how many times: 40 seconds.
+_ANSWERS = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}
+
+
+class Disagreement(UserError):
+    """Raised in all processes of a run at once."""
+
+
+def agree(accelerator: Accelerator, facts: Mapping[str, object]) -> None:
+    """Raise `Disagreement` in every process unless all bring the same facts, by name; it says which differ."""
+    if accelerator.num_processes == 1:
+        return
+    first, *others = gather_object([dict(facts)])
+    lines = []
+    for name in facts.keys() | {name for theirs in others for name in theirs}:
+        for rank, theirs in enumerate(others, start=1):
+            if theirs.get(name) != first.get(name):
+                lines.append(f"{name} is {first.get(name)} in process 0 and {theirs.get(name)} in process {rank}")
+                break
+    if lines:
+        found = "".join(f"\n  - {line}" for line in sorted(lines))
+        raise Disagreement(f"the processes of this run were not started alike; give all the same command:{found}")
+
+
+class Together:
+    """Within the block, no process goes on waiting for one that has ended: it ends too, and says why in one line.
+
+    Each process keeps a connection to the first one. The system closes it when a process ends, however that happens,
+    and keeps it open for one that is slow or stopped for a while, so nothing has to be waited for. A process that
+    comes to the end of the block, or stops as all do, says so first.
+    """
+
+    _KEY, _BYE = 32, b"."
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._is_first, self._count = accelerator.is_main_process, accelerator.num_processes
+        self._lines: list[socket.socket] = []
+        self._watching = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._count > 1:
+            self._connect()
+            self._watching.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._count == 1:
+            return
+        if error is None or isinstance(error, AllStopped | Disagreement):
+            for line in self._lines:
+                with suppress(OSError):
+                    line.send(self._BYE)
+            if error is not None and not self._is_first:  # what there is to say, the first process says
+                self._watching.join(10)  # until it has: a launcher kills the others as soon as one is gone
+                raise SystemExit(130 if isinstance(error, AllStopped) else 2)
+        elif isinstance(error, RuntimeError):  # perhaps the echo of another's end, which is then told of
+            time.sleep(5)
+
+    def _connect(self) -> None:
+        """The first process listens, and tells all others where and what to say to be let in."""
+        server = _server() if self._is_first else None
+        meeting = [0, b""] if server is None else [server.getsockname()[1], secrets.token_bytes(self._KEY)]
+        port, key = broadcast_object_list(meeting)
+        if server is None:
+            self._lines = [_reach(port)]
+            self._lines[0].sendall(key)
+        else:
+            with server:
+                while len(self._lines) < self._count - 1:
+                    line = _accepted(server)
+                    if line.recv(self._KEY, socket.MSG_WAITALL) == key:
+                        self._lines.append(line)
+        for line in self._lines:
+            line.settimeout(None)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _ANSWERS.items():
+                if hasattr(socket, option):  # by the system
+                    line.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+    def _watch(self) -> None:
+        """Until every connection is closed: one that was not said to be ends this process."""
+        open_lines, leaving = selectors.DefaultSelector(), set()
+        for line in self._lines:
+            open_lines.register(line, selectors.EVENT_READ, line)
+        while open_lines.get_map():
+            for key, _ in open_lines.select():
+                line, word = key.data, b""
+                with suppress(OSError):
+                    word = line.recv(1)
+                if word:
+                    leaving.add(line)
+                elif line in leaving:
+                    open_lines.unregister(line)
+                else:
+                    self._end()
+
+    def _end(self) -> NoReturn:
+        """End this process from a thread, while the main one may wait for ever; the others first, who wait for it."""
+        line_of_its_own = "\n" if sys.stderr.isatty() else ""  # a bar may stand there
+        os.write(2, f"{line_of_its_own}error: {ENDED}\n".encode())
+        for line in self._lines:
+            line.close()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+        os._exit(EXIT_ENDED)
+
+
+def _server() -> socket.socket:
+    """Listens at a free port, by either version of IP where the machine has both."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
+def _accepted(server: socket.socket) -> socket.socket:
+    server.settimeout(60)
+    try:
+        return server.accept()[0]
+    except TimeoutError:
+        raise UserError(ENDED) from None
+
+
+def _reach(port: int) -> socket.socket:
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")  # of the first process's machine, by every launcher
+    try:
+        return socket.create_connection((address, port), timeout=60)
+    except OSError as error:
+        raise UserError(
+            f"the first process of this run cannot be reached at {address}, port {port} ({error}); let the machines of "
+            "a run connect to each other at every port"
+        ) from error

@@ -14,19 +14,19 @@ import torch
 from accelerate import Accelerator
 from diffusers import PixArtTransformer2DModel
 
-from pixart_ft.adapters.files import Adapter, AdapterMetadata, LoraSettings
+from pixart_ft.adapters.files import WEIGHTS, Adapter, AdapterMetadata, LoraSettings
 from pixart_ft.adapters.lora import attach, fill_adapter, limit_adapter
 from pixart_ft.config.reading import to_yaml
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import picture_digests
-from pixart_ft.files import versions, write_text
+from pixart_ft.files import sha256, versions, write_text
 from pixart_ft.model import loading
 from pixart_ft.model.attention import use_plain_attention
 from pixart_ft.model.base import Base
 from pixart_ft.model.text import TEXT_PREPARATION, prepare_text
 from pixart_ft.model.text_encoder import TextEncoder
 from pixart_ft.pictures.sheets import Sample
-from pixart_ft.runs.folder import RunFolder
+from pixart_ft.runs.folder import RunFolder, content_of
 from pixart_ft.runs.lock import RunLock
 from pixart_ft.sampling.settings import Abilities, Settings
 from pixart_ft.sampling.text_to_image import TextToImage
@@ -37,6 +37,7 @@ from pixart_ft.training.encode import DTYPES, Encoded, compute_dtype, encode_onc
 from pixart_ft.training.keeping import Keeper
 from pixart_ft.training.objective import abilities_after, warn_of_relearning
 from pixart_ft.training.places import check_training
+from pixart_ft.training.processes import Together, agree
 from pixart_ft.training.report import finish
 from pixart_ft.training.start import accelerator_for, look, with_precision
 from pixart_ft.training.trained_on import Changes, announce, check_continues, trained_on
@@ -60,7 +61,7 @@ def train(config: TrainConfig, resume: str | None, adapter: Adapter | None, acce
     config = with_precision(config)
     accelerator = accelerator_for(config)
     folder = RunFolder(config.run.folder)
-    with RunLock(folder.path) as lock:
+    with Together(accelerator), RunLock(folder.path) as lock:
         if accelerator.is_main_process and resume is not None and folder.path.is_dir():
             lock.take()  # before anything in the folder is looked at
         return _run(config, resume, adapter, accept_changes, accelerator, folder, lock)
@@ -85,6 +86,11 @@ def _run(
     with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered; pictures are read anew
         digests = picture_digests([*rows, *held_rows])
         about = trained_on(config, base, rows, held_rows, digests, schedule_config, objective, resolution)
+    begins = {
+        "--resume": f"{checkpoint.name} ({content_of(checkpoint)[:8]})" if checkpoint else "not given",
+        "--init-from": f"{adapter.name} ({sha256(adapter.folder / WEIGHTS)[:8]})" if adapter else "not given",
+    }
+    agree(accelerator, about.facts() | begins)
     if checkpoint is not None:
         check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
     encoded = encode_once(config, base, rows, held_rows, resolution, accelerator, digests)
@@ -92,6 +98,7 @@ def _run(
     transformer = loading.load_transformer(base, dtype=_weights_dtype(config))
     fingerprint = loading.fingerprint(transformer)
     about = about.with_base(transformer, base.name)
+    agree(accelerator, about.facts())
     found = Changes([], [], [])
     if checkpoint is not None:
         found = check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)

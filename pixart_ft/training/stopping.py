@@ -8,6 +8,10 @@ from contextlib import contextmanager
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class AllStopped(KeyboardInterrupt):
+    """A run stopped because it was asked to, all its processes after the same step, with its state saved."""
+
+
 class StopRequest:
     """`asked` becomes true at the first signal inside `caught`; a second one acts at once, as it did before."""
 

@@ -72,6 +72,8 @@ _SAID = {
     "optim.clip_norm",
     "model.gradient_checkpointing",
 }
+# What may lie elsewhere on each machine of a run; the first three are compared by content.
+_OF_A_MACHINE = {"data.folder", "data.held_out", "model.base", "data.cache"}
 # What the saved state does not fit any more.
 _NEVER = {"lora.rank", "lora.targets", "optim.optimizer"}
 # What the held-out loss and the samples do not depend on, but by way of the training.
@@ -109,6 +111,11 @@ class TrainedOn:
             return cls({}, {})
         content = read_object(checkpoint / _FILE, "--resume", "give an earlier checkpoint")
         return cls({name: Part(**part) for name, part in content["parts"].items()}, content["settings"])
+
+    def facts(self) -> dict[str, str]:
+        """What all processes of a run have in common, a line each."""
+        settings = {key: repr(value) for key, value in self.settings.items() if key not in _OF_A_MACHINE}
+        return settings | {name: f"{part.words} ({part.digest[:8]})".strip() for name, part in self.parts.items()}
 
     def with_base(self, transformer: nn.Module, name: str) -> "TrainedOn":
         """With the base's weights, once they are loaded."""

@@ -29,7 +29,7 @@ from pixart_ft.training.ema import Ema
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.nested import load_nested, save_nested
 from pixart_ft.training.records import LossWindow, Progress, Records
-from pixart_ft.training.stopping import StopRequest
+from pixart_ft.training.stopping import AllStopped, StopRequest
 from pixart_ft.training.watching import Watch
 
 # Consecutive steps with a non-finite gradient before training gives up. A gradient scaler needs 17 to come down from
@@ -166,7 +166,7 @@ class Trainer:
             self._look(last=last)
         if self._stopping:
             self.save()
-            raise KeyboardInterrupt(
+            raise AllStopped(
                 f"stopped after step {self.step}, state saved; the same command with --resume auto continues"
             )
 
