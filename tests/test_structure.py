@@ -19,7 +19,7 @@ PACKAGE = ROOT / "pixart_ft"
 HOUSE = {
     "": "errors files randomness",
     "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow likelihood",
-    "config": "text yaml_text key_types reading samplers train generate",
+    "config": "text yaml_text key_types reading samplers optimizers train generate",
     "pictures": "lettering recipes own sheets",
     "schedulers": "stored base discrete sigma sde stock",
     "model": "place faults weights vae text attention adapter_switch network shared_calls base loading text_encoder",
@@ -28,8 +28,8 @@ HOUSE = {
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",
-    "training": "places shell stopping processes nested records learning_rate ema batches encode objective trained_on "
-    "before_after watching keeping trainer report start run",
+    "training": "places shell stopping processes nested records learning_rate optimizers ema batches encode objective "
+    "trained_on before_after watching keeping trainer report start run",
 }
 DOORS = ("", "cli")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}

@@ -1,6 +1,6 @@
 """What a key of a configuration accepts: in words for messages, and read from what was typed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -62,6 +62,12 @@ def item_of(field: FieldInfo) -> str | None:
     return next((_type_words(get_args(part)[0]) for part in parts if get_origin(part) is tuple), None)
 
 
+def inside(field: FieldInfo) -> Mapping[str, FieldInfo]:
+    """The keys of each item, where a key is a list of mappings."""
+    items = get_args(field.annotation) if get_origin(field.annotation) is tuple else ()
+    return getattr(items[0], "model_fields", {}) if items else {}
+
+
 def is_pair(field: FieldInfo) -> bool:
     """Whether the key is a list of exactly two."""
     bounds = [getattr(bound, name, None) for bound in field.metadata for name in ("min_length", "max_length")]
@@ -99,6 +105,8 @@ def _type_words(annotation: Any) -> str:
         return " | ".join(inner)
     if origin is tuple:
         return f"[{_type_words(inner[0])}, ...]"
+    if item := getattr(annotation, "model_fields", None):
+        return f"{{{', '.join(item)}}}"
     if inner:  # a union with None
         return " or ".join(_type_words(part) for part in inner)
     return _WORDS[annotation]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from pixart_ft.config import yaml_text
-from pixart_ft.config.key_types import expected, is_empty, item_of, parse_override
+from pixart_ft.config.key_types import expected, inside, is_empty, item_of, parse_override
 from pixart_ft.config.text import is_text, no_text, read_text, visible
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of
@@ -60,9 +60,9 @@ def keys(kind: type[Section], prefix: str = "") -> dict[str, FieldInfo]:
     return found
 
 
-def default(field: FieldInfo) -> Any:
-    """The default of a key, plain as YAML has it. One derived from the run's name shows NAME."""
-    value = field.get_default(call_default_factory=True, validated_data={"name": "NAME"})
+def default(field: FieldInfo, beside: Mapping[str, Any] | None = None) -> Any:
+    """The default of a key, plain as YAML has it. Some depend on the keys beside it; the run's name shows NAME."""
+    value = field.get_default(call_default_factory=True, validated_data={"name": "NAME", **(beside or {})})
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
@@ -242,6 +242,14 @@ def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterato
         key, value = ".".join(words), finding["input"]
         if finding["type"] == "json_invalid":
             yield key, f"it cannot be read: {finding['msg']}"
+        elif (owner := ".".join(words[:-1])) in fields:  # inside an item of a list
+            item, inner = inside(fields[owner]), f"{owner}{items[0]}.{words[-1]}"
+            if finding["type"] == "missing":
+                yield owner, f"{inner} is required"
+            elif words[-1] in item:
+                yield owner, f"{inner} is {_show(value)}; expected {expected(item[words[-1]])}"
+            else:
+                yield owner, f"{inner}: unknown key; {owner} has {', '.join(item)}"
         elif finding["type"] == "extra_forbidden":
             yield from ((k, None) for k, _ in _flat({key: value}))
         elif finding["type"] == "missing":
@@ -261,8 +269,8 @@ def _idle(kind: type[Config], given: Mapping[str, Any], wrong: set[str]) -> Iter
     fields = keys(kind)
     for key, other, used in kind.unused:
         if _judged((key, other), wrong):
-            value, there = (given.get(name, default(fields[name])) for name in (key, other))
-            if value != default(fields[key]) and not used(there):
+            value, there = (_value(name, given, fields) for name in (key, other))
+            if value != _default(key, given, fields) and not used(there):
                 yield key, f"{key} is {_show(value)}, unused while {other} is {_show(there)}; change one"
 
 
@@ -270,9 +278,19 @@ def _contradictions(kind: type[Config], given: Mapping[str, Any], wrong: set[str
     """What the keys may not say together."""
     fields = keys(kind)
     for names, broken, message in kind.rules:
-        values = [given.get(name, default(fields[name])) for name in names]
+        values = [_value(name, given, fields) for name in names]
         if _judged(names, wrong) and broken(*values):
             yield message.format(*map(_show, values))
+
+
+def _default(key: str, given: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> Any:
+    section = key.rpartition(".")[0]
+    parts = (name.rpartition(".") for name in given)
+    return default(fields[key], {name: given[f"{s}{dot}{name}"] for s, dot, name in parts if s == section})
+
+
+def _value(key: str, given: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> Any:
+    return given[key] if key in given else _default(key, given, fields)
 
 
 def _judged(names: Iterable[str], wrong: set[str]) -> bool:

@@ -5,12 +5,14 @@ The command line, the YAML files and the help all read the fields below, so a ke
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from pixart_ft.config.optimizers import OptimizerName, takes
 from pixart_ft.config.reading import Config, Section, load
 from pixart_ft.config.samplers import Sampler
 from pixart_ft.diffusion.intervals import WHOLE
@@ -30,6 +32,7 @@ HUB_BASE = "PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
 
 Decay = Literal["constant", "linear", "cosine"]  # of the learning rate, after the warm-up
 Weights = Literal["ema", "raw"]  # of a run: averaged, or the last
+EmaProfile = Literal["constant", "power", "warmup"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -57,8 +60,11 @@ Every = Annotated[int, Field(ge=0, le=MOST_STEPS)]  # 0: not on the way
 Batch = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
 SamplerSteps = Annotated[int, Field(ge=1, le=1000)]  # the schedules have a thousand
 Guidance = Annotated[float, Field(ge=1, le=LARGEST_GUIDANCE, description="classifier-free guidance scale; 1 = off")]
+EMA_DECAY = 0.999  # by default
 GUIDANCE = 4.5  # by default, in sampling and in the grids of a training
 Timestep = Annotated[float, Field(ge=-1e6, le=1e6)]  # an end of an interval: `intervals` knows the process
+Rate = Annotated[float, Field(ge=1e-10, le=1)]  # of learning
+DecayRate = Annotated[float, Field(ge=0, le=1)]  # of the weights
 Scale = Annotated[float, Field(ge=1e-6, le=1e6)]  # float32 holds it, its square and its inverse beside 1
 
 
@@ -156,15 +162,40 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs zeroed in training")
 
 
+def _regular(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(str(error)) from None
+    return pattern
+
+
+class Group(Section):
+    """Weights whose name holds a regular expression, and what they have of their own; null: as all others."""
+
+    pattern: Annotated[str, Field(min_length=1), AfterValidator(_regular)]
+    learning_rate: Rate | None = None
+    weight_decay: DecayRate | None = None
+
+
 class Optim(Section):
     """how it steps"""
 
-    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="8 bit: extra `quantized`")
-    learning_rate: float = Field(1e-4, ge=1e-10, le=1, description="peak step size")
-    weight_decay: float = Field(0.01, ge=0, le=1, description="decoupled decay per unit of learning rate")
+    optimizer: OptimizerName = Field("adamw", description="most others than adamw are in the extra `optimizers`")
+    learning_rate: Rate = Field(
+        default_factory=lambda valid: 1.0 if valid.get("optimizer") == "prodigy" else 1e-4,
+        description="peak step size; 1 for prodigy, which finds its own",
+    )
+    weight_decay: DecayRate = Field(0.01, description="decoupled decay per unit of learning rate")
+    groups: tuple[Group, ...] = Field(
+        (), description="weights with a learning_rate or weight_decay of their own; a name falls to the first pattern"
+    )
     beta1: float = Field(0.9, ge=0, le=0.9999, description="memory of the mean gradient")
     beta2: float = Field(0.999, ge=0, le=0.99999, description="memory of the squared gradient")
     epsilon: float = Field(1e-8, ge=1e-20, le=1, description="added to Adam's denominator")
+    stochastic_rounding: bool = Field(
+        False, description="trained weights in bfloat16, rounded at random; else in float32"
+    )
     clip_norm: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient; 0 = no clipping")
     warmup_steps: Every = Field(0, description="linear warm-up, steps; a tenth of a shorter run")
     decay: Decay = Field("constant", description="after warm-up")
@@ -179,7 +210,12 @@ class Train(Section):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
         "auto", description="no = float32; auto = bf16 where the processor computes in it, else no"
     )
-    ema_decay: float = Field(0.999, ge=0, lt=1, description="decay of the averaged weights per step; 0 = off")
+    ema_decay: float = Field(EMA_DECAY, ge=0, lt=1, description="decay of the averaged weights per step; 0 = off")
+    ema_profile: EmaProfile = Field(
+        "warmup", description="how fast it forgets; power: the average spans the same share of the steps all along"
+    )
+    ema_width: float = Field(0.1, ge=0.01, le=0.28, description="spread of the power profile, share of the steps done")
+    ema_on_cpu: bool = Field(False, description="keep the average in the computer's memory")
     checkpoint_every: Every = Field(250, description="steps between checkpoints; 0 = only the last")
     keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints kept")
 
@@ -237,6 +273,14 @@ class TrainConfig(Config):
         ("diffusion.p2_gamma", "diffusion.weighting", lambda weighting: weighting == "p2"),
         ("diffusion.logit_mean", "diffusion.timestep_law", lambda law: law == "logit_normal"),
         ("diffusion.logit_std", "diffusion.timestep_law", lambda law: law == "logit_normal"),
+        ("train.ema_profile", "train.ema_decay", lambda decay: decay > 0),
+        ("train.ema_on_cpu", "train.ema_decay", lambda decay: decay > 0),
+        ("train.ema_width", "train.ema_profile", lambda profile: profile == "power"),
+        ("optim.beta1", "optim.optimizer", lambda optimizer: takes(optimizer, "beta1")),
+        ("optim.beta2", "optim.optimizer", lambda optimizer: takes(optimizer, "beta2")),
+        ("optim.epsilon", "optim.optimizer", lambda optimizer: takes(optimizer, "epsilon")),
+        ("optim.decay", "optim.optimizer", lambda optimizer: takes(optimizer, "decay")),
+        ("optim.stochastic_rounding", "optim.optimizer", lambda optimizer: takes(optimizer, "stochastic_rounding")),
     )
     rules = (
         (
@@ -257,6 +301,30 @@ class TrainConfig(Config):
             ("diffusion.timestep_range",),
             lambda ends: ends[0] > ends[1],
             "diffusion.timestep_range {} ends before it begins; give the lower timestep (less noise) first",
+        ),
+        (
+            ("optim.learning_rate", "optim.optimizer"),
+            lambda rate, optimizer: optimizer == "prodigy" and rate < 0.1,
+            "optim.learning_rate {} with optimizer {}: it finds the step size itself, and multiplies it by this; leave "
+            "it at 1",
+        ),
+        (
+            ("optim.groups", "optim.optimizer"),
+            lambda groups, optimizer: optimizer == "prodigy" and any(g.get("learning_rate") for g in groups),
+            "optim.groups {} with optimizer {}: it finds one step size for all weights; leave learning_rate out",
+        ),
+        (
+            ("optim.beta1", "optim.optimizer"),
+            lambda beta1, optimizer: optimizer == "schedule_free" and beta1 == 0,
+            "optim.beta1 {} with optimizer {}: it is how near the gradient is taken to the average; give 0.9",
+        ),
+        (
+            ("train.ema_decay", "train.ema_profile", "train.ema_on_cpu", "optim.optimizer"),
+            lambda decay, profile, on_cpu, optimizer: (
+                optimizer == "schedule_free" and (decay not in (0, EMA_DECAY) or profile != "warmup" or on_cpu)
+            ),
+            "train.ema_decay {}, ema_profile {} and ema_on_cpu {} with optimizer {}, which averages by itself; leave "
+            "them out",
         ),
     )
 

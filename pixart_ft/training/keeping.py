@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pixart_ft.adapters.files import FINAL_ADAPTERS, AdapterMetadata
 from pixart_ft.adapters.lora import save_adapter
+from pixart_ft.config.train import Weights
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.training.ema import Ema
 from pixart_ft.training.records import Progress
@@ -46,23 +47,22 @@ class Keeper:
         lowest = lowest_step(self.folder.log.comparable())
         folder = self.folder.adapter_at(progress.step)
         if 0 < progress.step < self.last_step and self._is_kept(progress.step, lowest) and not folder.is_dir():
-            self._save(folder, progress, averaged=self.ema.is_on)
+            self._save(folder, progress)
         self.folder.drop_adapters(lambda step: not self._is_kept(step, lowest))
 
     def at_the_end(self, progress: Progress) -> None:
         """Save `final/adapter`, the averaged weights where the run has them, and then `final/adapter_raw`, the last."""
         main, beside = (self.folder.path / name for name in FINAL_ADAPTERS.values())
-        self._save(main, progress, averaged=self.ema.is_on)
+        self._save(main, progress)
         if self.ema.is_on:
-            self._save(beside, progress, averaged=False)
+            self._save(beside, progress, raw=True)
 
     def _is_kept(self, step: int, lowest: int | None) -> bool:
         is_sampled = self.samples_every > 0 and step % self.samples_every == 0
         return is_sampled or step == lowest
 
-    def _save(self, folder: Path, progress: Progress, *, averaged: bool) -> None:
-        described = replace(
-            self.metadata, weights="ema" if averaged else "raw", step=progress.step, samples_seen=progress.samples
-        )
-        state = self.ema.shadows if averaged else None
+    def _save(self, folder: Path, progress: Progress, *, raw: bool = False) -> None:
+        weights: Weights = "ema" if self.ema.is_on and not raw else "raw"
+        described = replace(self.metadata, weights=weights, step=progress.step, samples_seen=progress.samples)
+        state = None if raw else self.ema.weights
         save_adapter(folder, self.transformer, described, self.null_caption, state=state)

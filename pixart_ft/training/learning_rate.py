@@ -15,18 +15,19 @@ class LearningRate:
     decay: Decay
     steps: int  # of the run
 
-    def at(self, step: int) -> float:
-        """That of optimizer step number `step`, counted from 0."""
+    def at(self, step: int, peak: float | None = None) -> float:
+        """That of optimizer step number `step`, counted from 0; of weights with a peak of their own."""
+        peak = self.peak if peak is None else peak
         if step < self.warmup_steps:
-            return self.peak * (step + 1) / self.warmup_steps
+            return peak * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
         match self.decay:
             case "constant":
-                return self.peak
+                return peak
             case "linear":
-                return self.peak * (1 - done)
+                return peak * (1 - done)
             case "cosine":
-                return self.peak * (0.5 * (1 + math.cos(math.pi * done)))
+                return peak * (0.5 * (1 + math.cos(math.pi * done)))
 
 
 def fitting_warmup(asked: int, steps: int) -> int:

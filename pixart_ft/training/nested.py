@@ -1,6 +1,7 @@
 """Trees of tensors and plain values, such as an optimizer's state, in one safetensors file."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def save_nested(path: Path, tree: Any) -> None:
 
     tree_json = json.dumps(describe(tree))
     safetensors.torch.save_file(tensors, str(path), metadata={"tree": tree_json})
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in a tree of dicts, lists and tuples."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict | list | tuple):
+        for node in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors_of(node)
 
 
 def load_nested(path: Path) -> Any:

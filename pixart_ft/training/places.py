@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pixart_ft.adapters.files import Adapter
+from pixart_ft.config.optimizers import check_installed
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import check_folder, picture_folder
 from pixart_ft.errors import Mistakes, UserError
@@ -11,7 +12,9 @@ from pixart_ft.runs.folder import RunFolder
 
 
 def check_training(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Adapter | None:
-    """Raise one UserError with every path of a training that leads nowhere; arguments as of `run_training`.
+    """Raise one UserError with every path of a training that leads nowhere, and the package that it lacks.
+
+    Arguments as of `run_training`.
 
     Returns the adapter that it starts from.
     """
@@ -26,6 +29,8 @@ def check_training(config: TrainConfig, resume: str | None = None, init_from: st
         _check_apart(config)
     with mistakes.noted():
         RunFolder(config.run.folder).check_new(resume=resume is not None)
+    with mistakes.noted():
+        check_installed(config.optim.optimizer)
     if init_from is not None:
         with mistakes.noted():
             adapter = Adapter.read(init_from)

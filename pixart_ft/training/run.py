@@ -3,8 +3,6 @@
 What a user can get wrong is found before the run folder is made, and what is cheap to check before what is not.
 """
 
-import importlib
-import importlib.util
 import json
 import platform
 from collections.abc import Callable
@@ -32,10 +30,11 @@ from pixart_ft.sampling.settings import Abilities, Settings
 from pixart_ft.sampling.text_to_image import TextToImage
 from pixart_ft.training.batches import TrainingSet
 from pixart_ft.training.before_after import HELD_OUT, LEARNED
-from pixart_ft.training.ema import Ema
+from pixart_ft.training.ema import Ema, OwnAverage
 from pixart_ft.training.encode import DTYPES, Encoded, compute_dtype, encode_once
 from pixart_ft.training.keeping import Keeper
 from pixart_ft.training.objective import abilities_after, warn_of_relearning
+from pixart_ft.training.optimizers import build_optimizer
 from pixart_ft.training.places import check_training
 from pixart_ft.training.processes import Together, agree
 from pixart_ft.training.report import finish
@@ -112,8 +111,11 @@ def _run(
     use_plain_attention(transformer)
     trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     transformer.to(accelerator.device).train()
-    optimizer = _optimizer(config, list(trained.values()))
-    ema = Ema(trained, config.train.ema_decay) if config.train.ema_decay else Ema.off()
+    if config.optim.stochastic_rounding:
+        for parameter in trained.values():
+            parameter.data = parameter.data.bfloat16()
+    optimizer = build_optimizer(config.optim, trained, config.run.seed)
+    ema = _average(config, trained, optimizer)
 
     abilities = abilities_after(objective, base, resolution)
     metadata = AdapterMetadata(
@@ -202,17 +204,13 @@ def _weights_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
 
 
-def _optimizer(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    AdamW: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
-    if config.optim.optimizer == "adamw8bit":
-        AdamW = importlib.import_module("bitsandbytes.optim").AdamW8bit
-    return AdamW(
-        parameters,
-        lr=config.optim.learning_rate,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.epsilon,
-        weight_decay=config.optim.weight_decay,
-    )
+def _average(config: TrainConfig, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Ema:
+    choice = config.train
+    if config.optim.optimizer == "schedule_free":
+        return OwnAverage(trained, optimizer)
+    if not choice.ema_decay:
+        return Ema.off()
+    return Ema(trained, choice.ema_decay, choice.ema_profile, width=choice.ema_width, on_cpu=choice.ema_on_cpu)
 
 
 def _sampler(

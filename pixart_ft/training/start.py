@@ -1,6 +1,5 @@
 """What is known of a training before a weight is loaded: whether it can begin, what it costs, how long it is."""
 
-import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 from pixart_ft.adapters.targets import check_rank, check_targets, trainable
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import Row, verify_pictures
-from pixart_ft.errors import UserError
+from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
@@ -116,12 +115,15 @@ def _computes_in_bfloat16() -> bool:
 
 def accelerator_for(config: TrainConfig) -> Accelerator:
     """accelerate as the run wants it; UserError for what this machine or accelerate's own configuration cannot give."""
-    if config.train.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("train.mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
-    if config.optim.optimizer == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            'optim.optimizer adamw8bit needs bitsandbytes: pip install "pixart_ft[quantized]", or use adamw'
+    precision, mistakes = config.train.mixed_precision, Mistakes()
+    if precision == "fp16" and not torch.cuda.is_available():
+        mistakes.add("train.mixed_precision fp16 needs a CUDA GPU; use bf16 or no")
+    if config.optim.stochastic_rounding and precision != "bf16":
+        mistakes.add(
+            f"optim.stochastic_rounding keeps weights in bfloat16, and train.mixed_precision {precision} computes in "
+            "another type; set train.mixed_precision bf16, or leave the rounding out"
         )
+    mistakes.raise_if_any()
     return join(
         os.environ,
         mixed_precision=config.train.mixed_precision,

@@ -54,6 +54,7 @@ _UNSAID = {
     "train.accumulation",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.ema_on_cpu",
     "validation.every",
     "validation.samples_every",
     "logging.every",
@@ -75,9 +76,9 @@ _SAID = {
 # What may lie elsewhere on each machine of a run; the first three are compared by content.
 _OF_A_MACHINE = {"data.folder", "data.held_out", "model.base", "data.cache"}
 # What the saved state does not fit any more.
-_NEVER = {"lora.rank", "lora.targets", "optim.optimizer"}
+_NEVER = {"lora.rank", "lora.targets", "optim.optimizer", "optim.groups", "optim.stochastic_rounding"}
 # What the held-out loss and the samples do not depend on, but by way of the training.
-_NOT_COMPARED = ("training pictures", "training captions", "lora.", "optim.", "train.ema_decay")
+_NOT_COMPARED = ("training pictures", "training captions", "lora.", "optim.", "train.ema_")
 
 
 @dataclass(frozen=True)

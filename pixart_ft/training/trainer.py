@@ -27,7 +27,8 @@ from pixart_ft.runs.folder import RunFolder
 from pixart_ft.training.batches import DrawLaws, TrainingSet, draw_batch
 from pixart_ft.training.ema import Ema
 from pixart_ft.training.learning_rate import LearningRate
-from pixart_ft.training.nested import load_nested, save_nested
+from pixart_ft.training.nested import load_nested, save_nested, tensors_of
+from pixart_ft.training.optimizers import load_optimizer
 from pixart_ft.training.records import LossWindow, Progress, Records
 from pixart_ft.training.stopping import AllStopped, StopRequest
 from pixart_ft.training.watching import Watch
@@ -104,7 +105,6 @@ class Trainer:
             draw_samples=draw_samples,
         )
         self.trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-        assert all(p.dtype == torch.float32 for p in self.trained.values()), "trained weights are kept in float32"
         self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
         self.step = 0
         self.window = LossWindow()
@@ -173,7 +173,7 @@ class Trainer:
     def _optimizer_step(self) -> float:
         """One optimizer step over the global batch; returns the norm of the gradient before clipping."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate.at(self.step)
+            group["lr"] = self.learning_rate.at(self.step, group.get("initial_lr"))
         mine: list[Tensor] = []
         for micro in range(self.plan.accumulation):
             last = micro == self.plan.accumulation - 1
@@ -246,7 +246,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Raise UserError on all processes unless the state is finite, and the loss that its weights give."""
-        moments = [x for state in self.optimizer.state_dict()["state"].values() for x in state.values()]
+        moments = tensors_of(self.optimizer.state_dict()["state"])
         weights = [*self.trained.values(), *self.ema.shadows.values()]
         bad = None if all_finite([*weights, *moments]) else "weights or moments are not finite"
         if bad is None:
@@ -373,10 +373,7 @@ class Trainer:
             for name, p in self.trained.items():
                 p.copy_(saved[name])
         self.ema.load_state_dict(average)
-        chosen = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(load_nested(folder / "optimizer.safetensors"))
-        for group, own in zip(self.optimizer.param_groups, chosen, strict=True):
-            group |= own  # the moments are the checkpoint's, the settings this run's
+        load_optimizer(self.optimizer, load_nested(folder / "optimizer.safetensors"))
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step = self._saved_at = progress["step"]

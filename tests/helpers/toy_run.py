@@ -1,6 +1,6 @@
 """The real trainer on a network of 40 parameters and a few random latents: a run takes milliseconds. Shared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from pixart_ft.config.train import Optim
 from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model.vae import LatentScale
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.training.batches import DrawLaws, TrainingSet
-from pixart_ft.training.ema import Ema
+from pixart_ft.training.ema import Ema, OwnAverage
 from pixart_ft.training.learning_rate import LearningRate
+from pixart_ft.training.optimizers import build_optimizer
 from pixart_ft.training.trainer import Plan, Trainer
 
 LAWS = DrawLaws(seed=3, caption_dropout=0.0, timestep_law="importance", logit_mean=0.0, logit_std=1.0)
@@ -32,6 +34,14 @@ PLAN = Plan(
     checkpoint_every=0,
     keep_checkpoints=1,
 )
+
+
+RATE = LearningRate(0.5, 2, "cosine", 12)
+
+
+def plain_optimizer(trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """Unlike Adam, it feels a gradient that is twice as large."""
+    return torch.optim.SGD(trained.values(), lr=0.0, momentum=0.5)
 
 
 class Toy(nn.Module):
@@ -61,23 +71,31 @@ def toy_set(folder: Path) -> TrainingSet:
     return TrainingSet(CachedPictures(store, list(latents), list(texts)), LatentScale(1.0), torch.zeros(1, 3))
 
 
-def toy_trainer(folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | None = None, **plan: Any) -> Trainer:
-    """Ready to run in `folder`; three noise levels, so that the history of losses is soon full."""
+def toy_trainer(
+    folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | None = None, choice: Optim | None = None, **plan: Any
+) -> Trainer:
+    """Ready to run in `folder`; three noise levels, so that the history of losses is soon full.
+
+    choice: an optimizer, and the average that goes with it.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator, network = Accelerator(cpu=True), Toy().train()
     run = RunFolder(folder)
     if accelerator.is_main_process:
         RunFolder.create(folder, resume=True)
     trained = dict(network.named_parameters())
+    ema, optimizer = Ema(trained, 0.9), plain_optimizer(trained)
+    if choice is not None:
+        optimizer = build_optimizer(choice, trained, LAWS.seed)
+        ema = OwnAverage(trained, optimizer) if choice.optimizer == "schedule_free" else ema
     return Trainer(
         accelerator=accelerator,
         transformer=network,
         objective=Objective(NoiseSchedule.linear(3, beta_start=0.1, beta_end=0.5), "epsilon", "hybrid"),
         data=toy_set(data),
-        # unlike Adam, it feels a gradient that is twice as large
-        optimizer=torch.optim.SGD(trained.values(), lr=0.0, momentum=0.5),
-        ema=Ema(trained, 0.9),
-        learning_rate=LearningRate(0.5, 0, "constant", 12),
+        optimizer=optimizer,
+        ema=ema,
+        learning_rate=RATE if choice is None else replace(RATE, peak=choice.learning_rate, decay=choice.decay),
         laws=LAWS,
         plan=replace(PLAN, **plan),
         folder=run,

@@ -16,9 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+from pixart_ft.config.optimizers import OPTIMIZERS
+from pixart_ft.config.train import Group, Optim
 from pixart_ft.pictures.sheets import Sample
 from pixart_ft.training.nested import load_nested
-from tests.helpers.toy_run import Toy, toy_trainer
+from tests.helpers.toy_run import RATE, Toy, toy_trainer
 
 STEPS = 12
 SAMPLE = Sample("a toy", 0, Image.new("RGB", (8, 8)))
@@ -42,7 +44,7 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Two gloo processes that accumulate draw, learn, average, log and remember what one process does."""
+    """Two gloo processes that accumulate draw, learn, slow down, average, log and remember what one process does."""
     toy_trainer(tmp_path / "one", tmp_path / "data", batch_size=4).run()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,6 +61,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert len(log(one)) == len(log(two)) == STEPS
     for a, b in zip(log(one), log(two), strict=True):
         assert (a["step"], a["samples"]) == (b["step"], b["samples"])
+        assert a["learning_rate"] == b["learning_rate"] == RATE.at(a["step"] - 1)  # once a step, not once a process
         assert b["train"] == pytest.approx(a["train"], rel=1e-4)
         assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-4)
 
@@ -78,6 +81,31 @@ def test_what_a_checkpoint_holds_continues_everything(tmp_path: Path) -> None:
         assert (whole / f"{name}.safetensors").read_bytes() == (cut / f"{name}.safetensors").read_bytes(), name
     logs = [[(r["step"], r["train"]) for r in log(tmp_path / run)] for run in ("straight", "cut")]
     assert logs[0] == logs[1] and [step for step, _ in logs[0]] == [5, 10]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])  # the toy has no matrix
+def test_every_optimizer_goes_on_from_a_checkpoint_to_the_bit(name: str, tmp_path: Path) -> None:
+    """In the middle of the second visit to the pictures."""
+    if package := OPTIMIZERS[name].package:
+        pytest.importorskip(package)
+    choice = Optim.model_validate({"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 0.05})
+    toy_trainer(tmp_path / "whole", tmp_path / "data", choice=choice).run()
+    toy_trainer(tmp_path / "cut", tmp_path / "data", choice=choice, steps=5).run()
+    resumed = toy_trainer(tmp_path / "cut", tmp_path / "data", choice=choice)
+    resumed.load(tmp_path / "cut" / "checkpoints" / "step-000005")
+    resumed.run()
+    for file in ("trained", "ema", "optimizer"):
+        whole, cut = (tmp_path / run / "checkpoints" / f"step-{STEPS:06d}" for run in ("whole", "cut"))
+        assert (whole / f"{file}.safetensors").read_bytes() == (cut / f"{file}.safetensors").read_bytes(), file
+
+
+def test_a_group_follows_the_schedule_from_a_peak_of_its_own(tmp_path: Path) -> None:
+    choice = Optim(learning_rate=0.1, decay="cosine", groups=(Group(pattern="bias", learning_rate=0.02),))
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", choice=choice, steps=6)
+    trainer.run()
+    common, own = (group["lr"] for group in trainer.optimizer.param_groups)
+    assert common == trainer.learning_rate.at(5) < 0.1 and own == pytest.approx(common / 5, rel=1e-12)
 
 
 def test_every_micro_batch_has_a_random_state_of_its_own(tmp_path: Path) -> None:
