@@ -46,7 +46,7 @@ def configuration(folder: Path) -> dict[str, object]:
         "model": {"base": str(folder / "base")},
         "data": {"folder": str(folder / "pictures"), "held_out_fraction": 0.3, "resolution": 64},
         "diffusion": {"timestep_law": "importance"},
-        "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
         "optim": {"learning_rate": 1e-2, "warmup_steps": 2, "decay": "cosine"},
         "train": {"steps": STEPS, "batch_size": 4, "mixed_precision": "no", "ema_decay": 0.9, "checkpoint_every": 3},
         "validation": {"every": 2, "timesteps": 2, "prompts": ["a red circle"], "steps": 2, "samples_every": 4},

@@ -24,11 +24,11 @@ Content = dict[str, Any]  # what is compared, by name: arrays, and plain values 
 # What every training here says, and what each says beside that. Paths are below the folder of its checkout's results,
 # which is the working directory; `shared` there leads to what both use.
 TINY = """--model.base shared/base --data.folder shared/small --data.held_out_fraction 0.3 --data.resolution 64
-    --data.cache cache --lora.rank 4 --lora.alpha 8 --optim.learning_rate 1e-2 --optim.warmup_steps 2
+    --data.cache cache --adapter.rank 4 --adapter.alpha 8 --optim.learning_rate 1e-2 --optim.warmup_steps 2
     --train.mixed_precision no --train.ema_decay 0.9 --logging.every 1 --logging.tensorboard false
     --validation.timesteps 2 --validation.steps 2"""
 TRAIN = {
-    "hybrid": f"""{TINY} --diffusion.timestep_law importance --lora.dropout 0.1 --optim.decay cosine --train.steps 60
+    "hybrid": f"""{TINY} --diffusion.timestep_law importance --adapter.dropout 0.1 --optim.decay cosine --train.steps 60
         --train.batch_size 4 --train.checkpoint_every 20 --validation.every 10 --validation.samples_every 20
         --prompt Circle --prompt square""",
     "weighted": f"""{TINY} --diffusion.schedule cosine --diffusion.time_conditioning snr_matched
@@ -148,7 +148,10 @@ def _apart(out: Path, name: str, work: Callable[..., Content | None], *arguments
 def _command(line: str) -> None:
     """A command as on the command line."""
     from pixart_ft.cli import main
+    from pixart_ft.config.train import TrainConfig
 
+    if "adapter" not in TrainConfig.model_fields:  # of a reference from before the section had this name
+        line = line.replace("--adapter.", "--lora.")
     sys.exit(main(shlex.split(line)))
 
 

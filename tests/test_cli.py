@@ -197,19 +197,20 @@ def test_a_name_alone_is_no_value_for_other_keys(capsys: pytest.CaptureFixture[s
 def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
     elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (elsewhere / "my.yaml").write_text("lora: {rnak: 3}\ntrain: {steps: many}\n")
+    (elsewhere / "my.yaml").write_text("adapter: {rnak: 3}\ntrain: {steps: many}\n")
     line = "train stray --config my.yaml --dryrun --optim.lr 3 --resume a --init-from=b --dry-run=1"
-    assert problems(capsys, *line.split(), "--run.seed", "--lora=8") == [
+    assert problems(capsys, *line.split(), "--run.seed", "--adapter=8") == [
         "my.yaml: 10 problems",
         "stray: not an option; options begin with --",
         "dryrun: unknown key; did you mean dry_run?",
         "optim.lr: unknown key; did you mean optim.learning_rate?",
         "--dry-run=1: takes no value",
         "--run.seed: needs a value",
-        "lora: a section, not a key; its keys are lora.rank, lora.alpha, lora.targets, lora.dropout",
+        "adapter: a section, not a key; its keys are adapter.rank, adapter.alpha, adapter.targets, adapter.dropout, "
+        "adapter.rslora, adapter.dora, adapter.init",
         "--resume and --init-from exclude each other; give one",
         'data.folder is required: folder of pictures with captions, or "demo"',
-        "lora.rnak: unknown key; did you mean lora.rank?",
+        "adapter.rnak: unknown key; did you mean adapter.rank?",
         'train.steps is "many"; expected integer >= 1, <= 100,000,000',
     ]
 
@@ -292,7 +293,7 @@ def test_a_reader_that_stops_early_is_no_error() -> None:
 
 def test_an_option_given_twice_is_refused_unless_it_may_be(capsys: pytest.CaptureFixture[str]) -> None:
     train = ["train", "--config", "quickstart", "--config=quickstart", "--train.steps", "50", "--train.steps=60"]
-    assert problems(capsys, *train, "--lora.rank", "2", "--dry-run") == [
+    assert problems(capsys, *train, "--adapter.rank", "2", "--dry-run") == [
         f"{ROOT}/configs/quickstart.yaml: 2 problems",
         '--config: given 2 times ("quickstart"); give it once',
         '--train.steps: given 2 times ("50" and "60"); give it once',
@@ -337,12 +338,12 @@ def test_an_empty_value_is_a_mistake_for_every_option(
 def test_an_empty_value_in_a_file_is_a_mistake_too(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (elsewhere / "my.yaml").write_text("run: {folder: ''}\ndata: {folder: ' '}\nlora: {targets: [to_q, '']}\n")
+    (elsewhere / "my.yaml").write_text("run: {folder: ''}\ndata: {folder: ' '}\nadapter: {targets: [to_q, '']}\n")
     assert problems(capsys, "train", "--config", "my.yaml") == [
         "my.yaml: 3 problems",
         "run.folder is empty; give path, or leave it out",
         "data.folder is empty; give text",
-        "lora.targets is empty; give [text, ...] (not empty), or leave it out",
+        "adapter.targets is empty; give [text, ...] (not empty), or leave it out",
     ]
     assert understood(monkeypatch, "generate", "--prompt", "", "--negative-prompt=").prompts == ("",)  # they mean it
 

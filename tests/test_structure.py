@@ -24,7 +24,7 @@ HOUSE = {
     "schedulers": "stored base discrete sigma sde stock",
     "model": "place faults weights vae text attention adapter_switch network shared_calls base loading text_encoder",
     "runs": "lock log folder",
-    "adapters": "targets files lora",
+    "adapters": "files targets lora",
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-from pixart_ft.config.train import LARGEST_RANK, Weights
+from pixart_ft.config.train import LARGEST_RANK, Init, Weights
 from pixart_ft.diffusion.intervals import WHOLE, Interval, covers, end_faults, or_whole, shown
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.errors import UserError
@@ -34,12 +34,19 @@ class LoraSettings:
     """W becomes W + (alpha / rank) B A in every Linear or Conv2d whose name is, or ends in, one of `targets`.
 
     A is (rank, inputs), B is (outputs, rank); `dropout` is the share of the inputs of A zeroed in training.
+    rslora   sqrt(rank) in place of rank
+    dora     each row of the sum then has a length that is trained too
+    init     A and B at the start, which is taken away again: nothing, or of W its largest singular vectors (pissa) or
+             its first rows by QR (olora). What is saved is plain, of twice the rank
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = DEFAULT_TARGETS
     dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    init: Init = "default"
 
 
 @dataclass(frozen=True)
@@ -218,7 +225,7 @@ def acting_interval(metadata: AdapterMetadata, asked: Interval | None) -> Interv
 
 
 def read_settings(folder: Path) -> LoraSettings:
-    """Rank, alpha, targets and dropout from an adapter folder's adapter_config.json."""
+    """Of a LoRA, from an adapter folder's adapter_config.json."""
     path = folder / CONFIG
     content = read_object(path, "adapter", "copy the adapter again")
     _check_types(path, content, _CONFIG_TYPES)
@@ -227,6 +234,8 @@ def read_settings(folder: Path) -> LoraSettings:
         alpha=content["lora_alpha"],
         targets=tuple(content["target_modules"]),
         dropout=content["lora_dropout"],
+        rslora=bool(content.get("use_rslora")),
+        dora=bool(content.get("use_dora")),
     )
 
 
@@ -284,6 +293,8 @@ _CONFIG_TYPES: dict[str, Callable[[Any], bool]] = {
     "lora_alpha": lambda value: _is_number(value, 0, 1e6),
     "target_modules": _is_names,
     "lora_dropout": lambda value: _is_number(value, 0, 0.999),
+    "use_rslora": (None, False, True).__contains__,
+    "use_dora": (None, False, True).__contains__,
 }
 
 

@@ -7,13 +7,13 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import PixArtTransformer2DModel
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pixart_ft.adapters.files import METADATA, NULL_CAPTION, WEIGHTS, Adapter, AdapterMetadata, LoraSettings, some
 from pixart_ft.adapters.targets import check_targets
+from pixart_ft.config.train import Init
 from pixart_ft.diffusion.intervals import WHOLE, Interval, shown
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
@@ -33,28 +34,25 @@ from pixart_ft.randomness import generator
 from pixart_ft.schedulers.stored import process_of
 
 _PEFT_PREFIX = "base_model.model."
-_ADAPTER = "default"
+_ADAPTER, _BEGINNING = "default", "beginning"  # what is trained; what it began as, frozen, and taken away again
 
 
 def attach(transformer: PixArtTransformer2DModel, settings: LoraSettings, *, seed: int) -> None:
     """Put a LoRA into `transformer`, in place, freeze everything else, and keep the LoRA in float32.
 
-    A is uniform in +-1/sqrt(inputs) as a function of (seed, layer name), B is zero, so the network's output
-    is unchanged. The global random state is left as it was. Raises UserError naming each target that matches
-    no layer.
+    A is uniform in +-1/sqrt(inputs) as a function of (seed, layer name) and B is zero, so the network's output is
+    unchanged; where they begin as a part of the weights (see `LoraSettings.init`), to rounding. The global random state
+    is left as it was. Raises UserError naming each target that matches no layer.
     """
     assert not list(_layers(transformer)), "an adapter is attached already"
     check_targets(transformer, settings.targets)
-    config = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        target_modules=list(settings.targets),
-        lora_dropout=settings.dropout,
-        bias="none",
-    )
     training = transformer.training
     with torch.random.fork_rng(devices=[]):  # peft draws an initial A, which is replaced below
-        inject_adapter_in_model(config, transformer, adapter_name=_ADAPTER)
+        inject_adapter_in_model(_config(settings), transformer, adapter_name=_ADAPTER)
+        if settings.init != "default":
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # there are to be two
+                inject_adapter_in_model(_config(replace(settings, dropout=0.0)), transformer, adapter_name=_BEGINNING)
     transformer.train(training)  # peft's new layers come in training mode, with their dropout on
     for name, parameter in _parameters(transformer).items():
         parameter.data = parameter.data.to(torch.float32)
@@ -63,8 +61,11 @@ def attach(transformer: PixArtTransformer2DModel, settings: LoraSettings, *, see
             bound = 1 / math.sqrt(parameter[0].numel())
             draw = torch.rand(parameter.shape, generator=generator(seed, 0, f"lora init {name}"), dtype=torch.float32)
             parameter.data.copy_((2 * draw - 1) * bound)
-        else:
+        elif ".lora_B." in name:
             parameter.data.zero_()
+    if settings.init != "default":
+        for _, layer in _layers(transformer):
+            _begin_from_weights(layer, settings.init)
     transformer.adapter_switch = AdapterSwitch(transformer)
 
 
@@ -86,20 +87,30 @@ def save_adapter(
     assert state.keys() == parameters.keys(), "the state is not that of the attached adapter"
     if not all_finite(state.values()):
         raise UserError(f"adapter: {folder} is not written: its weights are not finite, the training diverged")
-    settings: LoraConfig = transformer.peft_config[_ADAPTER]
-    assert (settings.r, settings.lora_alpha) == (metadata.rank, metadata.alpha), "metadata of another adapter"
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        base_model_name_or_path=metadata.base,
-        inference_mode=True,
+    attached: LoraConfig = transformer.peft_config[_ADAPTER]
+    assert (attached.r, attached.lora_alpha) == (metadata.rank, metadata.alpha), "metadata of another adapter"
+    weights = _in_file(transformer, state)
+    settings = LoraSettings(
+        attached.r,
+        attached.lora_alpha,
+        tuple(attached.target_modules),
+        attached.lora_dropout,
+        attached.use_rslora,
+        attached.use_dora,
     )
-    config.target_modules = sorted(settings.target_modules)  # peft makes it a set, whose order would vary in the file
+    if _BEGINNING in transformer.peft_config:
+        weights, settings = _without_beginning(transformer, weights, settings)
+        metadata = replace(metadata, rank=settings.rank, alpha=settings.alpha)
+    config = _config(settings)
+    config.base_model_name_or_path, config.inference_mode = metadata.base, True
+    config.target_modules = sorted(settings.targets)  # peft makes it a set, whose order would vary in the file
 
     def write(aside: Path) -> None:
-        weights = {_file_key(name): value.detach().cpu().contiguous() for name, value in state.items()}
-        save_file(weights, str(aside / WEIGHTS), metadata={"format": "pt"})
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in weights.items()},
+            str(aside / WEIGHTS),
+            metadata={"format": "pt"},
+        )
         config.save_pretrained(str(aside))
         (aside / METADATA).write_text(json.dumps(asdict(metadata), indent=2) + "\n", encoding="utf-8")
         save_file({"null_caption": null_caption.detach().cpu().contiguous()}, str(aside / NULL_CAPTION))
@@ -214,12 +225,12 @@ def _fill(transformer: PixArtTransformer2DModel, folder: Path) -> str:
     Returns the SHA-256 of their file.
     """
     saved, mark = _read_tensors(folder / WEIGHTS)
-    places = {_file_key(name): parameter for name, parameter in _parameters(transformer).items()}
+    places = _in_file(transformer, _parameters(transformer))
     shared = saved.keys() & places.keys()
     faults = {
         "in the file but not in the model": saved.keys() - places.keys(),
         "in the model but not in the file": places.keys() - saved.keys(),
-        "of another shape (another lora.rank?)": {k for k in shared if saved[k].shape != places[k].shape},
+        "of another shape (another adapter.rank?)": {k for k in shared if saved[k].shape != places[k].shape},
     }
     if any(faults.values()):
         lines = [f"  - {len(keys)} {what}: {some(keys)}" for what, keys in faults.items() if keys]
@@ -232,18 +243,72 @@ def _fill(transformer: PixArtTransformer2DModel, folder: Path) -> str:
     return mark
 
 
+def _config(settings: LoraSettings) -> LoraConfig:
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.targets),
+        lora_dropout=settings.dropout,
+        bias="none",
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+    )
+
+
+@torch.no_grad()
+def _begin_from_weights(layer: LoraLayer, init: Init) -> None:
+    """Set the layer's A and B, and those that are taken away, to a part of its weight W, which stays as it is.
+
+    With the scale s of the update, s B A is the best of this rank (PiSSA, Meng et al. 2024), or B and A are the first
+    columns of Q and rows of R of W = Q R (OLoRA, Büyükakyüz 2024). peft would write W - s B A into W, in its dtype.
+    """
+    weight = layer.get_base_layer().weight
+    matrix = weight.flatten(1).float()
+    rank, scale = layer.r[_ADAPTER], layer.scaling[_ADAPTER]
+    if init == "pissa":
+        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+        root = (s[:rank] / scale).sqrt()
+        a, b = root[:, None] * vt[:rank], u[:, :rank] * root
+    else:
+        q, r = torch.linalg.qr(matrix)
+        a, b = r[:rank], q[:, :rank]
+    for adapter in (_ADAPTER, _BEGINNING):
+        for part, value in ((layer.lora_A[adapter].weight, a), (layer.lora_B[adapter].weight, b)):
+            part.data = value.reshape(part.shape).to(part.device, torch.float32, copy=True)
+    layer.set_adapter([_ADAPTER, _BEGINNING])
+    layer.lora_A[_BEGINNING].requires_grad_(False)
+    layer.lora_B[_BEGINNING].requires_grad_(False)
+    layer.scaling[_BEGINNING] = -scale
+
+
+def _without_beginning(
+    transformer: nn.Module, weights: Mapping[str, Tensor], settings: LoraSettings
+) -> tuple[dict[str, Tensor], LoraSettings]:
+    """The adapter less what it began as: s (B A - B' A') = s [B, -B'] [A; A'], a plain one of twice the rank."""
+    begun = _in_file(transformer, _parameters(transformer, _BEGINNING), _BEGINNING)
+    whole = {
+        key: torch.cat([value, begun[key]]) if ".lora_A." in key else torch.cat([value, -begun[key]], dim=1)
+        for key, value in weights.items()
+    }
+    scale = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+    rank = 2 * settings.rank
+    return whole, replace(settings, rank=rank, alpha=scale * rank, rslora=False)
+
+
 def _layers(transformer: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     return ((name, module) for name, module in transformer.named_modules() if isinstance(module, LoraLayer))
 
 
-def _parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+def _parameters(transformer: nn.Module, adapter: str = _ADAPTER) -> dict[str, nn.Parameter]:
     """The adapter's parameters by their names in the transformer."""
-    return {name: parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
+    own = transformer.named_parameters()
+    return {name: parameter for name, parameter in own if ".lora_" in name and f".{adapter}." in name}
 
 
-def _file_key(name: str) -> str:
-    """transformer_blocks.0.attn1.to_q.lora_A.default.weight under the name that peft gives it in a file."""
-    return _PEFT_PREFIX + name.replace(f".{_ADAPTER}.", ".")
+def _in_file(transformer: nn.Module, state: Mapping[str, Tensor], adapter: str = _ADAPTER) -> dict[str, Tensor]:
+    """The adapter's values under the names that peft gives them in a file."""
+    found = get_peft_model_state_dict(transformer, dict(state), adapter, save_embedding_layers=False)
+    return {_PEFT_PREFIX + key: value for key, value in found.items()}
 
 
 def _read_null_caption(folder: Path) -> Tensor:

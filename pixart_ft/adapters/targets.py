@@ -1,14 +1,29 @@
 """Which layers of a transformer an adapter is for, and what of it they can use."""
 
 import difflib
+from collections.abc import Sequence
 
 from torch import nn
 
+from pixart_ft.adapters.files import LoraSettings
+from pixart_ft.config.train import LAST_LAYER, TARGETS
 from pixart_ft.errors import UserError
 
 
+def named(targets: Sequence[str], *, last_layer: bool) -> tuple[str, ...]:
+    """`adapter.targets` with the sets that have a name written out, each layer once.
+
+    last_layer: whether the layer that makes the mean and the variance alike may be among them.
+    """
+    layers: dict[str, None] = {}
+    for target in targets:
+        kept = [name for name in TARGETS.get(target, ()) if last_layer or name != LAST_LAYER]
+        layers |= dict.fromkeys(kept if target in TARGETS else [target])
+    return tuple(layers)
+
+
 def check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
-    """Raise UserError naming each of `lora.targets` that matches no layer of `transformer`, with the nearest."""
+    """Raise UserError naming each of `adapter.targets` that matches no layer of `transformer`, with the nearest."""
     layers = _layers(transformer)
     faults = []
     for target in targets:
@@ -17,11 +32,11 @@ def check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
             near = difflib.get_close_matches(target, sorted(endings), n=3, cutoff=0.5) or sorted(endings)
             faults.append(f"{target!r} matches no layer; near: {', '.join(near)}")
     if faults:
-        raise UserError("lora.targets: " + "; ".join(faults))
+        raise UserError("adapter.targets: " + "; ".join(faults))
 
 
 def check_rank(transformer: nn.Module, rank: int, targets: tuple[str, ...]) -> None:
-    """Raise UserError unless `lora.rank` is at most the smaller side of every adapted layer: more adds only cost."""
+    """Raise UserError unless `adapter.rank` is at most the smaller side of every adapted layer: more adds only cost."""
     sides = {
         min(module.weight.shape[0], module.weight[0].numel()): name
         for name, module in _layers(transformer).items()
@@ -29,15 +44,15 @@ def check_rank(transformer: nn.Module, rank: int, targets: tuple[str, ...]) -> N
     }
     smallest = min(sides)
     if rank > smallest:
-        raise UserError(f"lora.rank {rank} is more than the {smallest} that {sides[smallest]} can use; lower it")
+        raise UserError(f"adapter.rank {rank} is more than the {smallest} that {sides[smallest]} can use; lower it")
 
 
-def trainable(transformer: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
-    """How many parameters a LoRA of this rank has: of each adapted layer, A with its inputs and B with its outputs."""
+def trainable(transformer: nn.Module, settings: LoraSettings) -> int:
+    """How many parameters a LoRA has: of each adapted layer, A with its inputs and B with its outputs, and lengths."""
     return sum(
-        rank * (module.weight[0].numel() + module.weight.shape[0])
+        settings.rank * (module.weight[0].numel() + module.weight.shape[0]) + settings.dora * module.weight.shape[0]
         for name, module in _layers(transformer).items()
-        if any(_is_meant(name, target) for target in targets)
+        if any(_is_meant(name, target) for target in settings.targets)
     )
 
 

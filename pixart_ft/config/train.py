@@ -34,6 +34,17 @@ Decay = Literal["constant", "linear", "cosine"]  # of the learning rate, after t
 Weights = Literal["ema", "raw"]  # of a run: averaged, or the last
 EmaProfile = Literal["constant", "power", "warmup"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Init = Literal["default", "pissa", "olora"]  # of a LoRA
+
+# Layers by the ends of their names. The last layer, whose rows make the mean and the variance alike, is among the
+# linear ones only where the objective trains the variance.
+_ATTENTION, _MLP = ("to_q", "to_k", "to_v", "to_out.0"), ("net.0.proj", "net.2")
+LAST_LAYER = "proj_out"
+TARGETS: dict[str, tuple[str, ...]] = {
+    "attention": _ATTENTION,
+    "attention+mlp": (*_ATTENTION, *_MLP),
+    "all-linear": (*_ATTENTION, *_MLP, "linear_1", "linear_2", "adaln_single.linear", LAST_LAYER),
+}
 
 
 def _place(path: Path) -> Path:
@@ -149,17 +160,23 @@ class Diffusion(Section):
     caption_dropout: float = Field(0.1, ge=0, le=1, description="share of draws that see the null caption")
 
 
-class Lora(Section):
-    """the adapter"""
+class Adapter(Section):
+    """what is trained"""
 
     rank: int = Field(16, ge=1, le=LARGEST_RANK, description="inner width of each pair of matrices")
     alpha: Scale = Field(16.0, description="strength: the update is scaled by alpha / rank")
     targets: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"),
         min_length=1,
-        description="layers to adapt, by the end of their names",
+        description=f"layers to adapt, by the end of their names, or {', '.join(TARGETS)}",
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapter's inputs zeroed in training")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank): the step does not shrink with the rank")
+    dora: bool = Field(False, description="train the length of each row of the weights apart from its direction")
+    init: Init = Field(
+        "default",
+        description="default = begins as nothing; pissa, olora = from the weights' own largest or first directions",
+    )
 
 
 def _regular(pattern: str) -> str:
@@ -252,7 +269,7 @@ class TrainConfig(Config):
     model: Model = Model()
     data: Data
     diffusion: Diffusion = Diffusion()
-    lora: Lora = Lora()
+    adapter: Adapter = Adapter()
     optim: Optim = Optim()
     train: Train = Train()
     validation: Validation = Validation()
@@ -296,6 +313,12 @@ class TrainConfig(Config):
             lambda objective, law: objective == "vlb" and law == "logit_normal",
             "diffusion.objective {} with timestep_law {}: the bound is a sum over all t alike; use uniform, stratified "
             "or importance, which undoes its own law",
+        ),
+        (
+            ("adapter.dora", "adapter.init"),
+            lambda dora, init: dora and init != "default",
+            "adapter.dora {} with adapter.init {}: what DoRA makes of that start is no plain adapter of the base; "
+            "choose one of them",
         ),
         (
             ("diffusion.timestep_range",),

@@ -127,7 +127,7 @@ class Ema:
         if strangers:
             raise UserError(
                 f"the saved average is of other weights ({len(strangers)} differ, such as {strangers[0]}); "
-                "resume with the train.ema_decay (0 or not) and lora settings that the run began with"
+                "resume with the train.ema_decay (0 or not) and adapter that the run began with"
             )
         self._num_updates = int(state["num_updates"])
         for name, shadow in self.shadows.items():

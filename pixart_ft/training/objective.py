@@ -81,6 +81,11 @@ def abilities_after(objective: Objective, base: Base, size: int | None = None) -
     )
 
 
+def variance_stands_still(objective: Objective, base: Base) -> bool:
+    """Whether the base has rows in its last layer, for the variance, that this objective does not train."""
+    return base.variance != "none" and not objective.trains_variance
+
+
 def warn_of_relearning(adapter: AdapterMetadata, objective: Objective, time_conditioning: TimeConditioning) -> None:
     """Warn where the weights a run starts from were trained to another meaning of input or output."""
     schedule = NoiseSchedule.from_diffusers_config(adapter.schedule)

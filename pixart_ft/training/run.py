@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import PixArtTransformer2DModel
 
-from pixart_ft.adapters.files import WEIGHTS, Adapter, AdapterMetadata, LoraSettings
+from pixart_ft.adapters.files import WEIGHTS, Adapter, AdapterMetadata
 from pixart_ft.adapters.lora import attach, fill_adapter, limit_adapter
 from pixart_ft.config.reading import to_yaml
 from pixart_ft.config.train import TrainConfig
@@ -101,8 +101,7 @@ def _run(
     found = Changes([], [], [])
     if checkpoint is not None:
         found = check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
-    lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets, config.lora.dropout)
-    attach(transformer, lora, seed=config.run.seed)
+    attach(transformer, start.lora, seed=config.run.seed)
     if adapter is not None:
         fill_adapter(transformer, adapter)
         warn_of_relearning(adapter.metadata, objective, config.diffusion.time_conditioning)
@@ -125,8 +124,8 @@ def _run(
         schedule=schedule_config,
         time_conditioning=config.diffusion.time_conditioning,
         variance=abilities.variance,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
+        rank=start.lora.rank,
+        alpha=start.lora.alpha,
         max_tokens=config.data.max_tokens,
         text_preparation=TEXT_PREPARATION,
         weights="raw",

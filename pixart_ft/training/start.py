@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from pixart_ft.adapters.targets import check_rank, check_targets, trainable
+from pixart_ft.adapters.files import LoraSettings
+from pixart_ft.adapters.targets import check_rank, check_targets, named, trainable
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import Row, verify_pictures
 from pixart_ft.errors import Mistakes, UserError
@@ -20,7 +21,7 @@ from pixart_ft.sampling.settings import side_fault
 from pixart_ft.training.batches import DrawLaws
 from pixart_ft.training.encode import read_rows
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
-from pixart_ft.training.objective import build_objective
+from pixart_ft.training.objective import build_objective, variance_stands_still
 from pixart_ft.training.processes import join
 from pixart_ft.training.trainer import Plan
 
@@ -39,6 +40,7 @@ class Start:
     checkpoint: Path | None  # to continue from
     rows: list[Row]
     held_rows: list[Row]
+    lora: LoraSettings
     parameters: int  # that are trained
 
     def facts(self, config: TrainConfig, accelerator: Accelerator) -> list[str]:
@@ -51,7 +53,7 @@ class Start:
         part = self.objective.where
         return [
             f"device             {where}, precision {config.train.mixed_precision}",
-            f"trained            {self.parameters:,} parameters of the LoRA, rank {config.lora.rank}",
+            f"trained            {self.parameters:,} parameters of the LoRA, rank {self.lora.rank}",
             f"pictures           {pictures:,}{held_out}, {self.resolution} x {self.resolution} pixels",
             f"steps per epoch    {pictures / batch:.4g}, of {batch} pictures each",
             f"length             {self.plan.steps:,} steps: each picture {epochs:.4g} times",
@@ -77,11 +79,11 @@ def look(config: TrainConfig, resume: str | None) -> Start:
     resolution = _resolution(config, base)
     objective, schedule_config = build_objective(config, base)
     skeleton = loading.skeleton(base)
-    check_targets(skeleton, config.lora.targets)
-    check_rank(skeleton, config.lora.rank, config.lora.targets)
+    lora = _lora(config, last_layer=not variance_stands_still(objective, base))
+    check_targets(skeleton, lora.targets)
+    check_rank(skeleton, lora.rank, lora.targets)
     checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
     rows, held_rows = read_rows(config)
-    parameters = trainable(skeleton, config.lora.rank, config.lora.targets)
     return Start(
         base=base,
         resolution=resolution,
@@ -93,8 +95,15 @@ def look(config: TrainConfig, resume: str | None) -> Start:
         checkpoint=checkpoint,
         rows=rows,
         held_rows=held_rows,
-        parameters=parameters,
+        lora=lora,
+        parameters=trainable(skeleton, lora),
     )
+
+
+def _lora(config: TrainConfig, *, last_layer: bool) -> LoraSettings:
+    choice = config.adapter
+    targets = named(choice.targets, last_layer=last_layer)
+    return LoraSettings(choice.rank, choice.alpha, targets, choice.dropout, choice.rslora, choice.dora, choice.init)
 
 
 def with_precision(config: TrainConfig) -> TrainConfig:

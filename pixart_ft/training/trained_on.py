@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pixart_ft.adapters.targets import named
 from pixart_ft.config.reading import default, flat, keys
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import TRANSFORM, Row
@@ -26,6 +27,7 @@ from pixart_ft.model.text import TEXT_PREPARATION, prepare_text
 from pixart_ft.runs.folder import RunFolder, step_of
 from pixart_ft.training.encode import text_encoder_id, vae_id
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
+from pixart_ft.training.objective import variance_stands_still
 
 _FILE = "run.json"
 
@@ -76,9 +78,12 @@ _SAID = {
 # What may lie elsewhere on each machine of a run; the first three are compared by content.
 _OF_A_MACHINE = {"data.folder", "data.held_out", "model.base", "data.cache"}
 # What the saved state does not fit any more.
-_NEVER = {"lora.rank", "lora.targets", "optim.optimizer", "optim.groups", "optim.stochastic_rounding"}
+_NEVER = {
+    *(f"adapter.{key}" for key in ("rank", "targets", "dora", "init")),
+    *("optim.optimizer", "optim.groups", "optim.stochastic_rounding"),
+}
 # What the held-out loss and the samples do not depend on, but by way of the training.
-_NOT_COMPARED = ("training pictures", "training captions", "lora.", "optim.", "train.ema_")
+_NOT_COMPARED = ("training pictures", "training captions", "adapter.", "optim.", "train.ema_")
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ class TrainedOn:
         if not (checkpoint / _FILE).is_file():
             return cls({}, {})
         content = read_object(checkpoint / _FILE, "--resume", "give an earlier checkpoint")
-        return cls({name: Part(**part) for name, part in content["parts"].items()}, content["settings"])
+        settings = {_as_named_now(key): value for key, value in content["settings"].items()}
+        return cls({name: Part(**part) for name, part in content["parts"].items()}, settings)
 
     def facts(self) -> dict[str, str]:
         """What all processes of a run have in common, a line each."""
@@ -150,7 +156,9 @@ def trained_on(
     parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])
     parts["text encoder"] = Part.of([text_encoder_id(config, base), config.data.max_tokens, TEXT_PREPARATION])
     parts["noise schedule"] = Part.of([schedule, objective.prediction_type])
-    return TrainedOn(parts, flat(config) | {"diffusion.timestep_range": list(objective.interval)})
+    targets = named(config.adapter.targets, last_layer=not variance_stands_still(objective, base))
+    in_full = {"diffusion.timestep_range": list(objective.interval), "adapter.targets": list(targets)}
+    return TrainedOn(parts, flat(config) | in_full)
 
 
 @dataclass(frozen=True)
@@ -243,6 +251,11 @@ def _rates(began: TrainedOn, rate: LearningRate, step: int) -> tuple[float, floa
     if before.at(step) == rate.at(step):
         return None
     return before.at(step - 1), rate.at(step)
+
+
+def _as_named_now(key: str) -> str:
+    """A setting of an earlier version under its present name."""
+    return f"adapter.{key.removeprefix('lora.')}" if key.startswith("lora.") else key
 
 
 def _weights_digest(module: nn.Module) -> str:

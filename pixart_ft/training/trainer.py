@@ -363,9 +363,7 @@ class Trainer:
         saved = load_nested(folder / "trained.safetensors")
         shapes = {name: p.shape for name, p in self.trained.items()}
         if {name: value.shape for name, value in saved.items()} != shapes:
-            raise UserError(
-                f"{folder} holds other trained weights than this run's adapter: check lora.targets and rank"
-            )
+            raise UserError(f"{folder} holds other trained weights than this run's adapter: check the section adapter")
         average = load_nested(folder / "ema.safetensors")
         if not all_finite([*saved.values(), *average["shadows"].values()]):
             raise UserError(f"{folder} holds weights that are not finite: give an earlier checkpoint, or begin again")

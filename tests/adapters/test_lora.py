@@ -141,7 +141,7 @@ def test_other_layers_can_be_targets(tiny: Path, target: str) -> None:
 def test_each_target_must_match_a_layer(tiny: Path) -> None:
     transformer = base(tiny)
     with pytest.raises(
-        UserError, match=r"lora\.targets: 'to_out' matches no layer; near: .*to_out\.0.*'to_kv' matches"
+        UserError, match=r"adapter\.targets: 'to_out' matches no layer; near: .*to_out\.0.*'to_kv' matches"
     ):
         attach(transformer, replace(SETTINGS, targets=("to_q", "to_out", "to_kv")), seed=0)
     assert not lora(transformer)
@@ -151,9 +151,9 @@ def test_a_rank_above_what_a_layer_can_use_is_refused_by_the_layer(tiny: Path) -
     transformer = base(tiny)  # 64 wide; the last layer gives 2 x 2 x 8 values
     check_rank(transformer, 64, ("to_q", "net.0.proj"))
     check_rank(transformer, 32, ("to_q", "proj_out"))
-    with pytest.raises(UserError, match=r"^lora\.rank 65 is more than the 64 that .*to_q can use; lower it$"):
+    with pytest.raises(UserError, match=r"^adapter\.rank 65 is more than the 64 that .*to_q can use; lower it$"):
         check_rank(transformer, 65, ("to_q",))
-    with pytest.raises(UserError, match=r"^lora\.rank 33 is more than the 32 that proj_out can use; lower it$"):
+    with pytest.raises(UserError, match=r"^adapter\.rank 33 is more than the 32 that proj_out can use; lower it$"):
         check_rank(transformer, 33, ("to_q", "proj_out"))
     patches = transformer.pos_embed.proj  # a convolution of 4 channels x 2 x 2
     assert patches.weight[0].numel() == 16
@@ -252,7 +252,7 @@ def rename_key(weights: dict[str, Tensor]) -> str:
 def reshape_key(weights: dict[str, Tensor]) -> str:
     key = next(key for key in weights if "lora_A" in key)
     weights[key] = weights[key][:2].clone()
-    return r"1 of another shape \(another lora\.rank\?\): base_model"
+    return r"1 of another shape \(another adapter\.rank\?\): base_model"
 
 
 @pytest.mark.parametrize("spoil", [drop_key, rename_key, reshape_key])
@@ -274,7 +274,7 @@ def test_fill_starts_a_new_adapter_from_old_weights(tiny: Path, saved: Path) -> 
     assert all(parameter.requires_grad for parameter in lora(transformer).values())
     wider = base(tiny)
     attach(wider, replace(SETTINGS, rank=8), seed=5)
-    with pytest.raises(UserError, match=r"32 of another shape \(another lora\.rank\?\)"):
+    with pytest.raises(UserError, match=r"32 of another shape \(another adapter\.rank\?\)"):
         fill_adapter(wider, Adapter.read(saved))
 
 

@@ -153,7 +153,7 @@ def test_a_wrong_key_is_not_judged_by_rules(oven: object) -> None:
 @pytest.mark.parametrize(
     ("key", "near"),
     [
-        ("lora.rnak", "lora.rank"),
+        ("adapter.rnak", "adapter.rank"),
         ("optim.lr", "optim.learning_rate"),  # initials
         ("train.learning_rate", "optim.learning_rate"),  # wrong section
         ("trian.steps", "train.steps"),  # the nearer of two keys called steps
@@ -161,7 +161,7 @@ def test_a_wrong_key_is_not_judged_by_rules(oven: object) -> None:
     ],
 )
 def test_nearest_key(key: str, near: str) -> None:
-    known = ["lora.rank", "optim.learning_rate", "train.steps", "validation.steps"]
+    known = ["adapter.rank", "optim.learning_rate", "train.steps", "validation.steps"]
     assert unknown_key(key, known) == f"{key}: unknown key; did you mean {near}?"
 
 

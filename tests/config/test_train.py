@@ -82,7 +82,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"optim.learning_rate": ".inf"}, "optim.learning_rate is Infinity; expected number >= 1e-10, <= 1"),
         ({"train.steps": "0"}, "train.steps is 0; expected integer >= 1"),
         ({"train.accumulation": "0"}, "train.accumulation is 0; expected integer >= 1"),
-        ({"lora.targets": "[]"}, r"lora.targets is \[\]; expected \[text, ...\] \(not empty\)"),
+        ({"adapter.targets": "[]"}, r"adapter.targets is \[\]; expected \[text, ...\] \(not empty\)"),
         ({"train.mixed_precision": "fp8"}, r'train.mixed_precision is "fp8"; expected auto \| no \| bf16 \| fp16'),
         (
             {"data.held_out": "a", "data.held_out_fraction": "0.1"},
@@ -141,7 +141,7 @@ def test_training_refuses(overrides: dict[str, str], problem: str) -> None:
 def test_training_accepts_what_only_looks_odd() -> None:
     config = load_config(
         {"optim": {"warmup_steps": 20}},
-        BASE | {"train.steps": "20", "train.mixed_precision": "no", "lora.rank": "16"},
+        BASE | {"train.steps": "20", "train.mixed_precision": "no", "adapter.rank": "16"},
     )
     assert config.train.mixed_precision == "no"
     assert load_config({}, BASE | {"validation.samples_every": "5"}).validation.prompts == ()
@@ -299,8 +299,8 @@ def test_a_single_text_is_a_list_of_one(typed: str, meant: tuple[str, ...]) -> N
 
 
 def test_a_single_value_is_a_list_of_one_for_every_list() -> None:
-    config = load_config({"lora": {"targets": "to_q"}, "data": {"folder": "x"}}, {"validation.seeds": "3"})
-    assert (config.lora.targets, config.validation.seeds) == (("to_q",), (3,))
+    config = load_config({"adapter": {"targets": "to_q"}, "data": {"folder": "x"}}, {"validation.seeds": "3"})
+    assert (config.adapter.targets, config.validation.seeds) == (("to_q",), (3,))
     sheet = load(GenerateConfig, {"prompts": "a", "compare": True}, {"compare_samplers": "edm", "compare_steps": "7"})
     assert (sheet.prompts, sheet.compare_samplers, sheet.compare_steps) == (("a",), ("edm",), (7,))
 
@@ -387,8 +387,8 @@ def test_the_ends_of_the_optimizer_leave_numbers(optimizer_epsilon: float) -> No
 
 
 def test_overrides_are_values_or_their_text() -> None:
-    texts = load_config("quickstart", {"train.steps": "60", "lora.targets": "[to_q]", "run.folder": "x"})
-    values = load_config("quickstart", {"train.steps": 60, "lora.targets": ("to_q",), "run.folder": Path("x")})
+    texts = load_config("quickstart", {"train.steps": "60", "adapter.targets": "[to_q]", "run.folder": "x"})
+    values = load_config("quickstart", {"train.steps": 60, "adapter.targets": ("to_q",), "run.folder": Path("x")})
     assert texts == values and values.train.steps == 60
     with pytest.raises(UserError, match=r"2 problems\n  - run\.name is 7; expected text.*\n  - train\.steps is 2\.5"):
         load_config("quickstart", {"train.steps": 2.5, "run.name": 7})

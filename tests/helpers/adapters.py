@@ -33,19 +33,24 @@ def make_adapter(
         if ".lora_B." in name:
             parameter.data = size * torch.randn(parameter.shape, generator=generator)
     tokenizer, text_encoder = load_text_encoder(read, dtype=torch.float32)
-    metadata = AdapterMetadata(
-        base=str(base),
-        base_fingerprint=mark,
+    metadata = metadata_of(mark, LoraSettings(rank=4, alpha=alpha), base=str(base))
+    null = null_scale * null_caption(text_encoder, tokenizer)
+    save_adapter(folder, transformer, replace(metadata, **changes), null)
+    return folder
+
+
+def metadata_of(fingerprint: str, settings: LoraSettings, base: str = "demo") -> AdapterMetadata:
+    """Of an adapter for the base with this fingerprint."""
+    return AdapterMetadata(
+        base=base,
+        base_fingerprint=fingerprint,
         prediction_type="epsilon",
         schedule={"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
         variance="trained",
-        rank=4,
-        alpha=alpha,
+        rank=settings.rank,
+        alpha=settings.alpha,
         max_tokens=300,
         text_preparation=TEXT_PREPARATION,
         weights="raw",
         samples_seen=80,
     )
-    null = null_scale * null_caption(text_encoder, tokenizer)
-    save_adapter(folder, transformer, replace(metadata, **changes), null)
-    return folder

@@ -75,3 +75,18 @@ def gaussian(native: NoiseSchedule, mean: float, std: float, kind: PredictionTyp
 def bent(x: Tensor, timestep: Tensor) -> Tensor:
     """A network of no meaning that bends with x and the timestep."""
     return torch.cat([torch.tanh(x * (1 + 0.001 * timestep)) + 0.1, torch.sin(x)], dim=1)
+
+
+def call(transformer: torch.nn.Module) -> Tensor:
+    """What a tiny transformer gives for two fixed pictures and texts, in float32; a peft model's is its base's."""
+    draw = torch.Generator().manual_seed(2)
+    dtype = next(transformer.parameters()).dtype
+    with torch.no_grad():
+        output = transformer(
+            hidden_states=torch.randn(2, 4, 8, 8, generator=draw).to(dtype),
+            encoder_hidden_states=torch.randn(2, 5, 32, generator=draw).to(dtype),
+            encoder_attention_mask=torch.ones(2, 5),
+            timestep=torch.tensor([10, 700]),
+        )
+    found: Tensor = output.sample
+    return found.float()

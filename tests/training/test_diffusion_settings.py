@@ -37,7 +37,7 @@ def options(tiny: Path, pictures: Path, tmp_path: Path, tmp_path_factory: pytest
         "data.held_out_fraction": 0.2,
         "data.resolution": 64,
         "data.cache": tmp_path_factory.getbasetemp() / "cache",
-        "lora.rank": 4,
+        "adapter.rank": 4,
         "optim.learning_rate": 1e-3,
         "train.steps": 2,
         "train.batch_size": 4,

@@ -28,7 +28,7 @@ ACCELERATE_TWO_ON_A_CPU = ACCELERATE_ONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_
 def options(tiny: Path, pictures: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
     """A short run of this test's own, without dropout, which each process draws for its own part of a batch."""
     shared = short_run(tiny, pictures, tmp_path / "run", tmp_path_factory.getbasetemp() / "cache")
-    return shared | {"lora.dropout": 0.0}
+    return shared | {"adapter.dropout": 0.0}
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_two_trainings_of_one_run_at_a_time_are_refused(options: Options) -> Non
 
 
 def test_accumulation_sees_the_same_samples(options: Options, tmp_path: Path) -> None:
-    options["lora.dropout"] = 0.0  # the one draw that goes by micro-batch
+    options["adapter.dropout"] = 0.0  # the one draw that goes by micro-batch
     whole = losses(train(options))
     parts = losses(train(options, run__folder=tmp_path / "parts", train__batch_size=2, train__accumulation=2))
     for a, b in zip(whole, parts, strict=True):
@@ -226,7 +226,7 @@ def test_gradient_checkpointing_changes_memory_alone(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each block is run once more in every step, to the same losses."""
-    options |= {"lora.dropout": 0.0, "data.held_out_fraction": 0.0, "validation.prompts": []}
+    options |= {"adapter.dropout": 0.0, "data.held_out_fraction": 0.0, "validation.prompts": []}
     whole, runs = BasicTransformerBlock.forward, []
 
     def counted(block: BasicTransformerBlock, *args: Any, **kwargs: Any) -> Any:
@@ -248,7 +248,7 @@ def test_adapter_dropout_acts_in_training_and_not_before_there_is_something_to_d
     """B is zero in the first step, so that what A is given does not matter yet."""
     options |= {"train.steps": 3, "data.held_out_fraction": 0.0, "validation.prompts": []}
     never, often = (
-        [a["loss"] for a in losses(train(options, run__folder=tmp_path / str(dropout), lora__dropout=dropout))]
+        [a["loss"] for a in losses(train(options, run__folder=tmp_path / str(dropout), adapter__dropout=dropout))]
         for dropout in (0.0, 0.5)
     )
     assert often[0] == pytest.approx(never[0], rel=1e-6)
@@ -334,7 +334,7 @@ def test_bad_input_leaves_no_run_behind(options: Options, tmp_path: Path) -> Non
     refused(options, r"absent does not exist.*data\.folder", data__folder=tmp_path / "absent")
     refused(options, r"data\.resolution is 88; expected .*multiple of 16", data__resolution=88)
     refused(options, "model.base", model__base=tmp_path / "nothing")
-    refused(options, r"lora\.targets.*'to_quack'", lora__targets=["to_quack"])
+    refused(options, r"adapter\.targets.*'to_quack'", adapter__targets=["to_quack"])
     refused(options, "fp16 needs a CUDA GPU", train__mixed_precision="fp16")
     refused(options, "there is no", init_from=str(tmp_path / "nowhere"))
     broken = tmp_path / "broken"
@@ -355,8 +355,10 @@ def test_existing_run_is_never_overwritten(options: Options) -> None:
 def test_resume_under_other_settings_is_refused_and_touches_nothing(options: Options) -> None:
     run = train(options)
     before = (run / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match=r"lora\.alpha was 8\.0, is 64\.0\n  - diffusion|diffusion.*\n  - lora\.alpha"):
-        train(options, lora__alpha=64, diffusion__vlb_scale=2, optim__learning_rate=1.0, resume="auto")
+    with pytest.raises(
+        UserError, match=r"adapter\.alpha was 8\.0, is 64\.0\n  - diffusion|diffusion.*\n  - adapter\.alpha"
+    ):
+        train(options, adapter__alpha=64, diffusion__vlb_scale=2, optim__learning_rate=1.0, resume="auto")
     with pytest.raises(UserError, match="pictures per step"):
         train(options, train__batch_size=2, resume="auto")
     assert (run / "config.yaml").read_bytes() == before
@@ -486,7 +488,7 @@ def test_killed_process_resumes_bit_for_bit(options: Options, tmp_path: Path) ->
 @pytest.mark.slow
 def test_two_processes_equal_one(options: Options, tmp_path: Path) -> None:
     """torchrun with two gloo processes at the same global batch: the same losses to rounding, one log."""
-    options["lora.dropout"] = 0.0
+    options["adapter.dropout"] = 0.0
     one = train(options)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     script = [str(ROOT / "scripts" / "train.py"), *command(options, run__folder=tmp_path / "two", train__batch_size=2)]
@@ -652,7 +654,7 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(
     assert facts[1].split()[1] == f"{sum(value.numel() for value in saved.values()):,}"
     assert dry_run(config, "auto")[-1].endswith(f"checkpoints/step-{STEPS:06d}")
     for wrong, message in {
-        "lora.targets": "lora.targets: 'to_z' matches no layer",
+        "adapter.targets": "adapter.targets: 'to_z' matches no layer",
         "model.base": "no diffusers model",
         "data.folder": "pictures that cannot be read",
     }.items():
@@ -661,6 +663,6 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(
         for number in range(4):
             (broken / f"{number}.png").write_bytes(b"no picture")
             (broken / f"{number}.txt").write_text("a")
-        value = ["to_z"] if wrong == "lora.targets" else str(broken)
+        value = ["to_z"] if wrong == "adapter.targets" else str(broken)
         with pytest.raises(UserError, match=message):
             dry_run(load_config({}, tree | {"run.folder": str(tmp_path / "new"), wrong: value}))

@@ -171,8 +171,8 @@ def test_other_training_pictures_where_accepted_keep_the_comparison(
 
 def test_settings_are_checked_without_the_file_of_settings(options: Options) -> None:
     (Path(str(options["run.folder"])) / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"lora\.alpha was 8\.0, is 64\.0"):
-        train(options, lora__alpha=64, resume="auto")
+    with pytest.raises(UserError, match=r"adapter\.alpha was 8\.0, is 64\.0"):
+        train(options, adapter__alpha=64, resume="auto")
 
 
 def test_words_that_mean_the_same_are_no_change(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,7 +298,7 @@ def test_what_would_make_another_run_is_refused() -> None:
         began, now = (TrainedOn({}, settings(RATE) | {key: value}) for value in (1, 2))
         return list(changes(began, now, RATE, 10).refused)
 
-    for key in ("run.seed", "diffusion.objective", "diffusion.caption_dropout", "train.ema_decay", "lora.alpha"):
+    for key in ("run.seed", "diffusion.objective", "diffusion.caption_dropout", "train.ema_decay", "adapter.alpha"):
         assert refused(key) == [f"{key} was 1, is 2"]
     for key in ("run.name", "run.folder", "data.cache", "train.keep_checkpoints", "validation.every"):
         assert refused(key) == []

@@ -55,7 +55,7 @@ def options(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
         "model": {"base": str(tiny)},
         "data": {"folder": str(pictures), "held_out": str(held_out), "resolution": 64, "cache": str(folder / "cache")},
         "diffusion": {"timestep_law": "stratified", "vlb_scale": VLB_SCALE, "caption_dropout": DROPOUT},
-        "lora": {"rank": LORA.rank, "alpha": LORA.alpha, "targets": list(LORA.targets)},
+        "adapter": {"rank": LORA.rank, "alpha": LORA.alpha, "targets": list(LORA.targets)},
         "optim": {"learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM, "warmup_steps": WARMUP} | adamw,
         "train": {"steps": STEPS, "batch_size": 2, "accumulation": 2, "mixed_precision": "no", "ema_decay": EMA_DECAY},
         "validation": {"timesteps": GRID},
