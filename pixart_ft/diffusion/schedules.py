@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -66,7 +67,7 @@ class NoiseSchedule:
         """log sigma, which is -1/2 log SNR: the scale on which noise levels are looked up; infinite at zero SNR."""
         return self.sigmas.log()
 
-    @property
+    @cached_property
     def has_zero_snr(self) -> bool:
         """Whether the last step leaves no signal at all, so that noise cannot be told from x0 there."""
         return bool(self.alpha_bar[-1] == 0)

@@ -2,10 +2,14 @@
 
 What a step computes is a function of its draw indices (`batches.py`), so the state of a run is: the trained weights,
 their average, the optimizer's moments, the step number, and what was logged so far.
+
+Between two log lines, checkpoints or looks the host waits for no device: a batch is made while the one before is
+trained on, and what a step met is read when the next one is under way.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +20,6 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from pixart_ft.diffusion.weighting import LossHistory
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation.held_out import HeldOutSet, evaluating
 from pixart_ft.evaluation.objective import Objective
@@ -24,12 +27,16 @@ from pixart_ft.model.weights import all_finite
 from pixart_ft.pictures.sheets import Sample
 from pixart_ft.randomness import generator
 from pixart_ft.runs.folder import RunFolder
-from pixart_ft.training.batches import DrawLaws, TrainingSet, draw_batch
+from pixart_ft.training.ahead import Ahead
+from pixart_ft.training.batches import Batch, DrawLaws, TrainingSet, draw_batch
 from pixart_ft.training.ema import Ema
+from pixart_ft.training.guard import clip_gradients, guarded_step
+from pixart_ft.training.importance import Importance
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.nested import load_nested, save_nested, tensors_of
 from pixart_ft.training.optimizers import load_optimizer
 from pixart_ft.training.records import LossWindow, Progress, Records
+from pixart_ft.training.step_numbers import StepNumbers, Underway
 from pixart_ft.training.stopping import AllStopped, StopRequest
 from pixart_ft.training.watching import Watch
 
@@ -108,8 +115,12 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
         self.step = 0
         self.window = LossWindow()
-        importance = laws.timestep_law == "importance"
-        self.history = LossHistory.empty(objective.schedule.num_steps) if importance else None
+        self.importance: Importance | None = None
+        if laws.timestep_law == "importance":
+            self.importance = Importance(objective.schedule.num_steps, objective.within)
+        self._ahead = Ahead(self._batch_to_make)
+        self._underway: deque[Underway] = deque()  # the numbers of steps that were not read yet, oldest first
+        self._norm = math.nan  # of the newest gradient that was read
         self._bad_steps = 0
         self._saved_at = -1
         self._stop = StopRequest()  # to this process
@@ -141,15 +152,16 @@ class Trainer:
 
         Raises UserError where the training diverged: the last checkpoints are then those from before.
         """
-        with self._stop.caught():
+        with self._stop.caught(), self._ahead:
             self._between_steps()
             with self._bar() as bar:  # from the first step on: its rate is that of steps
                 while self.step < self.plan.steps:
-                    norm = self._optimizer_step()
+                    self._optimizer_step()
                     self.step += 1
                     bar.update(self.global_batch)
+                    self._read_numbers(but=1)
                     if self._due(self.plan.log_every):
-                        bar.set_postfix_str(f"loss {self._log(norm):.4f}")
+                        bar.set_postfix_str(f"loss {self._log():.4f}")
                     if self.step == self.plan.steps:
                         bar.close()  # what the end has to say begins a line of its own
                     self._between_steps()
@@ -159,8 +171,12 @@ class Trainer:
 
         The state goes to disk first. Raises KeyboardInterrupt when it has, after a request to stop.
         """
-        last = self.step >= self.plan.steps
-        if last or self._due(self.plan.checkpoint_every):
+        last, plan = self.step >= self.plan.steps, self.plan
+        if last or any(map(self._due, (plan.checkpoint_every, plan.validate_every, plan.samples_every))):
+            self._read_numbers()
+        if self.accelerator.num_processes == 1:  # several are asked by their numbers, so that all stop after one step
+            self._stopping = self._stopping or self._stop.asked
+        if last or self._due(plan.checkpoint_every):
             self.save()
         if not self._stopping:
             self._look(last=last)
@@ -170,70 +186,100 @@ class Trainer:
                 f"stopped after step {self.step}, state saved; the same command with --resume auto continues"
             )
 
-    def _optimizer_step(self) -> float:
-        """One optimizer step over the global batch; returns the norm of the gradient before clipping."""
+    def _optimizer_step(self) -> None:
+        """Give the device one optimizer step over the global batch to do; what it meets is under way then."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate.at(self.step, group.get("initial_lr"))
         mine: list[Tensor] = []
         for micro in range(self.plan.accumulation):
             last = micro == self.plan.accumulation - 1
-            draws = self.draws_of(self.step, micro)
+            batch = self._ahead.take((self.step, micro), self._following(self.step, micro))
             # the adapter's own dropout is the one draw that torch makes by itself
-            torch.manual_seed(generator(self.laws.seed, draws[0], "adapter dropout").initial_seed())
+            first = self.draws_of(self.step, micro)[0]
+            torch.manual_seed(generator(self.laws.seed, first, "adapter dropout").initial_seed())
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                t, weight, terms = self._forward(draws)
+                t, weight, terms = self._forward(batch)
                 self.accelerator.backward(terms["loss"].mean() / self.plan.accumulation)
             asked = torch.full_like(terms["loss"], float(self._stop.asked))
-            mine.append(torch.stack([t.float(), asked, weight, *terms.values()], dim=1).detach())
-        self._take_in(list(terms), torch.stack(mine))
-        return self._update()
+            mine.append(torch.stack([asked, t.float(), weight, *terms.values()], dim=1).detach())
+        self._update(list(terms), self._everywhere(torch.stack(mine)))
 
-    def _take_in(self, names: Sequence[str], mine: Tensor) -> None:
-        """What a step met, here (micro-batch, picture, [t, asked to stop, weight, *terms]) and in other processes."""
-        # one gather and one copy a step: each makes the host wait for the device, which then has no work queued
-        everywhere = self.accelerator.gather(mine).cpu().view(self.accelerator.num_processes, *mine.shape)
-        for rows in everywhere.transpose(0, 1).flatten(1, 2):  # in the order of the draws
-            t, asked, weight, *values = rows.unbind(1)
-            terms = dict(zip(names, values, strict=True))
-            self.window.add(terms, t.long(), weight, self.objective.schedule.num_steps)
-            if self.history is not None:
-                self.history = self.history.updated(t.long(), terms["loss"] / weight)
-            self._stopping = self._stopping or bool(asked.any())
+    def _following(self, step: int, micro: int) -> tuple[int, int] | None:
+        """The step and number of the micro-batch after this one; None at the end."""
+        step, micro = divmod(step * self.plan.accumulation + micro + 1, self.plan.accumulation)
+        return (step, micro) if step < self.plan.steps else None
 
-    def _forward(self, draws: range) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _batch_to_make(self, of: tuple[int, int]) -> Callable[[], Batch]:
+        """What makes this process's micro-batch of a step and a number in it, in whichever thread."""
+        step, micro = of
+        law = None if self.importance is None else self.importance.law(step)
+
+        def make() -> Batch:
+            batch = draw_batch(
+                self.data,
+                self.draws_of(step, micro),
+                self.laws,
+                global_batch=self.global_batch,
+                num_steps=self.objective.schedule.num_steps,
+                within=self.objective.within,
+                law=law,
+                two_noises=self.objective.draws_two_noises,
+            )
+            return batch.pinned() if self.accelerator.device.type == "cuda" else batch
+
+        return make
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """t, the weights that undo its law, and the terms times these weights, each (N,), of a micro-batch."""
-        within, device = self.objective.within, self.accelerator.device
-        batch = draw_batch(
-            self.data,
-            draws,
-            self.laws,
-            global_batch=self.global_batch,
-            num_steps=self.objective.schedule.num_steps,
-            within=within,
-            law=None if self.history is None else self.history.probabilities(within=within),
-            two_noises=self.objective.draws_two_noises,
-        )
         there: dict[str, Any] = {
-            name: None if x is None else x.to(device, non_blocking=True) for name, x in vars(batch).items()
+            name: None if x is None else x.to(self.accelerator.device, non_blocking=True)
+            for name, x in vars(batch).items()
         }
         t, weight = there["t"], there.pop("weight")
         with self.accelerator.autocast():
             return t, weight, {name: weight * term for name, term in self.objective.terms(self.model, **there).items()}
 
-    def _update(self) -> float:
-        limit = self.plan.clip_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(list(self.trained.values()), limit))
-        scaled = self.accelerator.scaler is not None  # the scaler skips its own overflows
-        if math.isfinite(norm) or scaled:
-            self.optimizer.step()
-        skipped = not math.isfinite(norm) or self.accelerator.optimizer_step_was_skipped
+    def _everywhere(self, mine: Tensor) -> Tensor:
+        """(micro-batch, N, ...) of all processes in the order of the draws, of this one's (micro-batch, n, ...)."""
+        gathered = self.accelerator.gather(mine).view(self.accelerator.num_processes, *mine.shape)
+        return gathered.transpose(0, 1).flatten(1, 2)
+
+    def _update(self, names: list[str], rows: Tensor) -> None:
+        """Step by the gradients that are there, unless they or a loss in the rows (see `Underway`) are not finite."""
+        self.accelerator.unscale_gradients()
+        norms, norm = clip_gradients(list(self.trained.values()), self.plan.clip_norm or math.inf)
+        underway = Underway(self.step, names, rows, norms, norm)
+        guarded_step(self.optimizer.optimizer, underway.taken)  # accelerate's own would wait under a scaler
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self._bad_steps = self._bad_steps + 1 if skipped else 0
-        if not skipped:
-            self.ema.update()
-        if self._bad_steps >= (MAX_BAD_STEPS_SCALED if scaled else MAX_BAD_STEPS):
+        self.ema.update()
+        self._underway.append(underway)
+
+    def _read_numbers(self, but: int = 0) -> None:
+        """Read what the steps met that are under way, but for the newest `but` of them.
+
+        Raises UserError where too many steps in a row were not finite.
+        """
+        while len(self._underway) > but:
+            self._take_in(self._underway.popleft().read())
+
+    def _take_in(self, met: StepNumbers) -> None:
+        for each in met.micro_batches:
+            self.window.add(each.terms, each.t, each.weight, self.objective.schedule.num_steps)
+        if self.importance is not None:
+            t, weight, loss = (
+                torch.cat(parts)
+                for parts in zip(
+                    *((each.t, each.weight, each.terms["loss"]) for each in met.micro_batches), strict=True
+                )
+            )
+            self.importance.add(met.step, t, loss / weight)
+        self._norm = met.norm
+        self._stopping = self._stopping or met.asked
+        self._bad_steps = 0 if met.taken else self._bad_steps + 1
+        if self._bad_steps >= (MAX_BAD_STEPS if self.accelerator.scaler is None else MAX_BAD_STEPS_SCALED):
             raise self._diverged(f"the gradient was not finite for {self._bad_steps} steps in a row")
-        return norm
 
     def _diverged(self, what: str) -> UserError:
         scaled = ", or use train.mixed_precision bf16 with --accept-changes," if self.accelerator.scaler else ""
@@ -252,7 +298,7 @@ class Trainer:
         if bad is None:
             for average in (nullcontext(), self.ema.applied())[: 1 + self.ema.is_on]:
                 with average, evaluating(self.transformer):
-                    loss = self._forward(self.draws_of(max(0, self.step - 1), 0))[2]["loss"]
+                    loss = self._forward(self._batch_to_make((max(0, self.step - 1), 0))())[2]["loss"]
                 bad = bad if all_finite([loss]) else "the loss of these weights is not finite"
         if self._anywhere(bad is not None):
             raise self._diverged(bad or "another process met numbers that are not finite")
@@ -275,11 +321,12 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
 
-    def _log(self, norm: float) -> float:
+    def _log(self) -> float:
         """Close the window: one line of log.jsonl, one point per curve; returns the mean loss."""
+        self._read_numbers()
         means = self.window.means()
         self.window = LossWindow()
-        facts = {"learning_rate": self.learning_rate.at(self.step - 1), "gradient_norm": norm}
+        facts = {"learning_rate": self.learning_rate.at(self.step - 1), "gradient_norm": self._norm}
         self.records.train(self.progress, means, facts)
         return means["loss"]
 
@@ -326,6 +373,7 @@ class Trainer:
         """Write a checkpoint of this step, unless it is there; raises UserError if the state is not finite."""
         if self._saved_at == self.step:
             return
+        self._read_numbers()
         self._check_finite()
         self._saved_at = self.step
         if self.accelerator.is_main_process:
@@ -344,7 +392,7 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler else None,
             "held_out_before": self.watch.before,
             "compared_since": self.watch.since,
-            "history": None if self.history is None else vars(self.history),
+            "history": None if self.importance is None else self.importance.state_dict(self.step),
         }
         save_nested(folder / "progress.safetensors", progress)
         self.describe(folder)
@@ -377,5 +425,5 @@ class Trainer:
         self.step = self._saved_at = progress["step"]
         self.window.sums = progress["window"]
         self.watch.before, self.watch.since = progress["held_out_before"], progress.get("compared_since", 0)
-        if self.history is not None and progress.get("history") is not None:
-            self.history = LossHistory(**progress["history"])
+        if self.importance is not None and progress.get("history") is not None:
+            self.importance.load_state_dict(progress["history"], self.step)

@@ -91,10 +91,10 @@ def cut_off(at: int, options: Options, **more: Any) -> None:
     """`train`, dying without warning when it begins step `at`, as with a lost machine."""
     whole = Trainer._optimizer_step
 
-    def dying(self: Trainer) -> float:
+    def dying(self: Trainer) -> None:
         if self.step == at:
             raise RuntimeError("the machine is gone")
-        return whole(self)
+        whole(self)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="the machine is gone"):
         patch.setattr(Trainer, "_optimizer_step", dying)

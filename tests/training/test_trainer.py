@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from PIL import Image
 from pixart_ft.config.optimizers import OPTIMIZERS
 from pixart_ft.config.train import Group, Optim
 from pixart_ft.pictures.sheets import Sample
+from pixart_ft.training import guard
 from pixart_ft.training.nested import load_nested
+from pixart_ft.training.step_numbers import StepNumbers, Underway
 from tests.helpers.toy_run import RATE, Toy, toy_trainer
+from tests.helpers.waits import no_waiting
 
 STEPS = 12
 SAMPLE = Sample("a toy", 0, Image.new("RGB", (8, 8)))
@@ -124,20 +128,65 @@ def test_every_micro_batch_has_a_random_state_of_its_own(tmp_path: Path) -> None
     assert len(set(seeds[0])) == len(seeds[0]) == 6 and seeds[1] == seeds[0][4:]
 
 
-def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(tmp_path: Path) -> None:
-    """The next one begins with the weights and the average that this one began with, and no gradient."""
+@pytest.mark.parametrize("known", [True, False])
+def test_a_step_whose_gradient_is_not_finite_leaves_the_weights(
+    tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one begins with those that this one began with, and no gradient; the average takes them in once more."""
+    monkeypatch.setattr(guard, "_is_known", lambda flag: known)
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=3)
     found: list[list[torch.Tensor]] = []
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         assert trainer.transformer.get_parameter("layer.bias").grad is None
-        found.append([x.detach().clone() for x in (*trainer.trained.values(), *trainer.ema.shadows.values())])
+        found.append([x.detach().clone() for x in trainer.trained.values()])
         return gradient * (math.nan if len(found) == 2 else 1.0)
 
     trainer.transformer.get_parameter("layer.bias").register_hook(spoil)
     trainer.run()
     torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)
-    assert not torch.equal(found[1][0], found[0][0]) and trainer.ema.num_updates == 2
+    assert not torch.equal(found[1][0], found[0][0]) and trainer.ema.num_updates == 3
+
+
+def test_a_loss_that_is_not_finite_skips_its_step_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though every gradient is finite."""
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=1)
+    terms = trainer.objective.terms
+
+    def infinite(network: Toy, **given: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = terms(network, **given)
+        return {**found, "loss": found["loss"] + (math.inf if torch.is_grad_enabled() else 0)}
+
+    monkeypatch.setattr(type(trainer.objective), "terms", lambda self, *a, **given: infinite(*a, **given))
+    before = [p.detach().clone() for p in trainer.trained.values()]
+    trainer.run()
+    torch.testing.assert_close([p.detach() for p in trainer.trained.values()], before, rtol=0, atol=0)
+
+
+def test_the_host_waits_for_no_device_between_two_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a step queues reads nothing of a tensor; what it met is read once, one step later, or where it is due."""
+    monkeypatch.setattr(guard, "_is_known", lambda flag: False)
+    trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=6, log_every=4, batch_size=2, accumulation=2)
+    trainer.laws, trainer.importance = replace(trainer.laws, timestep_law="uniform"), None  # that law is the host's
+    assert not trainer.objective.schedule.has_zero_snr  # asked of the host's table, and once
+    whole, read = trainer._optimizer_step, Underway.read
+    order: list[tuple[str, int]] = []
+
+    def step() -> None:
+        order.append(("queued", trainer.step))
+        with no_waiting():
+            whole()
+
+    def reading(self: Underway) -> StepNumbers:
+        order.append(("read", self.step))
+        return read(self)
+
+    monkeypatch.setattr(trainer, "_optimizer_step", step)
+    monkeypatch.setattr(Underway, "read", reading)
+    trainer.run()
+    queued, late = [("queued", n) for n in range(6)], [("read", n) for n in range(6)]
+    due = [queued[0], queued[1], late[0], queued[2], late[1], queued[3], late[2], late[3]]  # a log line is of four
+    assert order == [*due, queued[4], queued[5], late[4], late[5]]  # and the end of all
 
 
 def test_samples_are_drawn_by_the_average(tmp_path: Path) -> None:
