@@ -5,7 +5,6 @@ The command line, the YAML files and the help all read the fields below, so a ke
 """
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -179,18 +178,10 @@ class Adapter(Section):
     )
 
 
-def _regular(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(str(error)) from None
-    return pattern
-
-
 class Group(Section):
-    """Weights whose name holds a regular expression, and what they have of their own; null: as all others."""
+    """Weights by names in which * is anything, and what they have of their own; null: as all others."""
 
-    pattern: Annotated[str, Field(min_length=1), AfterValidator(_regular)]
+    pattern: Annotated[str, Field(min_length=1)]
     learning_rate: Rate | None = None
     weight_decay: DecayRate | None = None
 

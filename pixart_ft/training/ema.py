@@ -181,6 +181,6 @@ class OwnAverage(Ema):
 
 
 def _gamma(width: float) -> float:
-    """The exponent whose profile t^gamma has this standard deviation, as a share of its length (eq. 127 there)."""
+    """The exponent whose profile t^gamma has this standard deviation, as a share of its length."""
     inverse = width**-2
     return max(float(root.real) for root in numpy.roots([1, 7, 16 - inverse, 12 - inverse]))

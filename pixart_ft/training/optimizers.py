@@ -8,6 +8,7 @@ import importlib
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
@@ -58,6 +59,12 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
         for before, now in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**saved, "param_groups": groups})
+    library: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's holds it
+    library = library.inner if isinstance(library, Rounded) else library
+    if getattr(library, "is_paged", False):  # bitsandbytes loads into plain memory of the device what was in pages
+        for parameter, kept in library.state.items():
+            for key in ("state1", "state2"):
+                kept[key] = library.get_state_buffer(parameter, dtype=kept[key].dtype).copy_(kept[key])
 
 
 class Muon(Optimizer):
@@ -171,7 +178,7 @@ def _chunks(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
 
 def _place(name: str, groups: Sequence[Group]) -> int | None:
     """The number of the group that a weight falls to."""
-    return next((number for number, group in enumerate(groups) if re.search(group.pattern, name)), None)
+    return next((number for number, group in enumerate(groups) if fnmatchcase(name, group.pattern)), None)
 
 
 def _grouped(choice: Optim, trained: Mapping[str, Parameter]) -> list[dict[str, Any]]:

@@ -105,7 +105,7 @@ def test_every_optimizer_goes_on_from_a_checkpoint_to_the_bit(name: str, tmp_pat
 
 
 def test_a_group_follows_the_schedule_from_a_peak_of_its_own(tmp_path: Path) -> None:
-    choice = Optim(learning_rate=0.1, decay="cosine", groups=(Group(pattern="bias", learning_rate=0.02),))
+    choice = Optim(learning_rate=0.1, decay="cosine", groups=(Group(pattern="*.bias", learning_rate=0.02),))
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", choice=choice, steps=6)
     trainer.run()
     common, own = (group["lr"] for group in trainer.optimizer.param_groups)
