@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.key_types import expected, is_empty, is_pair
@@ -163,7 +163,8 @@ def _run(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(unknown_word(name, "command", COMMANDS))
     command = COMMANDS[name]
-    flags = [name for name, field in keys(command.config).items() if field.annotation in (bool, bool | None)]
+    kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in keys(command.config).items()}
+    flags = [name for name, kind in kinds.items() if bool in kind]
     pairs = [name for name, field in keys(command.config).items() if is_pair(field)]
     known, switches = [*keys(command.config), *command.options], [*command.switches, *SWITCHES]
     given, problems = split_options(rest, known, flags, switches, pairs)

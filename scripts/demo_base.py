@@ -26,7 +26,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.model.attention import use_plain_attention
+from pixart_ft.model.attention import use_kernels
 from pixart_ft.model.network import network_output
 from pixart_ft.model.vae import LatentScale, encode_moments
 
@@ -270,7 +270,7 @@ class BaseTraining:
         """Train up to `steps` or for `minutes`, with a line of averaged losses every 25 steps and a checkpoint now and
         then. The rates follow `steps`, so a training in pieces names the same number every time."""
         if self.device == "cpu":
-            use_plain_attention(self.transformer)
+            use_kernels(self.transformer)
         if compiled:
             for block in self.transformer.transformer_blocks:
                 block.compile()

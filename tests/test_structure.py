@@ -22,14 +22,15 @@ HOUSE = {
     "config": "text yaml_text key_types reading samplers optimizers train generate",
     "pictures": "lettering recipes own sheets",
     "schedulers": "stored base discrete sigma sde stock",
-    "model": "place faults weights vae text attention adapter_switch network shared_calls base loading text_encoder",
+    "model": "place faults weights vae text attention repeated engine adapter_switch network shared_calls base "
+    "loading text_encoder",
     "runs": "lock log folder",
     "adapters": "files targets lora",
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",
     "training": "places shell stopping processes nested ahead guard importance step_numbers records learning_rate "
-    "optimizers ema batches encode objective trained_on before_after watching keeping trainer report start run",
+    "optimizers ema batches encode speed objective trained_on before_after watching keeping trainer report start run",
 }
 DOORS = ("", "cli")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}

@@ -11,11 +11,14 @@ from pydantic import Field
 from pixart_ft.config.reading import Config
 from pixart_ft.config.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS, Sampler, users_of
 from pixart_ft.config.train import (
+    ATTENTION,
+    COMPILE,
     GUIDANCE,
     HUB_BASE,
     LARGEST_SIDE,
     MOST_PICTURES,
     SEEDS,
+    Attention,
     Batch,
     Folder,
     Guidance,
@@ -142,6 +145,8 @@ class GenerateConfig(Config):
     )
     batch_size: Batch = Field(4, description="pictures drawn at once; does not change them")
     tiling: bool = Field(False, description="decode in overlapping tiles: less memory for large pictures")
+    attention: Attention = Field("by_shape", description=ATTENTION)
+    compile: bool = Field(False, description=COMPILE)
     dtype: Precision = Field("auto", description="weights; auto = bfloat16 on a GPU, float32 on a CPU")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto = the best there is")
     out: Folder = Field(Path("pictures"), description="folder for the pictures and their grid")

@@ -235,10 +235,16 @@ def _whole(value: Any, key: str, problems: list[str]) -> Any:
 
 def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterator[tuple[str, str | None]]:
     """(dotted key, what is wrong) of each of pydantic's findings; None: there is no such key."""
+    unions: set[str] = set()
     lists: set[str] = set()  # with a wrong item, which pydantic leaves out of their length
     for finding in error.errors(include_url=False, include_context=False):
         words = [part for part in finding["loc"] if isinstance(part, str)]
         items = [f"[{part}]" for part in finding["loc"] if isinstance(part, int)]
+        if not items and (union := ".".join(words[:-1])) in fields:  # pydantic tries each member of it, and names it
+            if union in unions:
+                continue
+            unions.add(union)
+            words = words[:-1]
         key, value = ".".join(words), finding["input"]
         if finding["type"] == "json_invalid":
             yield key, f"it cannot be read: {finding['msg']}"

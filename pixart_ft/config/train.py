@@ -34,6 +34,11 @@ Weights = Literal["ema", "raw"]  # of a run: averaged, or the last
 EmaProfile = Literal["constant", "power", "warmup"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Init = Literal["default", "pissa", "olora"]  # of a LoRA
+Attention = Literal["by_shape", "auto", "sdpa", "plain", "headwise", "xformers"]  # kernels, or how they are chosen
+ATTENTION = (
+    "kernels; by_shape = sdpa, but plain for short bfloat16 in training on a CPU; auto = the fastest, timed once here"
+)
+COMPILE = "compile one block for all: the first steps take minutes"
 
 # Layers by the ends of their names. The last layer, whose rows make the mean and the variance alike, is among the
 # linear ones only where the objective trains the variance.
@@ -98,7 +103,11 @@ class Model(Section):
         "auto", description="frozen weights; auto = as train.mixed_precision"
     )
     text_encoder_dtype: Precision = Field("auto", description="T5 while encoding captions; auto likewise")
-    gradient_checkpointing: bool = Field(False, description="less memory, about 30 % slower")
+    gradient_checkpointing: bool | Annotated[int, Field(ge=2, le=1000)] = Field(
+        False, description="less memory, about 30 % slower; a number k: of every k-th block alone"
+    )
+    attention: Attention = Field("by_shape", description=ATTENTION)
+    compile: bool = Field(False, description=COMPILE)
 
 
 class Data(Section):

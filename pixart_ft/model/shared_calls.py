@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
 from pixart_ft.model.adapter_switch import adapter_is_off
-from pixart_ft.model.attention import ShortSequenceAttention
+from pixart_ft.model.attention import Kernel, KernelAttention, by_shape
 from pixart_ft.model.network import network_output
 
 # (x_t (N, C, H, W), timesteps (N,)) -> output
@@ -34,13 +35,15 @@ class _Once(nn.Module):
         return self.found[key]
 
 
-class _TextAttention(ShortSequenceAttention):
+class _TextAttention(KernelAttention):
     """Cross-attention whose keys and values are made at the first call with each of these too."""
 
-    def __init__(self, is_off: Callable[[], bool]) -> None:
+    def __init__(self, kernel: Kernel, is_off: Callable[[], bool]) -> None:
+        super().__init__(kernel)
         self.is_off = is_off
         self.found: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
 
+    @torch.compiler.disable  # a compiled block asks for what was found, and is not compiled anew for it
     def keys_and_values(self, attn: Attention, context: Tensor) -> tuple[Tensor, Tensor]:
         key = len(context), self.is_off()
         if key not in self.found:
@@ -69,8 +72,12 @@ def prepared(transformer: nn.Module, embeds: Tensor, mask: Tensor, size: tuple[i
     try:
         _set_positions(patches, size[0] // patch, size[1] // patch)
         transformer.caption_projection = None if projection is None else _Once(projection, is_off)
+        kernels = {name: getattr(processor, "kernel", by_shape) for name, processor in processors.items()}
         transformer.set_attn_processor(
-            {name: _TextAttention(is_off) if ".attn2." in name else ShortSequenceAttention() for name in processors}
+            {
+                name: _TextAttention(kernel, is_off) if ".attn2." in name else KernelAttention(kernel)
+                for name, kernel in kernels.items()
+            }
         )
         yield network
     finally:

@@ -31,6 +31,8 @@ _SAME = (
     "model",
     "revision",
     "dtype",
+    "attention",
+    "compile",
 )
 
 

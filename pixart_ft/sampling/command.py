@@ -16,6 +16,7 @@ from pixart_ft.config.train import HUB_BASE, MOST_PICTURES
 from pixart_ft.errors import UserError
 from pixart_ft.files import probe
 from pixart_ft.model.base import Base
+from pixart_ft.model.engine import check_engine
 from pixart_ft.pictures.own import check_own, not_there_yet
 from pixart_ft.pictures.recipes import changes, read_recipe
 from pixart_ft.pictures.sheets import grid, picture_name, save_png
@@ -98,6 +99,8 @@ def _look(config: GenerateConfig, adapter: Adapter | None) -> tuple[list[str], B
     name = None if adapter is None else adapter.name
     settings = settled(_settings(config, abilities), abilities, name)
     cells = settled_cells(config, settings, abilities, name) if config.compare else {}
+    device = _device(config.device)
+    check_engine(config.attention, config.compile, device, _dtype(config.dtype, device))
     probe(config.out, "out")
     if config.compare:
         check_own(comparison_sheets(config, prompts), "sampler")
@@ -116,7 +119,11 @@ def _load_model(config: GenerateConfig, base: Base, adapter: Adapter | None, pro
         dtype=_dtype(config.dtype, device),
         device=device,
         prompts=[*prompts, config.negative_prompt],
+        attention=config.attention,
+        compiled=config.compile,
     )
+    if config.compile:
+        print("compiling one block of the network for all, at its first call: the first picture takes minutes")
     if config.tiling:
         model.vae.enable_tiling()
     return model

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,14 +16,17 @@ from tqdm import tqdm
 
 from pixart_ft.adapters.files import Adapter, acting_interval
 from pixart_ft.adapters.lora import Attached, limit_adapter, load_adapter, scale_adapter
-from pixart_ft.config.train import Weights
+from pixart_ft.config.train import Attention, Weights
 from pixart_ft.data.datasets import load_picture, picture_pixels
 from pixart_ft.diffusion.intervals import WHOLE, Interval, shown
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.errors import UserError
 from pixart_ft.files import sha256, versions
 from pixart_ft.model import loading
+from pixart_ft.model.attention import Kernels, use_kernels
 from pixart_ft.model.base import Base
+from pixart_ft.model.engine import Calls, check_engine, fastest_kernels
+from pixart_ft.model.repeated import compile_blocks
 from pixart_ft.model.text import pad_text
 from pixart_ft.model.text_encoder import TextEncoder
 from pixart_ft.model.vae import decode_to_pictures, encode_pixels
@@ -63,6 +67,9 @@ class TextToImage:
     fingerprint: str  # of the base's transformer
     adapter: Attached | None
     dtype: torch.dtype
+    attention: Attention = "by_shape"
+    compiled: bool = False
+    _kernels_chosen: bool = False
 
     @classmethod
     def load(
@@ -77,6 +84,8 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         prompts: Sequence[str] | None = None,
+        attention: Attention = "by_shape",
+        compile: bool = False,
     ) -> Self:
         """Load base and adapter.
 
@@ -88,12 +97,24 @@ class TextToImage:
         dtype: float32, bfloat16, or float16, under which the transformer's weights stay float32.
         prompts: all that will be drawn, negative ones too: they are encoded first, and the text encoder, larger than
             the transformer, is freed before that is loaded.
+        attention: the kernels of attention; auto times them at the first picture, takes the fastest, and says which.
+        compile: compile the transformer's blocks, at the first picture, which then takes minutes.
 
         Raises UserError when a part is missing, or the adapter is for another base or lacks a key.
         """
         read = Base.read(base, revision)
         adapter = None if lora is None else Adapter.read(lora, weights=weights, interval=lora_interval)
-        return cls.of(read, adapter, lora_scale, dtype=dtype, device=device, prompts=prompts)
+        check_engine(attention, compile, torch.device(device), dtype)
+        return cls.of(
+            read,
+            adapter,
+            lora_scale,
+            dtype=dtype,
+            device=device,
+            prompts=prompts,
+            attention=attention,
+            compiled=compile,
+        )
 
     @classmethod
     def of(
@@ -105,8 +126,10 @@ class TextToImage:
         dtype: torch.dtype,
         device: torch.device | str,
         prompts: Sequence[str] | None,
+        attention: Attention = "by_shape",
+        compiled: bool = False,
     ) -> Self:
-        """As `load`, of a base and an adapter that are read."""
+        """As `load`, of a base and an adapter that are read, once `check_engine` has found no fault."""
         abilities = abilities_of(base, adapter)
         max_tokens = 300 if adapter is None else adapter.metadata.max_tokens
         text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=max_tokens)
@@ -117,6 +140,10 @@ class TextToImage:
         attached = None
         if adapter is not None:
             attached, text.known[""] = load_adapter(transformer, adapter, scale=lora_scale)
+        if attention != "auto":
+            use_kernels(transformer, Kernels(attention, attention))
+        if compiled:
+            compile_blocks(transformer)
         return cls(
             transformer=transformer.to(device),
             vae=loading.load_vae(base, dtype=dtype).to(device),
@@ -126,6 +153,8 @@ class TextToImage:
             fingerprint=loading.fingerprint(transformer),
             adapter=attached,
             dtype=dtype,
+            attention=attention,
+            compiled=compiled,
         )
 
     def __repr__(self) -> str:
@@ -250,6 +279,7 @@ class TextToImage:
         factor = self.base.vae_factor
         shape = (self.transformer.config.in_channels, settings.height // factor, settings.width // factor)
         embeds, mask = (x.to(device) for x in pad_text([self.text.of(prompt) for prompt, _ in jobs]))
+        self._choose_kernels(settings, len(jobs), shape, embeds.shape[1])
         generators = [torch.Generator("cpu").manual_seed(seed) for _, seed in jobs]
         scheduler = scheduler_for(settings, self.abilities)
         autocast = None if self.dtype == torch.float32 else self.dtype
@@ -284,6 +314,23 @@ class TextToImage:
             on_call=on_call,
         )
 
+    def _choose_kernels(self, settings: Settings, rows: int, shape: tuple[int, int, int], text: int) -> None:
+        """For auto, at the first pictures: what is the fastest for them is used for all."""
+        if self.attention != "auto" or self._kernels_chosen:
+            return
+        calls = Calls(
+            rows=rows * (1 + (settings.guidance > 1)),  # both branches of guidance go in one batch
+            image=math.prod(shape[1:]) // self.transformer.config.patch_size**2,
+            text=text,
+            dtype=self.dtype,
+            device=self.device,
+            backward=False,
+        )
+        kernels, line = fastest_kernels(self.transformer, calls)
+        use_kernels(self.transformer, kernels)
+        self._kernels_chosen = True
+        tqdm.write(f"attention: {line}")
+
     def calls(self, settings: Settings) -> int | None:
         """The network calls that one picture takes, guidance's second branch not counted; None if it decides itself."""
         calls = calls_to_come(scheduler_for(settings, self.abilities))
@@ -306,6 +353,10 @@ class TextToImage:
             "device": self.device.type,
             "versions": versions(),
         }
+        if self.attention != "by_shape":
+            values["attention"] = self.attention
+        if self.compiled:
+            values["compile"] = True
         if settings.image is not None:
             image = settings.image
             values["image_sha256"] = sha256(image if isinstance(image, Path) else image.tobytes())

@@ -19,7 +19,6 @@ from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import picture_digests
 from pixart_ft.files import sha256, versions, write_text
 from pixart_ft.model import loading
-from pixart_ft.model.attention import use_plain_attention
 from pixart_ft.model.base import Base
 from pixart_ft.model.text import TEXT_PREPARATION, prepare_text
 from pixart_ft.model.text_encoder import TextEncoder
@@ -28,6 +27,7 @@ from pixart_ft.runs.folder import RunFolder, content_of
 from pixart_ft.runs.lock import RunLock
 from pixart_ft.sampling.settings import Abilities, Settings
 from pixart_ft.sampling.text_to_image import TextToImage
+from pixart_ft.training import speed
 from pixart_ft.training.batches import TrainingSet
 from pixart_ft.training.before_after import HELD_OUT, LEARNED
 from pixart_ft.training.ema import Ema, OwnAverage
@@ -105,9 +105,7 @@ def _run(
     if adapter is not None:
         fill_adapter(transformer, adapter)
         warn_of_relearning(adapter.metadata, objective, config.diffusion.time_conditioning)
-    if config.model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    use_plain_attention(transformer)
+    engine = speed.set_up(config, transformer, encoded, accelerator, folder.path / "environment.json")
     trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     transformer.to(accelerator.device).train()
     if config.optim.stochastic_rounding:
@@ -162,7 +160,7 @@ def _run(
     )
     if checkpoint is not None:
         trainer.load(checkpoint)
-    environment = json.dumps(_environment(accelerator), indent=1) + "\n"
+    environment = json.dumps(_environment(accelerator) | engine, indent=1) + "\n"
     if accelerator.is_main_process:
         RunFolder.create(folder.path, resume=resume is not None)
         lock.take()

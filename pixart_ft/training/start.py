@@ -16,10 +16,11 @@ from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
+from pixart_ft.model.engine import check_engine
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.sampling.settings import side_fault
 from pixart_ft.training.batches import DrawLaws
-from pixart_ft.training.encode import read_rows
+from pixart_ft.training.encode import compute_dtype, read_rows
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective, variance_stands_still
 from pixart_ft.training.processes import join
@@ -133,12 +134,14 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             "another type; set train.mixed_precision bf16, or leave the rounding out"
         )
     mistakes.raise_if_any()
-    return join(
+    accelerator = join(
         os.environ,
         mixed_precision=config.train.mixed_precision,
         log_with="tensorboard" if config.logging.tensorboard else None,
         project_dir=str(config.run.folder),
     )
+    check_engine(config.model.attention, config.model.compile, accelerator.device, compute_dtype(config), "model.")
+    return accelerator
 
 
 def _resolution(config: TrainConfig, base: Base) -> int:

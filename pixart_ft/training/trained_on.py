@@ -74,6 +74,8 @@ _SAID = {
     "optim.epsilon",
     "optim.clip_norm",
     "model.gradient_checkpointing",
+    "model.attention",
+    "model.compile",
 }
 # What may lie elsewhere on each machine of a run; the first three are compared by content.
 _OF_A_MACHINE = {"data.folder", "data.held_out", "model.base", "data.cache"}

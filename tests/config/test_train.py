@@ -83,6 +83,11 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"train.steps": "0"}, "train.steps is 0; expected integer >= 1"),
         ({"train.accumulation": "0"}, "train.accumulation is 0; expected integer >= 1"),
         ({"adapter.targets": "[]"}, r"adapter.targets is \[\]; expected \[text, ...\] \(not empty\)"),
+        (
+            {"model.gradient_checkpointing": "1"},
+            "gradient_checkpointing is 1; expected true | false or integer >= 2, <=",
+        ),
+        ({"model.gradient_checkpointing": "on"}, r'is "on"; expected true \| false or integer >= 2, <= 1,000$'),
         ({"train.mixed_precision": "fp8"}, r'train.mixed_precision is "fp8"; expected auto \| no \| bf16 \| fp16'),
         (
             {"data.held_out": "a", "data.held_out_fraction": "0.1"},

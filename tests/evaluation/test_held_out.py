@@ -22,7 +22,7 @@ from pixart_ft.evaluation.held_out import (
 )
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
-from pixart_ft.model.attention import use_plain_attention
+from pixart_ft.model.attention import use_kernels
 from pixart_ft.model.base import Base
 from pixart_ft.randomness import normal
 
@@ -177,5 +177,5 @@ def test_timesteps_reach_the_network_as_integers(transformer: PixArtTransformer2
 def test_plain_attention_changes_nothing_beyond_rounding(tiny: Path, held_out: HeldOutSet) -> None:
     other = loading.load_transformer(Base.read(tiny), dtype=torch.float32)
     expected = held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"]
-    use_plain_attention(other)
+    use_kernels(other)
     assert torch.allclose(held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"], expected, rtol=1e-5)

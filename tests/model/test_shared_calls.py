@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pixart_ft.adapters.files import DEFAULT_TARGETS, LoraSettings
 from pixart_ft.adapters.lora import attach, merge
 from pixart_ft.model import shared_calls as module
-from pixart_ft.model.attention import use_plain_attention
+from pixart_ft.model.attention import use_kernels
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import load_transformer
 from pixart_ft.model.network import network_output
@@ -124,7 +124,7 @@ def test_with_a_lora(tiny: Path, precision: Precision, merged: bool) -> None:
 
 def test_with_the_processors_of_training(tiny: Path, precision: Precision) -> None:
     transformer = load_transformer(Base.read(tiny), dtype=precision.weights)
-    use_plain_attention(transformer)
+    use_kernels(transformer)
     check_same(transformer, precision, NATIVE)
 
 
@@ -262,7 +262,7 @@ class Parts(NamedTuple):
 def test_transformer_is_as_it_was(tiny: Path, size: tuple[int, int], fault: str | None) -> None:
     transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
     if size == NATIVE:  # with processors of its own, or diffusers'
-        use_plain_attention(transformer)
+        use_kernels(transformer)
     embeds, mask = texts()
     call = calls(size)[0]
     before, state = Parts.of(transformer), {k: v.clone() for k, v in transformer.state_dict().items()}

@@ -10,13 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.samplers import EVERY_SAMPLER
 from pixart_ft.errors import UserError
-from pixart_ft.pictures.recipes import read_recipe
+from pixart_ft.pictures.recipes import config_of, read_recipe
 from pixart_ft.pictures.sheets import grid
 from pixart_ft.sampling.command import run_generation
 from pixart_ft.sampling.settings import Settings
@@ -130,6 +131,29 @@ def test_recipe_is_enough_to_draw_the_picture_again(
     again = model.generate(recipe["prompt"], seeds=[5, recipe["seed"]], settings=settings)[1]
     assert again.tobytes() == Image.open(path).tobytes()
     assert ("image_sha256" in recipe) == ("image" in choices)
+
+
+def test_kernels_are_timed_once_said_and_part_of_the_recipe(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures are the same to rounding, and a recipe names what was asked for."""
+    drawn = {}
+    for name in ("by_shape", "headwise", "auto"):
+        path = run_generation(config(tiny, tmp_path / name, attention=name))[0]
+        drawn[name] = np.asarray(Image.open(path), dtype=int)
+        assert read_recipe(path).get("attention", "by_shape") == name
+        assert config_of(path).get("attention", "by_shape") == name
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("attention: ")]
+        assert len(lines) == (name == "auto")
+    # both branches of a batch of three pictures, 16 tokens each, forward alone
+    assert "; forward of 6 x 16 tokens, " in lines[0]
+    assert all(abs(picture - drawn["by_shape"]).max() <= 1 for picture in drawn.values())
+
+
+def test_kernels_that_do_not_run_are_refused_first(weightless: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="attention xformers cannot run on cpu here"):
+        run_generation(config(weightless, tmp_path / "out", attention="xformers"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_second_run_draws_only_what_is_missing(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
