@@ -29,19 +29,20 @@ class OptimizerFacts:
     package: str | None = None
 
 
-_BITSANDBYTES = OptimizerFacts((*_ADAM, "decay", "stochastic_rounding"), "bitsandbytes")
+_EACH_APART = ("stochastic_rounding", "in_backward")  # of those that step every weight by itself
+_BITSANDBYTES = OptimizerFacts((*_ADAM, "decay", *_EACH_APART), "bitsandbytes")
 
 OPTIMIZERS: Mapping[str, OptimizerFacts] = {
-    "adamw": OptimizerFacts((*_ADAM, "decay", "stochastic_rounding")),
+    "adamw": OptimizerFacts((*_ADAM, "decay", *_EACH_APART)),
     "adamw8bit": _BITSANDBYTES,
     "paged_adamw": _BITSANDBYTES,
     "paged_adamw8bit": _BITSANDBYTES,
-    "adafactor": OptimizerFacts(("decay", "stochastic_rounding")),
+    "adafactor": OptimizerFacts(("decay", *_EACH_APART)),
     # it finds the step size by how far the weights have come, which rounding would disturb
     "prodigy": OptimizerFacts((*_ADAM, "decay"), "prodigyopt"),
     # its averaging stands for the decay, and multiplies what rounding adds
     "schedule_free": OptimizerFacts(_ADAM, "schedulefree"),
-    "muon": OptimizerFacts((*_ADAM, "decay", "stochastic_rounding"), "torch>=2.9"),
+    "muon": OptimizerFacts((*_ADAM, "decay", *_EACH_APART), "torch>=2.9"),
 }
 
 

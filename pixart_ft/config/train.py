@@ -213,6 +213,9 @@ class Optim(Section):
     stochastic_rounding: bool = Field(
         False, description="trained weights in bfloat16, rounded at random; else in float32"
     )
+    in_backward: bool = Field(
+        False, description="step each weight when its gradient is there, and drop that: less memory; wants clip_norm 0"
+    )
     clip_norm: float = Field(1.0, ge=0, le=1e6, description="largest norm of the gradient; 0 = no clipping")
     warmup_steps: Every = Field(0, description="linear warm-up, steps; a tenth of a shorter run")
     decay: Decay = Field("constant", description="after warm-up")
@@ -297,6 +300,7 @@ class TrainConfig(Config):
         ("optim.beta2", "optim.optimizer", lambda optimizer: takes(optimizer, "beta2")),
         ("optim.epsilon", "optim.optimizer", lambda optimizer: takes(optimizer, "epsilon")),
         ("optim.decay", "optim.optimizer", lambda optimizer: takes(optimizer, "decay")),
+        ("optim.in_backward", "optim.optimizer", lambda optimizer: takes(optimizer, "in_backward")),
         ("optim.stochastic_rounding", "optim.optimizer", lambda optimizer: takes(optimizer, "stochastic_rounding")),
     )
     rules = (
@@ -324,6 +328,18 @@ class TrainConfig(Config):
             ("diffusion.timestep_range",),
             lambda ends: ends[0] > ends[1],
             "diffusion.timestep_range {} ends before it begins; give the lower timestep (less noise) first",
+        ),
+        (
+            ("optim.in_backward", "optim.clip_norm"),
+            lambda in_backward, clip_norm: in_backward and clip_norm > 0,
+            "optim.in_backward {} with clip_norm {}: the norm is known only when the last gradient is there; set "
+            "optim.clip_norm 0 (adafactor bounds each weight's step by itself)",
+        ),
+        (
+            ("optim.in_backward", "train.accumulation"),
+            lambda in_backward, accumulation: in_backward and accumulation > 1,
+            "optim.in_backward {} with train.accumulation {}: accumulating keeps the gradients that it drops; set "
+            "train.accumulation 1",
         ),
         (
             ("optim.learning_rate", "optim.optimizer"),

@@ -1,10 +1,12 @@
 """Gradients that are not finite: a step with one leaves no trace, and the host does not wait to know."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+_MOST_COPIED = 2**28  # bytes, of a step that may have to be undone: an adapter's
 
 
 def clip_gradients(parameters: Sequence[Parameter], limit: float) -> tuple[Tensor, Tensor]:
@@ -13,11 +15,11 @@ def clip_gradients(parameters: Sequence[Parameter], limit: float) -> tuple[Tenso
     Returns the norm of each parameter's gradient (P,), 0 where it has none, and of all together (), before.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None]))
+    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None], 2, dtype=torch.float32))
     norm = torch.linalg.vector_norm(norms)
     torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
-    found = dict(zip(map(id, with_gradient), norms, strict=True))
-    return torch.stack([found.get(id(p), torch.zeros_like(norm)) for p in parameters]), norm
+    found = dict(zip(with_gradient, norms, strict=True))
+    return torch.stack([found.get(p, torch.zeros_like(norm)) for p in parameters]), norm
 
 
 @torch.no_grad()
@@ -25,23 +27,26 @@ def guarded_step(optimizer: torch.optim.Optimizer, taken: Tensor) -> None:
     """`optimizer.step()` where `taken`, a bool () on the device of the weights, is true; else nothing changes.
 
     On another device than the CPU the host does not wait for `taken`. torch's fused optimizers skip by themselves
-    when they are told. Around any other the weights and the state are copied and put back where they should not have
-    changed; only a count that it keeps on the host, such as Adam's of its steps, then goes on.
+    when they are told. Around any other the weights with a gradient and their state are copied and put back where they
+    should not have changed; only a count that it keeps on the host, such as Adam's of its steps, then goes on. Where
+    these copies would be large, which such an optimizer is often chosen to avoid, the host waits instead.
     """
-    if _is_known(taken):
+    skips_by_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
+    changing = [] if skips_by_itself else _changing(optimizer, taken.device)
+    if _is_known(taken) or sum(x.numel() * x.element_size() for x in changing) > _MOST_COPIED:
         if taken:
             optimizer.step()
-    elif getattr(optimizer, "_step_supports_amp_scaling", False):
+    elif skips_by_itself:
         optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]  # as GradScaler tells it
         try:
             optimizer.step()
         finally:
             del optimizer.found_inf  # type: ignore[attr-defined]
     else:
-        before = [(x, x.clone()) for x in _changing(optimizer, taken.device)]
-        for p in _parameters(optimizer):
-            if p.grad is not None:  # state that the optimizer begins now is of zeros
-                p.grad.masked_fill_(~taken, 0)
+        before = [(x, x.clone()) for x in changing]
+        for p in _stepped(optimizer):  # state that the optimizer begins now is of zeros
+            assert p.grad is not None
+            p.grad.masked_fill_(~taken, 0)
         optimizer.step()
         for now, then in before:
             torch.where(taken, now, then, out=now)
@@ -52,11 +57,13 @@ def _is_known(flag: Tensor) -> bool:
     return flag.device.type == "cpu"
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
+def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The weights that a step moves: those with a gradient."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _changing(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
-    """The weights, and what the optimizer keeps of them, on this device."""
-    state = (x for kept in optimizer.state.values() for x in kept.values() if isinstance(x, Tensor))
-    return [x.detach() for x in (*_parameters(optimizer), *state) if x.device == device]
+    """The weights that a step moves, and what the optimizer keeps of them, on this device."""
+    weights = _stepped(optimizer)
+    state = (x for p in weights for x in optimizer.state.get(p, {}).values() if isinstance(x, Tensor))
+    return [x.detach() for x in (*weights, *state) if x.device == device]

@@ -23,7 +23,7 @@ from pixart_ft.randomness import generator
 
 # What optimizers count in their groups as they go; all else there are settings.
 _COUNTED = {"k", "d", "d_max", "d_hat", "d_numerator", "d_denom", "weight_sum", "lr_max", "scheduled_lr", "train_mode"}
-_ROUNDED = "times_rounded"
+_ROUNDED = "rounded"  # of a weight: how often
 _CHUNK = 2**26  # weights that are float32 at a time while a bfloat16 network is stepped: 256 MiB
 _MATRIX = re.compile(r"transformer_blocks\..*weight$")  # of a hidden layer: what Muon is for, if it has two dimensions
 
@@ -55,7 +55,7 @@ def check_groups(groups: Sequence[Group], names: Iterable[str]) -> None:
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Go on from a saved state: what was counted and remembered is the state's, the settings are the optimizer's."""
     groups = [
-        before | {key: value for key, value in now.items() if key not in {"params", *_COUNTED, _ROUNDED}}
+        before | {key: value for key, value in now.items() if key not in {"params", *_COUNTED}}
         for before, now in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**saved, "param_groups": groups})
@@ -108,7 +108,6 @@ class Rounded(Optimizer):
         super().__init__(inner.param_groups, {})
         self.inner, self.seed = inner, seed
         self._names = {parameter: name for name, parameter in trained.items()}
-        self.param_groups[0][_ROUNDED] = 0
         self._share()
 
     def _share(self) -> None:
@@ -126,13 +125,11 @@ class Rounded(Optimizer):
                     parameter.grad = gradients.pop(parameter).float()
                 self.inner.step()
                 for parameter in part:
-                    kept[parameter].copy_(stochastically_rounded(parameter, self._bits(parameter)))
+                    number = self.state[parameter].get(_ROUNDED, 0)
+                    bits = generator(self.seed, number, f"rounding of {self._names[parameter]}", parameter.device)
+                    kept[parameter].copy_(stochastically_rounded(parameter, bits))
+                    self.state[parameter][_ROUNDED] = number + 1
                     parameter.grad = None
-        self.param_groups[0][_ROUNDED] += 1
-
-    def _bits(self, parameter: Parameter) -> torch.Generator:
-        number = self.param_groups[0][_ROUNDED]
-        return generator(self.seed, number, f"rounding of {self._names[parameter]}", parameter.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's."""

@@ -133,6 +133,11 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             f"optim.stochastic_rounding keeps weights in bfloat16, and train.mixed_precision {precision} computes in "
             "another type; set train.mixed_precision bf16, or leave the rounding out"
         )
+    if config.optim.in_backward and precision == "fp16":
+        mistakes.add(
+            "optim.in_backward with train.mixed_precision fp16: whether its loss scale is too high shows only after "
+            "the last gradient; use bf16 or no"
+        )
     mistakes.raise_if_any()
     accelerator = join(
         os.environ,
@@ -140,6 +145,11 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         log_with="tensorboard" if config.logging.tensorboard else None,
         project_dir=str(config.run.folder),
     )
+    if config.optim.in_backward and accelerator.num_processes > 1:
+        raise UserError(
+            f"optim.in_backward steps by a gradient before the {accelerator.num_processes} processes have put theirs "
+            "together; train in one process, or leave it out"
+        )
     check_engine(config.model.attention, config.model.compile, accelerator.device, compute_dtype(config), "model.")
     return accelerator
 
@@ -169,6 +179,7 @@ def _plan(config: TrainConfig) -> Plan:
         batch_size=config.train.batch_size,
         accumulation=config.train.accumulation,
         clip_norm=config.optim.clip_norm,
+        in_backward=config.optim.in_backward,
         log_every=config.logging.every,
         validate_every=config.validation.every,
         samples_every=config.validation.samples_every,

@@ -73,6 +73,7 @@ _SAID = {
     "optim.beta2",
     "optim.epsilon",
     "optim.clip_norm",
+    "optim.in_backward",
     "model.gradient_checkpointing",
     "model.attention",
     "model.compile",

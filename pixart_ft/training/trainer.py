@@ -32,6 +32,7 @@ from pixart_ft.training.batches import Batch, DrawLaws, TrainingSet, draw_batch
 from pixart_ft.training.ema import Ema
 from pixart_ft.training.guard import clip_gradients, guarded_step
 from pixart_ft.training.importance import Importance
+from pixart_ft.training.in_backward import InBackward
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.nested import load_nested, save_nested, tensors_of
 from pixart_ft.training.optimizers import load_optimizer
@@ -53,6 +54,7 @@ class Plan:
     batch_size: int  # pictures per process and micro-batch
     accumulation: int
     clip_norm: float  # 0: no clipping
+    in_backward: bool  # step each weight as soon as its gradient is there
     log_every: int
     validate_every: int
     samples_every: int
@@ -113,6 +115,8 @@ class Trainer:
         )
         self.trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
         self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
+        parameters = list(self.trained.values())
+        self._in_backward = InBackward(self.optimizer.optimizer, parameters) if plan.in_backward else None
         self.step = 0
         self.window = LossWindow()
         self.importance: Importance | None = None
@@ -247,7 +251,7 @@ class Trainer:
     def _update(self, names: list[str], rows: Tensor) -> None:
         """Step by the gradients that are there, unless they or a loss in the rows (see `Underway`) are not finite."""
         self.accelerator.unscale_gradients()
-        norms, norm = clip_gradients(list(self.trained.values()), self.plan.clip_norm or math.inf)
+        norms, norm = self._norms()
         underway = Underway(self.step, names, rows, norms, norm)
         guarded_step(self.optimizer.optimizer, underway.taken)  # accelerate's own would wait under a scaler
         if self.accelerator.scaler is not None:
@@ -255,6 +259,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.update()
         self._underway.append(underway)
+
+    def _norms(self) -> tuple[Tensor, Tensor]:
+        """Of each gradient and of all together, which are clipped now, or were stepped by in the backward pass."""
+        if self._in_backward is not None:
+            return self._in_backward.norms()
+        return clip_gradients(list(self.trained.values()), self.plan.clip_norm or math.inf)
 
     def _read_numbers(self, but: int = 0) -> None:
         """Read what the steps met that are under way, but for the newest `but` of them.

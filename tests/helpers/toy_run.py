@@ -28,6 +28,7 @@ PLAN = Plan(
     batch_size=4,
     accumulation=1,
     clip_norm=0.0,
+    in_backward=False,
     log_every=1,
     validate_every=0,
     samples_every=0,

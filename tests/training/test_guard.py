@@ -85,3 +85,31 @@ def test_clipping_is_torchs_to_the_bit(limit: float) -> None:
     torch.testing.assert_close(
         norms, torch.stack([q.norm() * n for q, n in ((theirs[0], 1), (ours[0] * 0, 1), (theirs[1], 2))])
     )
+
+
+def test_norms_are_float32_whatever_the_gradients() -> None:
+    weight = Parameter(torch.ones(3, dtype=torch.bfloat16))
+    weight.grad = torch.tensor([1.0, 1.0, 1.0], dtype=torch.bfloat16)
+    norms, norm = clip_gradients([weight], 0.5)
+    assert norms.dtype == norm.dtype == torch.float32
+    assert norm.item() == pytest.approx(math.sqrt(3), rel=1e-6)
+    torch.testing.assert_close(weight.grad.float(), torch.full((3,), 0.5 / math.sqrt(3)), rtol=2**-8, atol=0)
+
+
+def test_what_is_large_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waits to know instead; what is stepped then is the same."""
+    copied: list[Tensor] = []
+    monkeypatch.setattr(guard, "_is_known", lambda flag: False)
+    monkeypatch.setattr(guard, "_MOST_COPIED", 4 * (12 + 5))  # the weights alone, before there is any state
+    whole = Tensor.clone
+
+    def clone(x: Tensor, **how: Any) -> Tensor:
+        copied.append(x)
+        return whole(x, **how)
+
+    monkeypatch.setattr(Tensor, "clone", clone)
+    found, _ = trained("adamw", [1.0, math.nan, -2.0])
+    assert len(copied) == 2
+    monkeypatch.undo()
+    expected, _ = trained("adamw", [1.0, -2.0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
