@@ -52,6 +52,14 @@ def test_every_source_that_is_cited_is_in_the_references() -> None:
     assert [name for name in sorted(cited) if f"| {name.replace('(', '')} |" not in known] == []
 
 
+def test_every_line_of_the_table_of_exactness_is_a_test() -> None:
+    lines = [line for line in (ROOT / "docs" / "exactness.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert len(lines) > 10
+    for line in lines:
+        named = re.search(r"\| `(tests/\S+\.py)::(\w+)` \|$", line)
+        assert named and f"def {named[2]}(" in (ROOT / named[1]).read_text(), line
+
+
 def test_the_readme_names_every_sampler() -> None:
     readme = (ROOT / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in EVERY_SAMPLER)

@@ -67,6 +67,12 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 kept[key] = library.get_state_buffer(parameter, dtype=kept[key].dtype).copy_(kept[key])
 
 
+def found_by(optimizer: Optimizer) -> dict[str, float]:
+    """What an optimizer found by itself, for the log: Prodigy's step size, which the learning rate multiplies."""
+    size = optimizer.param_groups[0].get("d")
+    return {} if size is None else {"step_size": size}
+
+
 class Muon(Optimizer):
     """torch's Muon for the matrices, AdamW for all else: one state, one list of groups."""
 

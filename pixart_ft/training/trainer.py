@@ -35,7 +35,7 @@ from pixart_ft.training.importance import Importance
 from pixart_ft.training.in_backward import InBackward
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.nested import load_nested, save_nested, tensors_of
-from pixart_ft.training.optimizers import load_optimizer
+from pixart_ft.training.optimizers import found_by, load_optimizer
 from pixart_ft.training.records import LossWindow, Progress, Records
 from pixart_ft.training.step_numbers import StepNumbers, Underway
 from pixart_ft.training.stopping import AllStopped, StopRequest
@@ -337,6 +337,7 @@ class Trainer:
         means = self.window.means()
         self.window = LossWindow()
         facts = {"learning_rate": self.learning_rate.at(self.step - 1), "gradient_norm": self._norm}
+        facts |= found_by(self.optimizer)
         self.records.train(self.progress, means, facts)
         return means["loss"]
 

@@ -194,8 +194,12 @@ def test_under_autocast_the_network_alone_is_in_half_precision(
 ) -> None:
     """On a float32 and on a bfloat16 base the terms are float32, those of the network's output made float32."""
     transformer = loading.load_transformer(Base.read(tiny), dtype=dtype)
+    frequencies: list[Tensor] = []
+    transformer.adaln_single.emb.time_proj.register_forward_hook(lambda _, a, out: frequencies.extend([*a, out]))
     with torch.autocast("cpu", torch.bfloat16):
         found = terms(Objective(LINEAR, "epsilon", kind), transformer, given)
+    assert [x.dtype for x in frequencies] == [torch.int64, torch.float32], "t and its sines are never in bfloat16"
+    with torch.autocast("cpu", torch.bfloat16):
         _, output, noised = by_hand(LINEAR, T, transformer, given)
     assert output.dtype == torch.bfloat16
     expected = Objective(LINEAR, "epsilon", kind).terms_of(output.float(), noised, given["rest"])

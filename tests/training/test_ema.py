@@ -1,9 +1,12 @@
 """The average of the weights. Oracle: its defining recursion, in float64."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch.nn import Parameter
 
+from pixart_ft.config.train import EmaProfile
 from pixart_ft.errors import UserError
 from pixart_ft.training.ema import Ema, OwnAverage
 
@@ -106,9 +109,10 @@ def test_applied_swaps_and_restores_bit_for_bit_even_after_an_error() -> None:
     assert all(torch.equal(shadow, shadows[name]) for name, shadow in ema.shadows.items())
 
 
-def test_continues_exactly_from_a_saved_state() -> None:
+@pytest.mark.parametrize("profile", get_args(EmaProfile))
+def test_continues_exactly_from_a_saved_state(profile: EmaProfile) -> None:
     weights = parameters()
-    ema = Ema(weights, 0.999)
+    ema = Ema(weights, 0.999, profile)
     for n in range(3):
         step(weights, n)
         ema.update()
@@ -116,7 +120,7 @@ def test_continues_exactly_from_a_saved_state() -> None:
         "num_updates": ema.num_updates,
         "shadows": {k: v.clone() for k, v in ema.state_dict()["shadows"].items()},
     }
-    resumed = Ema(weights, 0.999)
+    resumed = Ema(weights, 0.999, profile)
     resumed.load_state_dict(state)
     for n in range(3, 6):
         step(weights, n)

@@ -99,6 +99,8 @@ def test_every_optimizer_goes_on_from_a_checkpoint_to_the_bit(name: str, tmp_pat
     resumed = toy_trainer(tmp_path / "cut", tmp_path / "data", choice=choice)
     resumed.load(tmp_path / "cut" / "checkpoints" / "step-000005")
     resumed.run()
+    found = log(tmp_path / "whole")[-1].get("step_size")
+    assert found == (resumed.optimizer.param_groups[0]["d"] if name == "prodigy" else None)
     for file in ("trained", "ema", "optimizer"):
         whole, cut = (tmp_path / run / "checkpoints" / f"step-{STEPS:06d}" for run in ("whole", "cut"))
         assert (whole / f"{file}.safetensors").read_bytes() == (cut / f"{file}.safetensors").read_bytes(), file
