@@ -29,7 +29,7 @@ def uniform(seed: int, indices: Sequence[int], purpose: str) -> Tensor:
     return torch.stack(rows)
 
 
-@lru_cache(maxsize=2)  # a batch may straddle two epochs; a shuffle of 20 million a step would be felt
+@lru_cache(maxsize=4)  # a batch may straddle two epochs of two sets; a shuffle of 20 million a step would be felt
 def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """The order in which epoch number `epoch` visits `count` samples: a permutation of range(count), int64."""
     return torch.randperm(count, generator=generator(seed, epoch, "epoch_order"))

@@ -217,7 +217,7 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
 
 def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert problems(capsys, "trian") == ["unknown command 'trian'; choose train or generate"]
-    assert "shipped name: lora_512, quickstart" in problems(capsys, "train", "--config", "nope")[0]
+    assert "shipped name: dreambooth, lora_512, quickstart" in problems(capsys, "train", "--config", "nope")[0]
     both = problems(capsys, "generate", "--prompt", "a", "--prompts", "[b]")
     assert both == ["configuration: --prompt and --prompts exclude each other; give one"]
 
@@ -384,3 +384,8 @@ def test_folders_that_would_be_read_as_one_another_are_refused(capsys: pytest.Ca
     for held_out in ("pics", "pics/held", ".", "link"):
         lines = problems(capsys, *train, "run", "--data.held_out", held_out)
         assert any(f"data.held_out: {held_out} and data.folder pics share pictures" in line for line in lines)
+    lines = problems(capsys, *train, "run", "--data.prior", "pics/held")
+    assert any("data.prior: pics/held and data.folder pics share pictures; keep" in line for line in lines)
+    Path("other").mkdir()
+    lines = problems(capsys, *train, "run", "--data.prior", "other", "--data.held_out", "other")
+    assert any("data.held_out: other and data.prior other share pictures" in line for line in lines)

@@ -116,6 +116,10 @@ class Data(Section):
     folder: Source = Field(description='folder of pictures with captions, or "demo"')
     held_out: Source | None = Field(None, description='folder only measured on, or "demo"')
     held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of data.folder set aside for it")
+    prior: Source | None = Field(
+        None, description="folder of what the base must not forget; every second draw is of it (DreamBooth)"
+    )
+    prior_weight: float = Field(1.0, ge=0.01, le=100, description="what the losses of data.prior are multiplied by")
     resolution: int | None = Field(
         None,
         ge=16,
@@ -282,6 +286,7 @@ class TrainConfig(Config):
     shipped = True
     unused = (
         ("model.revision", "model.base", lambda base: base != "demo"),
+        ("data.prior_weight", "data.prior", lambda folder: folder is not None),
         ("data.held_out_fraction", "data.held_out", lambda folder: folder is None),
         ("diffusion.vlb_scale", "diffusion.objective", lambda objective: objective == "hybrid"),
         ("diffusion.variance", "diffusion.objective", lambda objective: objective == "vlb"),

@@ -38,11 +38,38 @@ class DrawLaws:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Cached pictures with what is needed to read them."""
+    """Cached pictures with what is needed to read them.
+
+    null_caption   (1, D), takes the place of dropped captions
+    prior          how many of the pictures, the last ones, are of what the base must not forget (Ruiz et al. 2023): of
+                   each two draws one is of them then, at random which
+    prior_weight   what their losses are multiplied by
+    """
 
     pictures: CachedPictures
     scale: LatentScale
-    null_caption: Tensor  # (1, D), takes the place of dropped captions
+    null_caption: Tensor
+    prior: int = 0
+    prior_weight: float = 1.0
+
+    def row(self, seed: int, draw: int) -> int:
+        """The number of the picture that a draw shows."""
+        own = len(self.pictures) - self.prior
+        if not self.prior:
+            return _shuffled(seed, draw, own)
+        pair, second = divmod(draw, 2)
+        prior_is_second = bool(uniform(seed, [pair], "prior") < 0.5)
+        return own + _shuffled(seed, pair, self.prior) if second == prior_is_second else _shuffled(seed, pair, own)
+
+    def weights(self, rows: Sequence[int]) -> Tensor:
+        """What the losses of these pictures are multiplied by, (N,) float32."""
+        is_prior = torch.tensor(rows) >= len(self.pictures) - self.prior
+        return torch.where(is_prior, self.prior_weight, 1.0)
+
+
+def _shuffled(seed: int, number: int, count: int) -> int:
+    """Which of `count` samples comes as number `number`, epoch after epoch."""
+    return int(epoch_order(seed, number // count, count)[number % count])
 
 
 @dataclass(frozen=True)
@@ -50,7 +77,7 @@ class Batch:
     """One micro-batch on the CPU.
 
     x0, eps, rest  scaled latents, their noise, and a second one for the losses that want it, (N, C, H, W)
-    t, weight      (N,) index, and the weight that undoes the law it was drawn by
+    t, weight      (N,) index, and what its losses are multiplied by: the weight that undoes the law of t, the prior's
     embeds, mask   text (N, L, D) and (N, L)
     """
 
@@ -84,8 +111,7 @@ def draw_batch(
     within are the t to draw from, None for all `num_steps`; law (len(within),) is theirs under importance sampling,
     which thereby depends on the losses before this step too.
     """
-    count = len(data.pictures)
-    rows = [int(epoch_order(laws.seed, d // count, count)[d % count]) for d in draws]
+    rows = [data.row(laws.seed, draw) for draw in draws]
     mean, std = data.pictures.latents(rows)
     shape = tuple(mean.shape[1:])
     t, weight = _timesteps(draws, laws, global_batch, num_steps, within or range(num_steps), law)
@@ -96,7 +122,7 @@ def draw_batch(
         x0=data.scale.scaled(mean + std * normal(laws.seed, draws, "posterior", shape)),
         eps=normal(laws.seed, draws, "noise", shape),
         t=t,
-        weight=weight,
+        weight=weight * data.weights(rows),
         embeds=embeds,
         mask=mask,
         rest=normal(laws.seed, draws, "second noise", shape) if two_noises else None,

@@ -38,6 +38,11 @@ def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
     return rows, held[: config.validation.pictures]
 
 
+def read_prior(config: TrainConfig) -> list[Row]:
+    """The pictures of data.prior, if there is one; problems are reported by `read_folder`."""
+    return [] if config.data.prior is None else read_folder(picture_folder(config.data.prior, "train"))
+
+
 def vae_id(config: TrainConfig, base: Base) -> str:
     """Names the VAE by its content, see `component_id`."""
     return _component_id(config, base, "vae", dtype=torch.float32)

@@ -1,5 +1,6 @@
 """Whether the folders that a training names are there, and apart. No torch: a wrong path is known in an instant."""
 
+from itertools import combinations
 from pathlib import Path
 
 from pixart_ft.adapters.files import Adapter
@@ -21,7 +22,11 @@ def check_training(config: TrainConfig, resume: str | None = None, init_from: st
     mistakes, adapter = Mistakes(), None
     with mistakes.noted():
         resolve_base(config.model.base)
-    for name, part in ((config.data.folder, "train"), (config.data.held_out, "held_out")):
+    for name, part in (
+        (config.data.folder, "train"),
+        (config.data.prior, "train"),
+        (config.data.held_out, "held_out"),
+    ):
         if name is not None:
             with mistakes.noted():
                 check_folder(picture_folder(name, part))
@@ -47,11 +52,14 @@ def _check_apart(config: TrainConfig) -> None:
             f"run.folder: {run} lies inside data.folder {folder}, so the run's samples would be taken for pictures to "
             "learn from; choose a place outside"
         )
+    parts = {"data.folder": folder}
+    if config.data.prior is not None:
+        parts["data.prior"] = picture_folder(config.data.prior, "train")
     if config.data.held_out is not None:
-        held_out = picture_folder(config.data.held_out, "held_out")
-        one, other = folder.resolve(), held_out.resolve()
-        if one.is_relative_to(other) or other.is_relative_to(one):
-            raise UserError(
-                f"data.held_out: {held_out} and data.folder {folder} share pictures, so what is measured would be "
-                "trained on; keep them apart, or use data.held_out_fraction"
-            )
+        parts["data.held_out"] = picture_folder(config.data.held_out, "held_out")
+    for (key, one), (other_key, other) in combinations(parts.items(), 2):
+        a, b = one.resolve(), other.resolve()
+        if a.is_relative_to(b) or b.is_relative_to(a):
+            why = ", so what is measured would be trained on" if other_key == "data.held_out" else ""
+            remedy = "or use data.held_out_fraction" if why else "or leave data.prior out"
+            raise UserError(f"{other_key}: {other} and {key} {one} share pictures{why}; keep them apart, {remedy}")

@@ -78,13 +78,16 @@ def _run(
     start = look(config, resume)
     base, resolution, objective = start.base, start.resolution, start.objective
     plan, checkpoint = start.plan, start.checkpoint
-    rows, held_rows, schedule_config = start.rows, start.held_rows, start.schedule_config
+    learned, held_rows = [*start.rows, *start.prior_rows], start.held_rows
+    schedule_config = start.schedule_config
     if accelerator.is_main_process:
         folder.probe()
         print("\n".join(start.facts(config, accelerator)))
     with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered; pictures are read anew
-        digests = picture_digests([*rows, *held_rows])
-        about = trained_on(config, base, rows, held_rows, digests, schedule_config, objective, resolution)
+        digests = picture_digests([*learned, *held_rows])
+        about = trained_on(
+            config, base, start.rows, start.prior_rows, held_rows, digests, schedule_config, objective, resolution
+        )
     begins = {
         "--resume": f"{checkpoint.name} ({content_of(checkpoint)[:8]})" if checkpoint else "not given",
         "--init-from": f"{adapter.name} ({sha256(adapter.folder / WEIGHTS)[:8]})" if adapter else "not given",
@@ -92,7 +95,7 @@ def _run(
     agree(accelerator, about.facts() | begins)
     if checkpoint is not None:
         check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
-    encoded = encode_once(config, base, rows, held_rows, resolution, accelerator, digests)
+    encoded = encode_once(config, base, learned, held_rows, resolution, accelerator, digests)
 
     transformer = loading.load_transformer(base, dtype=_weights_dtype(config))
     fingerprint = loading.fingerprint(transformer)
@@ -145,7 +148,13 @@ def _run(
         accelerator=accelerator,
         transformer=transformer,
         objective=objective,
-        data=TrainingSet(encoded.train, encoded.scale, encoded.null_caption),
+        data=TrainingSet(
+            encoded.train,
+            encoded.scale,
+            encoded.null_caption,
+            prior=len(start.prior_rows),
+            prior_weight=config.data.prior_weight,
+        ),
         optimizer=optimizer,
         ema=ema,
         laws=start.laws,
@@ -179,7 +188,7 @@ def _run(
         accelerator.init_trackers("tensorboard")
     trainer.run()
     if accelerator.is_main_process:
-        finish(folder, trainer, config.validation.prompts, {LEARNED: rows, HELD_OUT: held_rows})
+        finish(folder, trainer, config.validation.prompts, {LEARNED: start.rows, HELD_OUT: held_rows})
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder.path

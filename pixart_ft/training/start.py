@@ -20,7 +20,7 @@ from pixart_ft.model.engine import check_engine
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.sampling.settings import side_fault
 from pixart_ft.training.batches import DrawLaws
-from pixart_ft.training.encode import compute_dtype, read_rows
+from pixart_ft.training.encode import compute_dtype, read_prior, read_rows
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective, variance_stands_still
 from pixart_ft.training.processes import join
@@ -40,6 +40,7 @@ class Start:
     learning_rate: LearningRate
     checkpoint: Path | None  # to continue from
     rows: list[Row]
+    prior_rows: list[Row]
     held_rows: list[Row]
     lora: LoraSettings
     parameters: int  # that are trained
@@ -48,15 +49,17 @@ class Start:
         """Where it trains, how much, and how often it sees its pictures, a line each."""
         pictures, processes = len(self.rows), accelerator.num_processes
         batch = self.plan.batch_size * self.plan.accumulation * processes
-        epochs = self.plan.steps * batch / pictures
         where = str(accelerator.device) if processes == 1 else f"{accelerator.device}, {processes} processes"
+        draws = batch / 2 if self.prior_rows else batch  # of the pictures, in a step
+        epochs = self.plan.steps * draws / pictures
+        prior = f", and {len(self.prior_rows):,} of the prior in every second draw" if self.prior_rows else ""
         held_out = f", {len(self.held_rows)} held out" if self.held_rows else ""
         part = self.objective.where
         return [
             f"device             {where}, precision {config.train.mixed_precision}",
             f"trained            {self.parameters:,} parameters of the LoRA, rank {self.lora.rank}",
-            f"pictures           {pictures:,}{held_out}, {self.resolution} x {self.resolution} pixels",
-            f"steps per epoch    {pictures / batch:.4g}, of {batch} pictures each",
+            f"pictures           {pictures:,}{prior}{held_out}, {self.resolution} x {self.resolution} pixels",
+            f"steps per epoch    {pictures / draws:.4g}, of {batch} pictures each",
             f"length             {self.plan.steps:,} steps: each picture {epochs:.4g} times",
             *([f"trained at         {part} alone; there it is measured, and acts"] if part else []),
         ]
@@ -69,7 +72,9 @@ def dry_run(config: TrainConfig, resume: str | None = None) -> list[str]:
     start = look(config, resume)
     if accelerator.is_main_process:
         RunFolder(config.run.folder).probe()
-    verify_pictures([*start.rows, *start.held_rows], start.resolution, progress=accelerator.is_main_process)
+    verify_pictures(
+        [*start.rows, *start.prior_rows, *start.held_rows], start.resolution, progress=accelerator.is_main_process
+    )
     going_on = [] if start.checkpoint is None else [f"continues          {start.checkpoint}"]
     return [*start.facts(config, accelerator), *going_on] if accelerator.is_main_process else []
 
@@ -95,6 +100,7 @@ def look(config: TrainConfig, resume: str | None) -> Start:
         learning_rate=learning_rate_of(config),
         checkpoint=checkpoint,
         rows=rows,
+        prior_rows=read_prior(config),
         held_rows=held_rows,
         lora=lora,
         parameters=trainable(skeleton, lora),

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _BY_CONTENT = {
     "data.folder",
     "data.held_out",
     "data.held_out_fraction",
+    "data.prior",
     "data.resolution",
     "data.max_tokens",
     "diffusion.schedule",
@@ -78,15 +80,15 @@ _SAID = {
     "model.attention",
     "model.compile",
 }
-# What may lie elsewhere on each machine of a run; the first three are compared by content.
-_OF_A_MACHINE = {"data.folder", "data.held_out", "model.base", "data.cache"}
+# What may lie elsewhere on each machine of a run; the first four are compared by content.
+_OF_A_MACHINE = {"data.folder", "data.held_out", "data.prior", "model.base", "data.cache"}
 # What the saved state does not fit any more.
 _NEVER = {
     *(f"adapter.{key}" for key in ("rank", "targets", "dora", "init")),
     *("optim.optimizer", "optim.groups", "optim.stochastic_rounding"),
 }
 # What the held-out loss and the samples do not depend on, but by way of the training.
-_NOT_COMPARED = ("training pictures", "training captions", "adapter.", "optim.", "train.ema_")
+_NOT_COMPARED = ("training ", "prior ", "data.prior_weight", "adapter.", "optim.", "train.ema_")
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def trained_on(
     config: TrainConfig,
     base: Base,
     rows: Sequence[Row],
+    prior: Sequence[Row],
     held: Sequence[Row],
     digests: Sequence[str],
     schedule_config: Mapping[str, object],
@@ -144,16 +147,13 @@ def trained_on(
 ) -> TrainedOn:
     """Everything but the base's own weights, found without loading any.
 
-    digests          of the pictures of `rows`, then of `held`
+    digests          of the pictures of `rows`, then of `prior`, then of `held`
     schedule_config  the noise schedule in the words of a diffusers scheduler config
     """
     schedule = sorted((key, value) for key, value in schedule_config.items() if value)  # what is off may be left out
-    parts = {}
-    for name, part, pictures in (
-        ("training", rows, digests[: len(rows)]),
-        ("held-out", held, digests[len(rows) :]),
-    ):
-        parts[f"{name} pictures"] = Part.of(pictures, str(len(part)))
+    parts, each = {}, iter(digests)
+    for name, part in (("training", rows), ("prior", prior), ("held-out", held)):
+        parts[f"{name} pictures"] = Part.of(islice(each, len(part)), str(len(part)))
         parts[f"{name} captions"] = Part.of((prepare_text(row.caption) for row in part), str(len(part)))
     parts["size of the pictures"] = Part.of([resolution, TRANSFORM], f"{resolution} pixels")
     parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])

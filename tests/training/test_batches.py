@@ -123,3 +123,26 @@ def test_a_second_noise_is_drawn_where_it_is_asked_for(data: TrainingSet) -> Non
     correlation = torch.corrcoef(torch.stack([many.eps.flatten(), many.rest.flatten()]))
     assert abs(correlation[0, 1].item()) < 4 / many.eps.numel() ** 0.5
     assert abs(many.rest.std().item() - 1) < 0.05
+
+
+def test_of_each_two_draws_one_is_of_the_prior_and_each_set_has_epochs_of_its_own(data: TrainingSet) -> None:
+    """Three own pictures, two of the prior: numbers 0, 1, 2 and 3, 4."""
+    both = replace(data, prior=2, prior_weight=0.25)
+    batch = draw(both, range(240), replace(LAWS, caption_dropout=0.0))
+    shown = batch.x0[:, 0, 0, 0].add(0.2).round().int()
+    is_prior = shown >= 3
+    assert (is_prior.view(-1, 2).sum(1) == 1).all()
+    assert (is_prior.view(-1, 2)[:, 0].float().mean() - 0.5).abs() < 4 * 0.5 / 120**0.5  # either comes first
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in shown[~is_prior].view(-1, 3).tolist())
+    assert all(sorted(epoch) == [3, 4] for epoch in shown[is_prior].view(-1, 2).tolist())
+    assert torch.equal(batch.weight, torch.where(is_prior, 0.25, 1.0))
+    assert (batch.mask.sum(1) == shown + 1).all()
+
+
+def test_the_prior_is_seen_at_every_stratum_of_t(data: TrainingSet) -> None:
+    """With two pictures a batch a draw's parity is its stratum: that must not decide which set it is of."""
+    both = replace(data, prior=2)
+    laws = replace(LAWS, timestep_law="stratified")
+    batch = draw_batch(both, range(100), laws, global_batch=2, num_steps=1000)
+    late = batch.t[batch.x0[:, 0, 0, 0].add(0.2).round() >= 3] >= 500
+    assert 0.2 < late.float().mean() < 0.8

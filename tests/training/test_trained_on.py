@@ -49,7 +49,7 @@ def test_all_timesteps_are_the_same_range_however_they_are_written(tiny: Path) -
         plain = {"model": {"base": str(tiny)}, "data": {"folder": "demo"}, "diffusion": {"timestep_range": ends}}
         config = load_config(plain, {"train.mixed_precision": "no"})
         objective, schedule = build_objective(config, base)
-        return trained_on(config, base, [], [], [], schedule, objective, 64).settings
+        return trained_on(config, base, [], [], [], [], schedule, objective, 64).settings
 
     assert settings([0, 999]) == settings([0, 1000]) != settings([0, 600])
 
@@ -135,6 +135,12 @@ def test_another_content_is_refused_by_its_name_and_touches_nothing(options: Opt
     assert "--accept-changes" in str(found.value)
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     assert {path: content for path, content in before.items() if path.name != ".lock"} == after
+
+
+def test_a_prior_that_was_not_there_is_refused(options: Options, tmp_path: Path) -> None:
+    prior = build_picture_folder(tmp_path / "prior", 2)
+    with pytest.raises(UserError, match=r"prior pictures: 0 before, 2 now"):
+        train(options, data__prior=prior, resume="auto")
 
 
 def test_a_moved_folder_of_the_same_content_goes_on(options: Options, capsys: pytest.CaptureFixture[str]) -> None:

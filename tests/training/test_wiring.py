@@ -244,6 +244,22 @@ def test_every_number_of_the_configuration_arrives(options: dict[str, dict[str, 
     assert (len(held_out.x0), held_out.timestep_count, held_out.seed) == (2, 6, 17)
 
 
+def test_the_prior_is_encoded_behind_the_pictures_with_its_weight(
+    options: dict[str, dict[str, Any]], tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    prior = Path(options["data"]["held_out"])
+    data = {"prior": str(prior), "prior_weight": 0.3, "held_out": None}
+    trainer = at_the_start(options, run={"folder": str(tmp_path / "run")}, data=data).data
+    assert (trainer.prior, trainer.prior_weight) == (3, 0.3)
+    expected = [encoded(tiny, folder) for folder in (pictures, prior)]
+    everything = list(range(len(trainer.pictures)))
+    mean, _ = trainer.pictures.latents(everything)
+    torch.testing.assert_close(trainer.scale.scaled(mean), torch.cat([x0 for x0, _, _ in expected]), rtol=0, atol=1e-5)
+    texts = [text for _, _, part in expected for text in part]
+    for kept, text in zip(trainer.pictures.texts(everything), texts, strict=True):
+        torch.testing.assert_close(kept, text, rtol=0, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:different texts become the same tokens")
 def test_what_is_encoded_and_loaded_is_what_the_configuration_says(
     options: dict[str, dict[str, Any]], tmp_path: Path
