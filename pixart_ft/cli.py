@@ -1,4 +1,4 @@
-"""The command line: `pixart-ft train` and `pixart-ft generate`. Parse, build, call.
+"""The command line: `pixart-ft train`, `doctor` and `generate`. Parse, build, call.
 
 Every key of a configuration is an option, `--optim.learning_rate 2e-4` or `--optim.learning_rate=2e-4`;
 dashes and underscores are the same, and a key that is true or false needs no value to be true. Torch is imported only
@@ -21,16 +21,14 @@ from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.key_types import expected, is_empty, is_pair
 from pixart_ft.config.reading import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
 from pixart_ft.config.text import is_text, no_text, visible
-from pixart_ft.config.train import TrainConfig
+from pixart_ft.config.train import PlanConfig, TrainConfig
 from pixart_ft.diffusion.names import unknown_word
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of, versions
 
 WIDTH = 110
-SWITCHES = {
-    "dry_run": "check all but the weights, print what would run and its configuration as YAML, write nothing",
-    "help": "this text",
-}
+SWITCHES = {"help": "this text"}
+DRY_RUN = {"dry_run": "check all but the weights, print what would run and its configuration as YAML, write nothing"}
 REPEATABLE = {"prompt"}
 MAY_BE_EMPTY = {"prompt"}  # of the commands' own options, those for which an empty text means something
 
@@ -75,6 +73,14 @@ def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
         generate(config, adapter, Path(options["from"]) if "from" in options else None)
 
 
+def _doctor(config: PlanConfig, options: Mapping[str, str]) -> None:
+    card = _positive(options["card"], "--card", "GB of memory") if "card" in options else None
+    from pixart_ft.training.doctor import examine
+
+    given = any(getattr(config, section).model_fields_set for section in PlanConfig.model_fields)
+    examine(config if given else None, None if card is None else round(card * 2**30))
+
+
 def _print_plan(facts: Sequence[str], config: Config) -> None:
     """What a dry run found, as comments, and the configuration: one YAML file together. [] prints none."""
     if facts:
@@ -95,7 +101,19 @@ COMMANDS = {
             "init_from": "start a new run from the weights of an adapter folder, a run folder, or RUN@STEP",
         },
         _train,
-        {"accept_changes": "with resume: go on though what the run is trained on has changed"},
+        {"accept_changes": "with resume: go on though what the run is trained on has changed", **DRY_RUN},
+    ),
+    "doctor": Command(
+        "check this machine, and whether a training fits on it",
+        "pixart-ft doctor [--config NAME|FILE] [--section.key value ...] [--card GB]",
+        PlanConfig,
+        "validation.prompts",
+        {
+            "config": "of the training: YAML file or shipped name; without it and any key, the machine alone",
+            "prompt": "one prompt of the sample grid; give it again for more",
+            "card": "memory in GB of an NVIDIA GPU that computes in bfloat16, to plan for in place of this machine",
+        },
+        _doctor,
     ),
     "generate": Command(
         "draw pictures",
@@ -108,6 +126,7 @@ COMMANDS = {
             "prompt": "one prompt; give it again for more",
         },
         _generate,
+        DRY_RUN,
     ),
 }
 
@@ -172,7 +191,7 @@ def _run(arguments: list[str]) -> None:
         print(help_text(command))
         return
     config = _config(command, given, problems)
-    own = (*command.options, *command.switches, "dry_run")
+    own = (*command.options, *command.switches)
     command.run(config, {option: given[option][-1] for option in own if option in given})
 
 
@@ -233,6 +252,13 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _positive(word: str, option: str, what: str) -> float:
+    """The number that was given to an option. Raises UserError unless it is one above 0."""
+    if not _is_number(word) or not 0 < float(word) < float("inf"):
+        raise UserError(f"{option} is {json.dumps(visible(word))}; expected {what}, a number above 0")
+    return float(word)
 
 
 def _prints(text: str) -> bool:

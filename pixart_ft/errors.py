@@ -29,8 +29,9 @@ class Mistakes:
         self._found: list[str] = []
 
     def add(self, mistake: str) -> None:
-        """Note one."""
-        self._found.append(mistake)
+        """Note one, once."""
+        if mistake not in self._found:
+            self._found.append(mistake)
 
     @contextmanager
     def noted(self) -> Iterator[None]:
@@ -38,7 +39,7 @@ class Mistakes:
         try:
             yield
         except UserError as error:
-            self._found.append(str(error))
+            self.add(str(error))
 
     def raise_if_any(self) -> None:
         """Raise one UserError with all that was noted."""

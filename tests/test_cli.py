@@ -16,7 +16,7 @@ import pytest
 from pixart_ft import __version__, cli
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import keys
-from pixart_ft.config.train import HUB_BASE, TrainConfig, load_config
+from pixart_ft.config.train import HUB_BASE, PlanConfig, TrainConfig, load_config
 from pixart_ft.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -53,10 +53,12 @@ def test_the_bare_command_lists_the_commands(capsys: pytest.CaptureFixture[str])
     for arguments in ([], ["--help"], ["-h"]):
         assert cli.main(arguments) == 0
         out = capsys.readouterr().out
-        assert all(f"pixart-ft {name}" in out for name in ("train", "generate"))
+        assert all(f"pixart-ft {name}" in out for name in ("train", "doctor", "generate"))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("train", TrainConfig), ("generate", GenerateConfig)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("train", TrainConfig), ("doctor", PlanConfig), ("generate", GenerateConfig)]
+)
 def test_help_shows_every_key(name: str, kind: type[TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--optim.nonsense", "3", "--help"]) == 0
     out = capsys.readouterr().out
@@ -216,7 +218,7 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
 
 
 def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert problems(capsys, "trian") == ["unknown command 'trian'; choose train or generate"]
+    assert problems(capsys, "trian") == ["unknown command 'trian'; choose train, doctor or generate"]
     assert "shipped name: dreambooth, lora_512, quickstart" in problems(capsys, "train", "--config", "nope")[0]
     both = problems(capsys, "generate", "--prompt", "a", "--prompts", "[b]")
     assert both == ["configuration: --prompt and --prompts exclude each other; give one"]

@@ -31,7 +31,7 @@ HOUSE = {
     "evaluation": "objective held_out",
     "training": "places shell stopping processes nested ahead guard in_backward importance step_numbers records "
     "learning_rate optimizers ema batches encode speed objective trained_on before_after watching keeping trainer "
-    "report start run",
+    "report start run memory doctor",
 }
 DOORS = ("", "cli")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}

@@ -373,6 +373,18 @@ class TrainConfig(Config):
     )
 
 
+class SomeData(Data):
+    """what it learns from"""
+
+    folder: Source = Field("", description='folder of pictures with captions, or "demo"; without it none are looked at')
+
+
+class PlanConfig(TrainConfig):
+    """What is told of a training that is only planned: its pictures may not be there yet."""
+
+    data: SomeData = SomeData()
+
+
 def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:
     """A training configuration from a YAML file, a shipped name (`quickstart`) or a mapping.
 

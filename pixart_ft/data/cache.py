@@ -30,6 +30,7 @@ from pixart_ft.files import explained, probe, sha256, sweep, write_bytes, write_
 from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 
+CAPTIONS_AT_ONCE, PICTURES_AT_ONCE = 16, 4  # encoded in one call
 _SHARD_ITEMS = 256
 _SHARD_BYTES = 64 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -148,7 +149,7 @@ def cache_captions(
     load_text_encoder: Callable[[], tuple[PreTrainedTokenizerBase, T5EncoderModel]],
     encoder_id: str,
     max_tokens: int = 300,
-    batch_size: int = 16,
+    batch_size: int = CAPTIONS_AT_ONCE,
     progress: bool = True,
 ) -> list[str]:
     """Encode the captions that the store misses; returns the key of each. "" is a caption too.
@@ -187,7 +188,7 @@ def cache_pictures(
     vae_id: str,
     size: int,
     digests: Sequence[str] | None = None,
-    batch_size: int = 4,
+    batch_size: int = PICTURES_AT_ONCE,
     progress: bool = True,
 ) -> list[str]:
     """Encode the pictures that the store misses, at size x size pixels; returns the key of each.

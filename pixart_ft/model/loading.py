@@ -49,10 +49,24 @@ def load_transformer(base: Base, *, dtype: torch.dtype) -> PixArtTransformer2DMo
 
 
 def skeleton(base: Base) -> PixArtTransformer2DModel:
-    """The denoiser's layers without any values (on the meta device): for what only their names decide."""
+    """The denoiser's layers without any values (on the meta device): for what their names and shapes decide."""
     with torch.device("meta"), quiet(base.place), readable(base.place, "transformer"):
         transformer: PixArtTransformer2DModel = PixArtTransformer2DModel.from_config(_own(base.transformer))
     return transformer
+
+
+def vae_skeleton(base: Base) -> AutoencoderKL:
+    """Those of the autoencoder."""
+    with torch.device("meta"), quiet(base.place), readable(base.place, "vae"):
+        vae: AutoencoderKL = AutoencoderKL.from_config(_own(base.vae))
+    return vae
+
+
+def text_encoder_skeleton(base: Base) -> T5EncoderModel:
+    """Those of the T5 encoder, which the base must have."""
+    assert base.text_encoder is not None
+    with torch.device("meta"), quiet(base.place), readable(base.place, "text_encoder"):
+        return T5EncoderModel(T5Config.from_dict(_own(base.text_encoder)))
 
 
 def load_vae(base: Base, *, dtype: torch.dtype) -> AutoencoderKL:
@@ -74,6 +88,18 @@ def decoder_only(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
+def load_tokenizer(base: Base, *, here_only: bool = False) -> PreTrainedTokenizerBase:
+    """What cuts captions into tokens. here_only: it is not downloaded; a Hub's that is not here is a UserError too."""
+    words = Path(base.place) / "tokenizer"
+    if Path(base.place).is_dir() and not any((words / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise UserError(f"model.base: {words} holds neither tokenizer.json nor spiece.model; copy the model again")
+    with quiet(base.place), readable(base.place, "tokenizer"):
+        tokenizer: PreTrainedTokenizerBase = T5Tokenizer.from_pretrained(
+            base.place, subfolder="tokenizer", revision=base.commit or "main", local_files_only=here_only
+        )
+    return tokenizer
+
+
 def load_text_encoder(base: Base, *, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
     """The tokenizer and the T5 encoder.
 
@@ -85,11 +111,7 @@ def load_text_encoder(base: Base, *, dtype: torch.dtype) -> tuple[PreTrainedToke
             f"model.base: {base.place} comes without a text encoder, and there are texts to encode; give a whole "
             "diffusers PixArt-Sigma, whose model_index.json names its text_encoder"
         )
-    words = Path(base.place) / "tokenizer"
-    if Path(base.place).is_dir() and not any((words / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-        raise UserError(f"model.base: {words} holds neither tokenizer.json nor spiece.model; copy the model again")
-    with quiet(base.place), readable(base.place, "tokenizer"):
-        tokenizer = T5Tokenizer.from_pretrained(base.place, subfolder="tokenizer", revision=base.commit or "main")
+    tokenizer = load_tokenizer(base)
     with readable(base.place, "text_encoder"):
         config = T5Config.from_dict(_own(base.text_encoder))
     encoder: T5EncoderModel = _load(T5EncoderModel, base, "text_encoder", dtype=dtype, config=config)

@@ -50,7 +50,7 @@ def vae_id(config: TrainConfig, base: Base) -> str:
 
 def text_encoder_id(config: TrainConfig, base: Base) -> str:
     """Names the tokenizer, T5 and the dtype it runs in, see `component_id`."""
-    return _component_id(config, base, "tokenizer", "text_encoder", dtype=_text_dtype(config))
+    return _component_id(config, base, "tokenizer", "text_encoder", dtype=text_dtype(config))
 
 
 def _component_id(config: TrainConfig, base: Base, *subfolders: str, dtype: torch.dtype) -> str:
@@ -58,7 +58,8 @@ def _component_id(config: TrainConfig, base: Base, *subfolders: str, dtype: torc
     return component_id(base.place, *subfolders, dtype=dtype, commit=base.commit, memo=memo)
 
 
-def _text_dtype(config: TrainConfig) -> torch.dtype:
+def text_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype that T5 encodes in."""
     return DTYPES.get(config.model.text_encoder_dtype) or compute_dtype(config)
 
 
@@ -90,7 +91,7 @@ def encode_once(
     device = accelerator.device
 
     def text_encoder() -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
-        tokenizer, encoder = loading.load_text_encoder(base, dtype=_text_dtype(config))
+        tokenizer, encoder = loading.load_text_encoder(base, dtype=text_dtype(config))
         return tokenizer, encoder.to(device)
 
     def vae() -> AutoencoderKL:

@@ -24,7 +24,7 @@ from pixart_ft.randomness import generator
 # What optimizers count in their groups as they go; all else there are settings.
 _COUNTED = {"k", "d", "d_max", "d_hat", "d_numerator", "d_denom", "weight_sum", "lr_max", "scheduled_lr", "train_mode"}
 _ROUNDED = "rounded"  # of a weight: how often
-_CHUNK = 2**26  # weights that are float32 at a time while a bfloat16 network is stepped: 256 MiB
+CHUNK = 2**26  # weights that are float32 at a time while a bfloat16 network is stepped: 256 MiB
 _MATRIX = re.compile(r"transformer_blocks\..*weight$")  # of a hidden layer: what Muon is for, if it has two dimensions
 
 
@@ -171,7 +171,7 @@ def _in_float32(parameters: Iterable[Parameter], *, filled: bool = True) -> Iter
 def _chunks(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
     part: list[Parameter] = []
     for parameter in list(parameters):
-        if part and sum(p.numel() for p in part) + parameter.numel() > _CHUNK:
+        if part and sum(p.numel() for p in part) + parameter.numel() > CHUNK:
             yield part
             part = []
         part.append(parameter)

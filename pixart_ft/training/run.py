@@ -82,7 +82,7 @@ def _run(
     schedule_config = start.schedule_config
     if accelerator.is_main_process:
         folder.probe()
-        print("\n".join(start.facts(config, accelerator)))
+        print("\n".join(start.facts(config, str(accelerator.device), accelerator.num_processes)))
     with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered; pictures are read anew
         digests = picture_digests([*learned, *held_rows])
         about = trained_on(
@@ -97,7 +97,7 @@ def _run(
         check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
     encoded = encode_once(config, base, learned, held_rows, resolution, accelerator, digests)
 
-    transformer = loading.load_transformer(base, dtype=_weights_dtype(config))
+    transformer = loading.load_transformer(base, dtype=weights_dtype(config))
     fingerprint = loading.fingerprint(transformer)
     about = about.with_base(transformer, base.name)
     agree(accelerator, about.facts())
@@ -203,7 +203,8 @@ def _base_to_find(base: str) -> str:
     return str(folder.absolute()) if base != "demo" and folder.is_dir() else base
 
 
-def _weights_dtype(config: TrainConfig) -> torch.dtype:
+def weights_dtype(config: TrainConfig) -> torch.dtype:
+    """The dtype that frozen weights are held in."""
     if config.model.dtype != "auto":
         return DTYPES[config.model.dtype]
     # float16 weights would overflow; under float16 autocast float32 weights do not.

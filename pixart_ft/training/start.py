@@ -45,11 +45,11 @@ class Start:
     lora: LoraSettings
     parameters: int  # that are trained
 
-    def facts(self, config: TrainConfig, accelerator: Accelerator) -> list[str]:
+    def facts(self, config: TrainConfig, device: str, processes: int) -> list[str]:
         """Where it trains, how much, and how often it sees its pictures, a line each."""
-        pictures, processes = len(self.rows), accelerator.num_processes
+        pictures = len(self.rows)
         batch = self.plan.batch_size * self.plan.accumulation * processes
-        where = str(accelerator.device) if processes == 1 else f"{accelerator.device}, {processes} processes"
+        where = device if processes == 1 else f"{device}, {processes} processes"
         draws = batch / 2 if self.prior_rows else batch  # of the pictures, in a step
         epochs = self.plan.steps * draws / pictures
         prior = f", and {len(self.prior_rows):,} of the prior in every second draw" if self.prior_rows else ""
@@ -75,17 +75,19 @@ def dry_run(config: TrainConfig, resume: str | None = None) -> list[str]:
     verify_pictures(
         [*start.rows, *start.prior_rows, *start.held_rows], start.resolution, progress=accelerator.is_main_process
     )
+    if not accelerator.is_main_process:
+        return []
     going_on = [] if start.checkpoint is None else [f"continues          {start.checkpoint}"]
-    return [*start.facts(config, accelerator), *going_on] if accelerator.is_main_process else []
+    return [*start.facts(config, str(accelerator.device), accelerator.num_processes), *going_on]
 
 
 def look(config: TrainConfig, resume: str | None) -> Start:
     """Check all that can be checked without weights, once `check_training` found no fault. Raises UserError."""
     base = Base.read(config.model.base, config.model.revision)
-    resolution = _resolution(config, base)
+    resolution = resolution_of(config, base)
     objective, schedule_config = build_objective(config, base)
     skeleton = loading.skeleton(base)
-    lora = _lora(config, last_layer=not variance_stands_still(objective, base))
+    lora = lora_of(config, last_layer=not variance_stands_still(objective, base))
     check_targets(skeleton, lora.targets)
     check_rank(skeleton, lora.rank, lora.targets)
     checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
@@ -107,7 +109,8 @@ def look(config: TrainConfig, resume: str | None) -> Start:
     )
 
 
-def _lora(config: TrainConfig, *, last_layer: bool) -> LoraSettings:
+def lora_of(config: TrainConfig, *, last_layer: bool) -> LoraSettings:
+    """The adapter that is trained; last_layer: whether a named set of targets takes that too."""
     choice = config.adapter
     targets = named(choice.targets, last_layer=last_layer)
     return LoraSettings(choice.rank, choice.alpha, targets, choice.dropout, choice.rslora, choice.dora, choice.init)
@@ -160,7 +163,8 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _resolution(config: TrainConfig, base: Base) -> int:
+def resolution_of(config: TrainConfig, base: Base) -> int:
+    """The side of the pictures; UserError for one that the base cannot have."""
     resolution, unit = config.data.resolution or base.native_size, base.size_unit
     if wrong := side_fault(resolution, unit):
         raise UserError(f"data.resolution {resolution} does not fit {config.model.base}: it {wrong}")

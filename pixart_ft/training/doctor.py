@@ -1,0 +1,315 @@
+"""`pixart-ft doctor`: what this machine can do, what a training needs of it, and what would make it fit."""
+
+import importlib
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from torch import nn
+
+from pixart_ft.config.optimizers import check_installed
+from pixart_ft.config.train import PlanConfig, TrainConfig
+from pixart_ft.data.datasets import verify_pictures
+from pixart_ft.errors import Mistakes, UserError
+from pixart_ft.files import versions
+from pixart_ft.model import loading
+from pixart_ft.model.attention import xformers_fault
+from pixart_ft.model.base import Base
+from pixart_ft.model.text import prepare_text, token_ids
+from pixart_ft.training import memory
+from pixart_ft.training.encode import read_rows
+from pixart_ft.training.memory import Case, Need
+from pixart_ft.training.places import check_training
+from pixart_ft.training.start import dry_run, look, with_precision
+
+CUDA_ITSELF = 2**29  # bytes of a GPU that its driver and kernels take, about
+_GIB = 2**30
+_PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
+_EIGHT_BITS = "adamw8bit"
+
+
+def examine(config: PlanConfig | None, card: int | None) -> None:
+    """Print what is found, and raise one UserError with all that a training cannot begin with.
+
+    config   None: the machine alone is looked at
+    card     bytes of a GPU to plan for, in place of this machine
+    """
+    places = ("runs", ".cache") if config is None else (config.run.folder, config.data.cache)
+    _say(_machine([Path(place) for place in places]))
+    if config is None:
+        return
+    mistakes = Mistakes()
+    settled = _settled(config, card)
+    has_data = bool(config.data.folder)
+    with mistakes.noted():
+        check_training(settled if has_data else _changed(settled, {"data.folder": "demo"}))
+    base = None
+    with mistakes.noted():
+        base = Base.read(settled.model.base, settled.model.revision)
+    if base is not None:
+        print()
+        _say(_of_base(base))
+        with mistakes.noted():
+            _say(_of_data(settled, card) if has_data else {"pictures": "none were given (--data.folder)"})
+        with mistakes.noted():
+            _weigh(settled, base, card)
+    mistakes.raise_if_any()
+
+
+def _say(facts: Mapping[str, str]) -> None:
+    for name, fact in facts.items():
+        print(f"{name:<18} {fact}")
+
+
+# The machine
+
+
+def _machine(places: list[Path]) -> dict[str, str]:
+    bf16 = with_precision(TrainConfig(data={"folder": "demo"})).train.mixed_precision == "bf16"  # type: ignore[arg-type]
+    found = {
+        "python": f"{platform.python_version()}, "
+        + ", ".join(f"{name} {number}" for name, number in versions().items())
+    }
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        found[f"GPU {number}"] = f"{name}, {_gib(total)}, {_gib(free)} of it free"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return found | {
+        "processor": f"{cores} cores, {torch.get_num_threads()} threads, {_gib(memory_of_machine())} of memory",
+        "precision": f"train.mixed_precision auto is {'bf16' if bf16 else 'float32: no instructions for bfloat16'}",
+        "bitsandbytes": _tried("bitsandbytes", _bitsandbytes_fault),
+        "xformers": _tried("xformers", lambda device: xformers_fault(device, torch.float32)),
+        "compiler": _compiler() or "none: model.compile needs g++ or clang++",
+        "disk": ", ".join(f"{_gib(_free(place))} free for {place}" for place in places),
+    }
+
+
+def memory_of_machine() -> int:
+    """Bytes that a process here may have: the machine's, or its container's."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(path).is_file() and (text := Path(path).read_text().strip()).isdigit():
+            limits.append(int(text))
+    return min(limits)
+
+
+def _tried(package: str, fault_of: Callable[[torch.device], str | None]) -> str:
+    """What a tiny operation of an optional package shows."""
+    if find_spec(package) is None:
+        return "absent"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fault = fault_of(device)
+    return f"{version(package)} " + (f"works on {device.type}" if fault is None else f"does not run here: {fault}")
+
+
+def _bitsandbytes_fault(device: torch.device) -> str | None:
+    weight = nn.Parameter(torch.zeros(64, 64, device=device))
+    weight.grad = torch.ones_like(weight)
+    try:
+        importlib.import_module("bitsandbytes.optim").AdamW8bit([weight], lr=1.0).step()
+    except Exception as error:  # a package without a kernel for this device raises almost anything
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None if bool((weight < 0).all()) else "a step of AdamW8bit left weights where they were"
+
+
+def _compiler() -> str | None:
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None
+    )
+
+
+def _free(place: Path) -> int:
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+# The base and the data
+
+
+def _of_base(base: Base) -> dict[str, str]:
+    parameters = sum(p.numel() for p in loading.skeleton(base).parameters())
+    variance = {"none": "no learned variance"}.get(base.variance, "a learned variance")
+    found = {
+        "base": f"{base.name}: {parameters:,} parameters, {base.native_size} x {base.native_size} pixels",
+        "its output": f"{base.prediction_type}, {variance}",
+    }
+    return found if Path(base.place).is_dir() else found | {"to download": _to_download(base)}
+
+
+def _to_download(base: Base) -> str:
+    """What of a Hub's base is not on this machine."""
+    try:
+        files = HfApi().model_info(base.place, revision=base.commit, files_metadata=True).siblings or []
+    except Exception:  # out of reach, or a mirror that knows no sizes
+        return "unknown: the Hub does not tell"
+    sizes: dict[str, int] = {}
+    for file in files:
+        part, _, name = file.rfilename.partition("/")
+        wanted = part in _PARTS and not name.endswith((".bin", ".onnx", ".msgpack")) and ".fp16." not in name
+        if wanted and not isinstance(try_to_load_from_cache(base.place, file.rfilename, revision=base.commit), str):
+            sizes[part] = sizes.get(part, 0) + (file.size or 0)
+    return ", ".join(f"{part} {_gib(size)}" for part, size in sizes.items()) or "nothing, it is all here"
+
+
+def _of_data(config: TrainConfig, card: int | None) -> dict[str, str]:
+    """What `train --dry-run` says."""
+    if card is None:
+        lines = dry_run(config)
+    else:
+        start = look(config, None)
+        verify_pictures([*start.rows, *start.prior_rows, *start.held_rows], start.resolution)
+        lines = start.facts(config, f"an NVIDIA GPU of {_gib(card)}", 1)
+    return {line[:18].strip(): line[19:] for line in lines}
+
+
+def _longest(config: TrainConfig, base: Base) -> int | None:
+    """The tokens of the longest caption, where pictures and tokenizer are at hand."""
+    try:
+        captions = [row.caption for rows in read_rows(config) for row in rows] if config.data.folder else []
+        tokenizer = loading.load_tokenizer(base, here_only=True)
+    except UserError:
+        return None
+    texts = [prepare_text(text) for text in (*captions, *config.validation.prompts)]
+    return max(map(len, token_ids(tokenizer, texts, config.data.max_tokens))) if captions else None
+
+
+# Memory
+
+
+def _weigh(config: TrainConfig, base: Base, card: int | None) -> None:
+    """Print what each stage needs; UserError with what would help where one does not fit."""
+    case = Case.of(config, base, tokens=_longest(config, base), on_gpu=card is not None or torch.cuda.is_available())
+    room, where = _room(card)
+    print(f"\nmemory             predicted, a stage after the other, in {where}")
+    needs = {}
+    for stage, need_of in _STAGES.items():
+        if stage == _SAMPLES and not config.validation.prompts:
+            continue
+        if (need := need_of(case)) is not None:
+            needs[stage] = need
+            print(f"  {stage:<17}{_gib(need.bytes):>9}   {_parts(need)}".rstrip())
+    lacking = {stage: need for stage, need in needs.items() if need.bytes > room}
+    if not lacking:
+        tight = max(need.bytes for need in needs.values()) > room / 1.15
+        print("it fits, tightly: a prediction is good to about 15 %" if tight else "it fits")
+        return
+    told = "; ".join(f"{stage} needs {_gib(need.bytes)}" for stage, need in lacking.items())
+    raise UserError("\n".join([f"it is not likely to fit into {_gib(room)}: {told}", *_remedies(case, lacking, room)]))
+
+
+_CAPTIONS, _PICTURES, _TRAINING, _SAMPLES = "captions by T5", "pictures by VAE", "training", "sample grid"
+_STAGES = {
+    _CAPTIONS: memory.captions,
+    _PICTURES: memory.pictures,
+    _TRAINING: memory.training,
+    _SAMPLES: memory.samples,
+}
+
+
+def _room(card: int | None) -> tuple[int, str]:
+    """Bytes that a training can have, and where, in words."""
+    if card is None and not torch.cuda.is_available():
+        whole, own = memory_of_machine(), _own_memory()
+        return whole - own, f"{_gib(whole)}, of which the libraries have {_gib(own)}"
+    whole = torch.cuda.mem_get_info()[1] if card is None else card
+    return whole - CUDA_ITSELF, f"the GPU's {_gib(whole)}, of which CUDA itself takes about {_gib(CUDA_ITSELF)}"
+
+
+def _own_memory() -> int:
+    """Bytes of this process that lie in memory."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.is_file() else 0
+
+
+def _remedies(case: Case, lacking: Mapping[str, Need], room: int) -> Iterator[str]:
+    """Lines that say what each change brings."""
+    for stage, need in lacking.items():
+        for changes in _changes(case, stage):
+            options = " ".join(f"--{key} {_word(value)}" for key, value in changes.items())
+            other = _STAGES[stage](
+                Case.of(_changed(case.config, changes), case.base, tokens=case.tokens, on_gpu=case.on_gpu)
+            )
+            size = 0 if other is None else other.bytes
+            if size < need.bytes:
+                yield f"  {stage:<16}{_gib(size):>9}{' fits ' if size <= room else '      '} with {options}"
+    if _CAPTIONS in lacking:
+        yield "  captions can be encoded on another machine: copy its data.cache"
+
+
+def _changes(case: Case, stage: str) -> Iterator[dict[str, Any]]:
+    """Settings that may make a stage smaller, the gentlest first."""
+    config = case.config
+    if stage == _CAPTIONS:
+        yield from ({"model.text_encoder_dtype": dtype} for dtype in ("bfloat16",))
+    if stage == _PICTURES:
+        yield {"data.resolution": case.resolution // 2 // 16 * 16}
+    if stage == _SAMPLES:
+        yield {"validation.prompts": ()}
+    if stage != _TRAINING:
+        return
+    ways: list[dict[str, Any]] = []
+    if not config.model.gradient_checkpointing:
+        ways.append({"model.gradient_checkpointing": True})
+    if (rows := config.train.batch_size) > 1:
+        ways.append({"train.batch_size": 1, "train.accumulation": rows * config.train.accumulation})
+    if config.train.mixed_precision == "no" and case.on_gpu:
+        ways.append({"train.mixed_precision": "bf16"})
+    if config.optim.optimizer == "adamw" and _is_installed(_EIGHT_BITS):
+        ways.append({"optim.optimizer": _EIGHT_BITS})
+    yield from ways
+    together: dict[str, Any] = {}
+    for number, way in enumerate(ways):
+        together |= way
+        if number:
+            yield dict(together)
+
+
+def _is_installed(optimizer: str) -> bool:
+    try:
+        check_installed(optimizer)
+    except UserError:
+        return False
+    return True
+
+
+def _settled(config: TrainConfig, card: int | None) -> TrainConfig:
+    """With its precision known: this machine's, or bf16 on a card."""
+    if card is not None and config.train.mixed_precision == "auto":
+        return _changed(config, {"train.mixed_precision": "bf16"})
+    return with_precision(config)
+
+
+def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        part = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: part})
+    return config
+
+
+def _word(value: Any) -> str:
+    return (
+        {(): "[]", True: "true"}.get(value, str(value)) if not isinstance(value, int) or value is True else str(value)
+    )
+
+
+def _parts(need: Need) -> str:
+    return ", ".join(f"{name} {_number(size)}" for name, size in need.parts.items() if size >= 0.005 * _GIB)
+
+
+def _gib(size: int) -> str:
+    return f"{_number(size)} GiB"
+
+
+def _number(size: int) -> str:
+    """In GiB, of three digits at most."""
+    value = size / _GIB
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"

@@ -1,0 +1,82 @@
+"""The doctor, by what it prints. Oracle: expected output."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pixart_ft import cli
+
+MACHINE = ("python", "processor", "precision", "bitsandbytes", "xformers", "compiler", "disk")
+
+
+@pytest.fixture
+def plan(tmp_path: Path, tiny: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A command line for a training that could begin."""
+    monkeypatch.chdir(tmp_path)
+    return ["doctor", "--model.base", str(tiny), "--data.folder", str(pictures), "--data.resolution=64"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], line: list[str], code: int = 0) -> tuple[dict[str, str], str]:
+    """The facts by their names, and what went to stderr."""
+    assert cli.main(line) == code
+    out, err = capsys.readouterr()
+    lines = [found for found in out.splitlines() if found]
+    assert max(map(len, lines)) <= 160
+    return {found[:18].strip(): found[18:].strip() for found in lines}, err
+
+
+def test_without_a_configuration_the_machine_alone_is_looked_at(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found, _ = printed(capsys, ["doctor"])
+    assert set(MACHINE) <= set(found) and "base" not in found and "memory" not in found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_training_that_fits(capsys: pytest.CaptureFixture[str], plan: list[str]) -> None:
+    found, _ = printed(capsys, [*plan, "--prompt", "red circle"])
+    assert "64 x 64 pixels" in found["base"] and found["its output"] == "epsilon, a learned variance"
+    assert found["pictures"].endswith("64 x 64 pixels") and found["length"].startswith("1,000 steps")
+    assert all("GiB" in found[stage] for stage in ("captions by T5", "pictures by VAE", "training", "sample grid"))
+    assert any(name.startswith("it fits") for name in found)
+    assert not Path("runs").exists() and not Path(".cache").exists()
+
+
+def test_one_that_does_not_says_what_would(capsys: pytest.CaptureFixture[str], plan: list[str]) -> None:
+    """On a card whose last 5 MB are not CUDA's own."""
+    line = [*plan, "--train.batch_size=64", "--card", "0.505"]
+    found, err = printed(capsys, line, code=2)
+    assert "an NVIDIA GPU of 0.50 GiB, precision bf16" in found["device"]
+    assert "training needs" in err
+    fitting = [remedy for remedy in err.splitlines() if " fits " in remedy]
+    assert any("--train.batch_size 1 --train.accumulation 64" in remedy for remedy in fitting)
+
+
+def test_pictures_may_come_later_and_every_mistake_is_told(capsys: pytest.CaptureFixture[str], plan: list[str]) -> None:
+    found, _ = printed(capsys, plan[:3])
+    assert found["pictures"].startswith("none were given") and "sample grid" not in found
+    wrong = [*plan[:3], "--data.folder=nowhere", "--run.folder=runs/old"]
+    Path("runs/old").mkdir(parents=True)
+    Path("runs/old/config.yaml").write_text("")
+    found, err = printed(capsys, wrong, code=2)
+    assert "nowhere" in err and "runs/old" in err and "training" in found
+    for card in ("none", "0", "-3"):
+        assert cli.main(["doctor", "--card", card]) == 2
+        assert "--card is" in capsys.readouterr().err
+
+
+def test_a_package_that_does_not_run_here_is_told_of(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers" / "__init__.py").write_text("")
+    (tmp_path / "xformers" / "ops.py").write_text("raise RuntimeError('no operator')")
+    (tmp_path / "xformers-9.0.dist-info").mkdir()
+    (tmp_path / "xformers-9.0.dist-info" / "METADATA").write_text("Name: xformers\nVersion: 9.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    found, _ = printed(capsys, ["doctor"])
+    assert found["xformers"] == "9.0 does not run here: no operator"
+    sys.modules.pop("xformers", None)
