@@ -29,8 +29,8 @@ HOUSE = {
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",
-    "training": "places shell stopping processes nested ahead guard in_backward importance step_numbers records "
-    "learning_rate optimizers ema batches encode speed objective trained_on before_after watching keeping trainer "
+    "training": "places shell stopping processes nested ahead ema sharding guard in_backward importance step_numbers "
+    "records learning_rate optimizers batches encode speed objective trained_on before_after watching keeping trainer "
     "report start run memory doctor",
 }
 DOORS = ("", "cli")

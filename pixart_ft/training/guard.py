@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pixart_ft.training.sharding import norms_of
+
 _MOST_COPIED = 2**28  # bytes, of a step that may have to be undone: an adapter's
 
 
@@ -15,7 +17,7 @@ def clip_gradients(parameters: Sequence[Parameter], limit: float) -> tuple[Tenso
     Returns the norm of each parameter's gradient (P,), 0 where it has none, and of all together (), before.
     """
     with_gradient = [p for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([p.grad for p in parameters if p.grad is not None], 2, dtype=torch.float32))
+    norms = norms_of([p.grad for p in parameters if p.grad is not None])
     norm = torch.linalg.vector_norm(norms)
     torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
     found = dict(zip(with_gradient, norms, strict=True))

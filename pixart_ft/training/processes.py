@@ -7,8 +7,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -30,16 +30,27 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 _ELSEWHERE = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_FSDP": "FSDP",
 }
+# Shards (FSDP2) as `sharding` makes them, in the words of accelerate's configuration; nothing else is offered.
+_SHARDS = {
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",  # that is model.gradient_checkpointing
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",  # T5 would be empty in all processes but the first
+}
+_USE_SHARDS = "ACCELERATE_USE_FSDP"
 
 
 def asked_for(environment: Mapping[str, str]) -> int:
     """How many processes the launcher started, by the variables it left; UserError for what it cannot give us."""
     for variable, name in _ELSEWHERE.items():
-        if environment.get(variable, "").lower() in ("1", "true", "yes", "on"):
+        if _is_on(environment, variable):
             raise UserError(
-                f"accelerate is configured for {name}; only plain data-parallel training is offered: choose no "
+                f"accelerate is configured for {name}; plain data-parallel training and FSDP2 are offered: choose no "
                 f"{name} in `accelerate config`, or unset {variable}"
             )
     sizes = [int(environment[name]) for name in _SIZES if environment.get(name, "").isdigit()]
@@ -52,6 +63,34 @@ def asked_for(environment: Mapping[str, str]) -> int:
     return max(sizes, default=1)
 
 
+def shards_asked_for(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher asks for the network in shards; UserError for other ones than there are."""
+    if not _is_on(environment, _USE_SHARDS):
+        return False
+    for variable, value in _SHARDS.items():
+        if environment.get(variable, value).lower() != value.lower():
+            raise UserError(
+                f"accelerate is configured for FSDP with {variable} {environment[variable]}; only {value} is offered: "
+                "use --config_file configs/accelerate/fsdp2.yaml"
+            )
+    return True
+
+
+def _is_on(environment: Mapping[str, str], variable: str) -> bool:
+    return environment.get(variable, "").lower() in ("1", "true", "yes", "on")
+
+
+@contextmanager
+def _hidden(variable: str) -> Iterator[None]:
+    """Without this variable: accelerate's own shards are not ours, and it makes none on a processor, silently."""
+    value = os.environ.pop(variable, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[variable] = value
+
+
 def join(environment: Mapping[str, str], *, mixed_precision: str, log_with: Any, project_dir: str) -> Accelerator:
     """The accelerator of this process, once it has met all others; the options as accelerate takes them.
 
@@ -60,15 +99,16 @@ def join(environment: Mapping[str, str], *, mixed_precision: str, log_with: Any,
     asked = asked_for(environment)
     device = torch.accelerator.current_accelerator()
     AcceleratorState._reset_state()  # a program may train twice, in another precision
-    accelerator = Accelerator(
-        # without a GPU accelerate takes each process for a run of its own, unless it is told to stay on the processor
-        cpu=asked > 1 and (device is None or device.type == "mps"),
-        # the others wait while one process encodes a large folder; ten minutes, the default, would not do
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
-        mixed_precision=mixed_precision,
-        log_with=log_with,
-        project_dir=project_dir,
-    )
+    with _hidden(_USE_SHARDS):
+        accelerator = Accelerator(
+            # without a GPU accelerate takes each process for a run of its own, unless told to stay on the processor
+            cpu=asked > 1 and (device is None or device.type == "mps"),
+            # the others wait while one process encodes a large folder; ten minutes, the default, would not do
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
+            mixed_precision=mixed_precision,
+            log_with=log_with,
+            project_dir=project_dir,
+        )
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in plain:
         raise UserError(

@@ -4,6 +4,7 @@ What a user can get wrong is found before the run folder is made, and what is ch
 """
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +37,9 @@ from pixart_ft.training.keeping import Keeper
 from pixart_ft.training.objective import abilities_after, warn_of_relearning
 from pixart_ft.training.optimizers import build_optimizer
 from pixart_ft.training.places import check_training
-from pixart_ft.training.processes import Together, agree
+from pixart_ft.training.processes import Together, agree, shards_asked_for
 from pixart_ft.training.report import finish
+from pixart_ft.training.sharding import Whole, in_shards
 from pixart_ft.training.start import accelerator_for, look, with_precision
 from pixart_ft.training.trained_on import Changes, announce, check_continues, trained_on
 from pixart_ft.training.trainer import Trainer
@@ -109,13 +111,20 @@ def _run(
         fill_adapter(transformer, adapter)
         warn_of_relearning(adapter.metadata, objective, config.diffusion.time_conditioning)
     engine = speed.set_up(config, transformer, encoded, accelerator, folder.path / "environment.json")
-    trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
     transformer.to(accelerator.device).train()
+    whole, network = None, transformer
+    if accelerator.num_processes > 1 and shards_asked_for(os.environ):
+        network = in_shards(transformer, accelerator)
+    speed.set_up_blocks(config, network, accelerator)
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     if config.optim.stochastic_rounding:
         for parameter in trained.values():
             parameter.data = parameter.data.bfloat16()
     optimizer = build_optimizer(config.optim, trained, config.run.seed)
-    ema = _average(config, trained, optimizer)
+    average = ema = _average(config, trained, optimizer)
+    if network is not transformer:
+        ema = _average(config, {name: p for name, p in transformer.named_parameters() if p.requires_grad}, optimizer)
+        whole = Whole(transformer, ema, network, average)
 
     abilities = abilities_after(objective, base, resolution)
     metadata = AdapterMetadata(
@@ -146,7 +155,8 @@ def _run(
     )
     trainer = Trainer(
         accelerator=accelerator,
-        transformer=transformer,
+        transformer=network,
+        whole=whole,
         objective=objective,
         data=TrainingSet(
             encoded.train,
@@ -156,7 +166,7 @@ def _run(
             prior_weight=config.data.prior_weight,
         ),
         optimizer=optimizer,
-        ema=ema,
+        ema=average,
         laws=start.laws,
         learning_rate=start.learning_rate,
         plan=plan,

@@ -25,27 +25,31 @@ def set_up(
     accelerator: Accelerator,
     environment: Path,
 ) -> dict[str, object]:
-    """Make `transformer`, whose adapter is attached, ready as section model says.
+    """Choose the kernels of attention for `transformer`, whose adapter is attached, as section model says.
 
     environment   the record of the run that is continued, where there is one: kernels that were timed are taken again,
                   since another would round otherwise, unless they were timed on another device
 
     Returns what belongs into the record.
     """
-    if every := int(config.model.gradient_checkpointing):
-        checkpoint_blocks(transformer, every)
     record: dict[str, object] = {}
     kernels = Kernels(config.model.attention, config.model.attention)
     if config.model.attention == "auto":
         kernels = _timed(config, transformer, encoded, accelerator, _recorded(environment, accelerator.device))
         record = {_KERNELS: vars(kernels), _WHERE: where(accelerator.device)}
     use_kernels(transformer, kernels)
+    return record
+
+
+def set_up_blocks(config: TrainConfig, network: PixArtTransformer2DModel, accelerator: Accelerator) -> None:
+    """Make the blocks of the network that is trained ready as section model says: checkpointed, compiled."""
+    if every := int(config.model.gradient_checkpointing):
+        checkpoint_blocks(network, every)
     if config.model.compile:
         accelerator.print(
             "compiling          one block for all of them, at its first call: the first steps take minutes"
         )
-        compile_blocks(transformer)
-    return record
+        compile_blocks(network)
 
 
 def _timed(

@@ -23,7 +23,7 @@ from pixart_ft.training.batches import DrawLaws
 from pixart_ft.training.encode import compute_dtype, read_prior, read_rows
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective, variance_stands_still
-from pixart_ft.training.processes import join
+from pixart_ft.training.processes import join, shards_asked_for
 from pixart_ft.training.trainer import Plan
 
 
@@ -147,6 +147,8 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
             "optim.in_backward with train.mixed_precision fp16: whether its loss scale is too high shows only after "
             "the last gradient; use bf16 or no"
         )
+    if shards_asked_for(os.environ) and (fault := _no_shards(config)):
+        mistakes.add(f"FSDP does not go with {fault}; leave one of them out")
     mistakes.raise_if_any()
     accelerator = join(
         os.environ,
@@ -161,6 +163,21 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
         )
     check_engine(config.model.attention, config.model.compile, accelerator.device, compute_dtype(config), "model.")
     return accelerator
+
+
+def _no_shards(config: TrainConfig) -> str | None:
+    """The first setting that was not seen to work with the network in shards."""
+    if config.train.mixed_precision == "fp16":
+        return "train.mixed_precision fp16"
+    if config.optim.optimizer != "adamw":
+        return f"optim.optimizer {config.optim.optimizer}"
+    if config.optim.stochastic_rounding:
+        return "optim.stochastic_rounding"
+    if config.optim.in_backward:
+        return "optim.in_backward"
+    if config.model.compile:
+        return "model.compile"
+    return "train.ema_on_cpu" if config.train.ema_on_cpu else None
 
 
 def resolution_of(config: TrainConfig, base: Base) -> int:

@@ -9,9 +9,10 @@ trained on, and what a step met is read when the next one is under way.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.nested import load_nested, save_nested, tensors_of
 from pixart_ft.training.optimizers import found_by, load_optimizer
 from pixart_ft.training.records import LossWindow, Progress, Records
+from pixart_ft.training.sharding import Whole, gathered, like, moments_like, prepared
 from pixart_ft.training.step_numbers import StepNumbers, Underway
 from pixart_ft.training.stopping import AllStopped, StopRequest
 from pixart_ft.training.watching import Watch
@@ -85,6 +87,7 @@ class Trainer:
         learning_rate: LearningRate,
         plan: Plan,
         folder: RunFolder,
+        whole: Whole | None = None,
         held_out: HeldOutSet | None = None,
         draw_samples: Callable[[], list[Sample]] | None = None,
         describe: Callable[[Path], None] = lambda checkpoint: None,
@@ -93,6 +96,7 @@ class Trainer:
     ):
         """`transformer` has its adapter attached; only parameters with requires_grad are trained and saved.
 
+        Where it is in shards, `whole` is the same in one piece, for what one process does.
         `held_out` is measured, and `draw_samples` makes the pictures of the fixed prompts, with the network as it is;
         then `keep_adapter` may keep it. `export` writes the result after the last step, before that is looked at.
         `describe` writes into each checkpoint what else belongs there.
@@ -101,12 +105,13 @@ class Trainer:
         self.data, self.laws = data, laws
         self.folder, self.ema, self.transformer, self.learning_rate = folder, ema, transformer, learning_rate
         self.describe, self.export, self.keep_adapter = describe, export, keep_adapter
+        self.whole = whole
         self.records = Records(folder.log, accelerator)
         self.watch = Watch(
             accelerator=accelerator,
-            transformer=transformer,
+            transformer=transformer if whole is None else whole.transformer,
             objective=objective,
-            ema=ema,
+            ema=ema if whole is None else whole.ema,
             folder=folder,
             records=self.records,
             batch_size=plan.batch_size,
@@ -114,7 +119,7 @@ class Trainer:
             draw_samples=draw_samples,
         )
         self.trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-        self.model, self.optimizer = accelerator.prepare(transformer, optimizer)
+        self.model, self.optimizer = prepared(accelerator, transformer, optimizer)
         parameters = list(self.trained.values())
         self._in_backward = InBackward(self.optimizer.optimizer, parameters) if plan.in_backward else None
         self.step = 0
@@ -245,8 +250,8 @@ class Trainer:
 
     def _everywhere(self, mine: Tensor) -> Tensor:
         """(micro-batch, N, ...) of all processes in the order of the draws, of this one's (micro-batch, n, ...)."""
-        gathered = self.accelerator.gather(mine).view(self.accelerator.num_processes, *mine.shape)
-        return gathered.transpose(0, 1).flatten(1, 2)
+        rows = self.accelerator.gather(mine).view(self.accelerator.num_processes, *mine.shape)
+        return rows.transpose(0, 1).flatten(1, 2)
 
     def _update(self, names: list[str], rows: Tensor) -> None:
         """Step by the gradients that are there, unless they or a loss in the rows (see `Underway`) are not finite."""
@@ -305,7 +310,7 @@ class Trainer:
         moments = tensors_of(self.optimizer.state_dict()["state"])
         weights = [*self.trained.values(), *self.ema.shadows.values()]
         bad = None if all_finite([*weights, *moments]) else "weights or moments are not finite"
-        if bad is None:
+        if not self._anywhere(bad is not None):  # each process sees its own shards, and all compute together or none
             for average in (nullcontext(), self.ema.applied())[: 1 + self.ema.is_on]:
                 with average, evaluating(self.transformer):
                     loss = self._forward(self._batch_to_make((max(0, self.step - 1), 0))())[2]["loss"]
@@ -358,8 +363,10 @@ class Trainer:
         )
         if not (measuring or drawing):  # at most steps: no log is read, and no process waits for the others
             return
+        if self.whole is not None:
+            self.whole.refresh()
         # before a network call, so never in the middle of a change of weights
-        hook = self.transformer.register_forward_pre_hook(stop_if_asked)
+        hook = self.watch.transformer.register_forward_pre_hook(stop_if_asked)
         try:
             if last and self.accelerator.is_main_process:
                 self.export(self.progress)
@@ -387,14 +394,18 @@ class Trainer:
         self._read_numbers()
         self._check_finite()
         self._saved_at = self.step
+        state = gathered(self._state())
         if self.accelerator.is_main_process:
-            self.folder.save(self.step, self._write_state, keep=self.plan.keep_checkpoints)
+            self.folder.save(self.step, partial(self._write_state, state), keep=self.plan.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def _write_state(self, folder: Path) -> None:
-        save_nested(folder / "trained.safetensors", {name: p.detach() for name, p in self.trained.items()})
-        save_nested(folder / "ema.safetensors", self.ema.state_dict())
-        save_nested(folder / "optimizer.safetensors", self.optimizer.state_dict())
+    def _write_state(self, state: Mapping[str, Any], folder: Path) -> None:
+        for name, tree in state.items():
+            save_nested(folder / f"{name}.safetensors", tree)
+        self.describe(folder)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds, by the names of its files."""
         scaler = self.accelerator.scaler
         progress = {
             "step": self.step,
@@ -405,8 +416,12 @@ class Trainer:
             "compared_since": self.watch.since,
             "history": None if self.importance is None else self.importance.state_dict(self.step),
         }
-        save_nested(folder / "progress.safetensors", progress)
-        self.describe(folder)
+        return {
+            "trained": {name: p.detach() for name, p in self.trained.items()},
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": progress,
+        }
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint that `RunFolder` calls complete.
@@ -428,9 +443,11 @@ class Trainer:
             raise UserError(f"{folder} holds weights that are not finite: give an earlier checkpoint, or begin again")
         with torch.no_grad():
             for name, p in self.trained.items():
-                p.copy_(saved[name])
-        self.ema.load_state_dict(average)
-        load_optimizer(self.optimizer, load_nested(folder / "optimizer.safetensors"))
+                p.copy_(like(p, saved[name]))
+        own = self.ema.shadows
+        shadows = {name: like(own[name], x) if name in own else x for name, x in average["shadows"].items()}
+        self.ema.load_state_dict(average | {"shadows": shadows})
+        load_optimizer(self.optimizer, moments_like(self.optimizer, load_nested(folder / "optimizer.safetensors")))
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step = self._saved_at = progress["step"]

@@ -34,7 +34,7 @@ class Launched:
         for process in self.processes:
             process.start()
 
-    def end(self, within: float = 60) -> list[int | None]:
+    def end(self, within: float = 200) -> list[int | None]:
         """The exit codes, negative for a signal; None for a process that had not ended by then and is killed."""
         until = time.monotonic() + within
         for process in self.processes:

@@ -1,23 +1,33 @@
 """The processes of one run. Oracle: what torchrun and accelerate launch leave in the environment, and one process for
 two."""
 
+import json
 import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from pixart_ft.cli import main
 from pixart_ft.errors import UserError
-from pixart_ft.training.processes import ENDED, EXIT_ENDED, Together, asked_for, join
+from pixart_ft.training.nested import load_nested
+from pixart_ft.training.processes import ENDED, EXIT_ENDED, Together, asked_for, join, shards_asked_for
+from pixart_ft.training.sharding import gathered
+from pixart_ft.training.trainer import Trainer
 from tests.helpers.launched import launch
-from tests.helpers.runs import Options, command, losses, short_run, train
+from tests.helpers.runs import STEPS, Options, command, short_run, train
 
+ROOT = Path(__file__).parents[2]
 # Variables as these launchers were seen to set them.
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ACCELERATE_ONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
@@ -61,18 +71,71 @@ def test_launch_that_is_refused(environment: dict[str, str], message: str) -> No
         asked_for(environment)
 
 
-def test_a_launched_run_is_one_run(options: Options, tmp_path: Path) -> None:
-    """Two processes on a processor, as torchrun starts them: one folder, one log, the losses and weights of one."""
-    one = train(options)
-    two = tmp_path / "two"
-    launched = launch(lambda rank: train(options, run__folder=two, train__batch_size=2) and 0, tmp_path)
+def test_shards_that_are_asked_for() -> None:
+    """The shipped configuration of accelerate is the one there is; DeepSpeed's offloading and others are refused."""
+    file = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
+    renamed = {"TRANSFORMER_LAYER_CLS_TO_WRAP": "TRANSFORMER_CLS_TO_WRAP", "VERSION": "VERSION"}
+    words = {key.removeprefix("fsdp_").upper(): str(value) for key, value in file["fsdp_config"].items()}
+    shipped = {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{renamed.get(key, key)}": word for key, word in words.items()}
+    assert shards_asked_for(shipped) and not shards_asked_for({"ACCELERATE_USE_FSDP": "false"})
+    for variable, value in (("FSDP_VERSION", "1"), ("FSDP_OFFLOAD_PARAMS", "true")):
+        with pytest.raises(UserError, match=f"FSDP with {variable} {value}; only .*configs/accelerate/fsdp2.yaml"):
+            shards_asked_for(shipped | {variable: value})
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """What the run logged of each step."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["train"] | {"gradient_norm": line["gradient_norm"]} for line in lines if "train" in line]
+
+
+def assert_equal_to_rounding(one: Path, other: Path) -> None:
+    """Every loss and gradient norm, and the state after the last step."""
+    assert len(records(one)) == len(records(other)) == STEPS
+    for a, b in zip(records(one), records(other), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    for name in ("trained", "ema", "optimizer"):
+        ours, theirs = (
+            load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / f"{name}.safetensors") for run in (one, other)
+        )
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6)
+    for name in ("adapter", "adapter_raw"):
+        ours, theirs = (load_file(run / "final" / name / "adapter_model.safetensors") for run in (one, other))
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["copies", "shards"])
+def test_any_number_of_processes_continues_a_run(shards: bool, options: Options, tmp_path: Path) -> None:
+    """Two processes go on from a checkpoint of one, and one from theirs: all as one process from end to end.
+
+    With a copy of the network for each process, and with one in shards. What is loaded is what was saved, to the bit.
+    """
+    options |= {"train.keep_checkpoints": 9, "optim.clip_norm": 0.01}  # every gradient is clipped
+    straight = train(options)
+    run = Path(shutil.copytree(straight, tmp_path / "two"))
+    first, second = (run / "checkpoints" / f"step-{step:06d}" for step in (2, 4))
+    saved = {path.stem: load_nested(path) for path in first.glob("*.safetensors")}
+
+    def body(rank: int) -> None:
+        whole_run = Trainer.run
+
+        def checked(self: Trainer) -> None:
+            assert self.accelerator.num_processes == 2
+            assert {isinstance(p, DTensor) for p in self.trained.values()} == {shards}
+            units = sum(isinstance(module, FSDPModule) for module in self.transformer.modules())
+            assert units == (3 if shards else 0)  # two blocks, and what is left
+            torch.testing.assert_close(gathered(self._state()), saved, rtol=0, atol=0)
+            whole_run(self)
+
+        Trainer.run = checked  # type: ignore[method-assign]  # in this process alone
+        again = {"model__gradient_checkpointing": True} if shards else {}  # the same gradients, in fewer bytes
+        train(options, run__folder=run, train__batch_size=2, resume=str(first), **again)
+
+    launched = launch(body, tmp_path, environment={"ACCELERATE_USE_FSDP": str(shards).lower()})
     assert launched.end() == [0, 0], launched.said(0) + launched.said(1)
-    assert len(losses(one)) == len(losses(two))
-    for a, b in zip(losses(one), losses(two), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-    ours, theirs = (load_file(run / "final" / "adapter" / "adapter_model.safetensors") for run in (one, two))
-    for key in ours:
-        assert torch.allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-6), key
+    assert_equal_to_rounding(straight, run)
+    train(options, run__folder=run, resume=str(second))
+    assert_equal_to_rounding(straight, run)
 
 
 def test_processes_that_were_started_otherwise_are_refused_together(
@@ -114,6 +177,7 @@ def waits(rank: int, ends: int, how: Callable[[], object], ready: Path) -> None:
         if rank == ends:
             how()
         accelerator.wait_for_everyone()
+        time.sleep(rank / 2)  # the first leaves, and the others may go on
 
 
 def fail(error: Exception) -> None:
@@ -138,6 +202,21 @@ def test_when_one_process_ends_the_others_do(ends: int, how: Callable[[], object
         assert (codes[rank], launched.said(rank)) == (EXIT_ENDED, f"error: {ENDED}\n")
     assert codes[ends] not in (0, None, EXIT_ENDED)
     assert launched.said(ends) == "" or "its own fault" in launched.said(ends)
+
+
+def test_the_echo_of_another_end_waits_to_be_told_of_it(tmp_path: Path) -> None:
+    """The group's own error comes before the connection is known to be closed: one line all the same."""
+
+    def how() -> None:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def body(rank: int) -> None:
+        waits(rank, rank, how if rank == 0 else lambda: fail(RuntimeError("Connection closed by peer")), tmp_path)
+
+    launched = launch(body, tmp_path)
+    assert launched.end(within=30) == [-signal.SIGKILL, EXIT_ENDED]
+    assert launched.said(1) == f"error: {ENDED}\n"
 
 
 def test_a_process_that_is_stopped_for_a_while_goes_on(tmp_path: Path) -> None:
