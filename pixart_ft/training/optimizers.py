@@ -78,8 +78,7 @@ class Muon(Optimizer):
 
     def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], **adam: Any) -> None:
         # its steps are as large as AdamW's, so that one learning rate serves both
-        muon: Any = importlib.import_module("torch.optim").Muon
-        self.parts: list[Optimizer] = [muon(matrices, adjust_lr_fn="match_rms_adamw")]
+        self.parts: list[Optimizer] = [_of("torch.optim", "Muon", matrices, adjust_lr_fn="match_rms_adamw")]
         if others:
             self.parts.append(torch.optim.AdamW(others, **adam))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
@@ -211,17 +210,15 @@ def _built(choice: Optim, trained: Mapping[str, Parameter]) -> Optimizer:
         case "adamw":
             return torch.optim.AdamW(groups, **adam, fused=on_gpu or None)
         case "adafactor":
-            adafactor: Any = importlib.import_module("transformers.optimization").Adafactor
-            made: Optimizer = adafactor(groups, scale_parameter=False, relative_step=False)
-            return made
+            # by the learning rate given, as every other
+            return _of("transformers.optimization", "Adafactor", groups, scale_parameter=False, relative_step=False)
         case "prodigy":
             with contextlib.redirect_stdout(io.StringIO()):  # it prints that the decay is decoupled
                 # what its authors advise for diffusion, and for a warm-up
                 return _of("prodigyopt", "Prodigy", groups, **adam, safeguard_warmup=True, use_bias_correction=True)
         case "schedule_free":
-            free: Any = _of("schedulefree", "AdamWScheduleFree", groups, **adam)
-            free.train()
-            averaging: Optimizer = free
+            averaging = _of("schedulefree", "AdamWScheduleFree", groups, **adam)
+            averaging.train()
             return averaging
         case "muon":
             return _muon(groups, trained, **adam, fused=on_gpu or None)
@@ -229,9 +226,8 @@ def _built(choice: Optim, trained: Mapping[str, Parameter]) -> Optimizer:
     return _of("bitsandbytes.optim", names[choice.optimizer], groups, **adam)
 
 
-def _of(package: str, name: str, groups: list[dict[str, Any]], **how: Any) -> Optimizer:
-    made: Optimizer = getattr(importlib.import_module(package), name)(groups, **how)
-    return made
+def _of(package: str, name: str, groups: list[dict[str, Any]], **how: Any) -> Any:
+    return getattr(importlib.import_module(package), name)(groups, **how)
 
 
 def _muon(groups: list[dict[str, Any]], trained: Mapping[str, Parameter], **adam: Any) -> Muon:
