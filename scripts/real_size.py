@@ -28,12 +28,12 @@ from pixart_ft.cli import main as pixart_ft
 from pixart_ft.model.place import DEMO_FOLDER
 
 
-def build_model(folder: Path) -> None:
-    """PixArt-Sigma-XL-2-512-MS's own configuration, weights drawn at random."""
+def build_model(folder: Path, side: int = 512) -> None:
+    """PixArt-Sigma-XL-2-512-MS's own configuration, or another side's, weights drawn at random."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     transformer = PixArtTransformer2DModel(
-        sample_size=64,
+        sample_size=side // 8,
         num_layers=28,
         num_attention_heads=16,
         attention_head_dim=72,
@@ -42,7 +42,7 @@ def build_model(folder: Path) -> None:
         patch_size=2,
         cross_attention_dim=1152,
         caption_channels=4096,
-        interpolation_scale=1,
+        interpolation_scale=side // 512,
         use_additional_conditions=False,
     )
     torch.set_default_dtype(torch.float32)
@@ -69,15 +69,15 @@ def build_model(folder: Path) -> None:
     ).save_pretrained(str(folder))
 
 
-def build_pictures(folder: Path, count: int = 4) -> None:
-    """Random 512-pixel pictures with captions of some 60 words."""
+def build_pictures(folder: Path, count: int = 4, side: int = 512) -> None:
+    """Random pictures of this side, pixels, with captions of some 60 words."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     words = ["red", "apple", "cat", "face", "rocket", "teddy", "bear", "snowman", "green", "book", "light", "bulb"]
     rows = []
     for number in range(count):
         noise = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((512, 512)).save(folder / f"{number}.png")
+        Image.fromarray(noise).resize((side, side)).save(folder / f"{number}.png")
         rows.append({"file_name": f"{number}.png", "text": " ".join(random.choice(words, 60))})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -93,8 +93,7 @@ def settle(transformer: PixArtTransformer2DModel, backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize(("backend", "every"), [("aot_eager", 0), ("aot_eager", 2), ("inductor", 2)])
 def test_compiled_blocks_train_alike(transformer: PixArtTransformer2DModel, backend: str, every: int) -> None:
     """With and without checkpoints, for another number of rows, and after the weights were swapped in place."""
     for module in transformer.modules():

@@ -1,0 +1,422 @@
+"""A training step of ours beside that of a plain script: time, peak memory, arithmetic, and the same loss.
+
+    python scripts/bench_step.py --model xl2-512 --steps 3 --json
+    python scripts/bench_step.py --model demo --kind full --option model.attention=auto
+    python scripts/bench_step.py --to-loss
+
+The plain script does what the usual ones for a LoRA do: the base in float32 under autocast, all texts padded to 300
+tokens, diffusers' own forward, the squared error of the noise. Both train on the same draws, each in a process of its
+own, a step of one after a step of the other, and between them matrix products of this network's largest layer tell what
+the machine can do. Prints seconds and samples per second, the peak memory of each process, the arithmetic that torch
+counts in a step beside the least that the recipe allows, and the share of the machine's matrix products that a step
+comes to. xl2-512 and xl2-1024 are the real architecture with random weights (1.2 GB in --work); a folder is any
+PixArt-Sigma. --to-loss trains both on the demo with the quickstart's recipe: the seconds until both reach one held-out
+loss, where ours has its law of t, weights and average, and the other has none.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from itertools import accumulate
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import PixArtTransformer2DModel
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
+
+from real_size import build_model, build_pictures
+
+from pixart_ft.config.train import TrainConfig, load_config
+from pixart_ft.evaluation.held_out import HeldOutSet, held_out_loss
+from pixart_ft.evaluation.objective import Objective
+from pixart_ft.model.base import Base
+from pixart_ft.training.batches import TrainingSet, draw_batch
+from pixart_ft.training.encode import compute_dtype, encode_once
+from pixart_ft.training.run import run_training
+from pixart_ft.training.start import accelerator_for, look, with_precision
+from pixart_ft.training.trainer import Trainer
+
+TEXT = 300  # tokens that the plain script pads to
+SIDES = {"xl2-512": 512, "xl2-1024": 1024}
+MEASURED_EVERY = 50  # steps, with --to-loss
+BUSY = "BENCH_PROCESSOR_TIME"  # set for the subjects too, by the option of this name
+CLOCK = time.process_time if BUSY in os.environ else time.perf_counter
+
+# Arithmetic
+
+
+def least_flops(network: Mapping[str, Any], *, rows: int, side: int, text: int, rank: int | None) -> int:
+    """The floating point operations of a step that a LoRA of `rank` on the attentions, or all weights (None), needs.
+
+    Of `rows` pictures whose latents have this side, with `text` tokens each: matrix products alone, each that has a
+    gradient once forward, once for its input where that wants a gradient, once for its weights where they are trained.
+    The backward pass of attention makes its probabilities again, since none are kept.
+    """
+    width = network["num_attention_heads"] * network["attention_head_dim"]
+    patch, blocks, out = network["patch_size"] ** 2, network["num_layers"], network["out_channels"]
+    image = side**2 // network["patch_size"] ** 2
+    full = rank is None
+    attention = 4 * blocks * width * image * (image + text)  # two products forward, five backward
+    found = attention + attention * 5 // 2
+
+    def layer(inputs: int, outputs: int, tokens: int, *, count: int = 1, adapted: bool = False, through: int) -> int:
+        """Of `count` layers; of `through` of them the input has a gradient."""
+        whole = 2 * inputs * outputs * tokens
+        adapter = 2 * (rank or 0) * (inputs + outputs) * tokens * adapted
+        # an adapter's inner gradient is made of its outputs' whether or not its input has one
+        inner = 2 * (rank or 0) * outputs * tokens * adapted
+        passes = count + through + count * full
+        return whole * passes + adapter * 2 * count + inner * count + (adapter - inner) * through
+
+    hidden = [
+        layer(width, width, image, count=3 * blocks, adapted=True, through=3 * (blocks - 1 + full)),  # to_q, k, v
+        layer(width, width, image, count=3 * blocks, adapted=True, through=3 * blocks),  # to_out, to_q, to_out
+        layer(width, width, text, count=2 * blocks, adapted=True, through=2 * blocks * full),  # the text's to_k, to_v
+        layer(width, 4 * width, image, count=2 * blocks, through=2 * blocks),
+        layer(patch * network["in_channels"], width, image, through=0),
+        layer(network["caption_channels"], width, text, through=0),
+        layer(width, width, text, through=int(full)),
+        layer(256, width, 1, through=0),
+        layer(width, 7 * width, 1, through=int(full)),  # the rest of the time's
+        layer(width, patch * out, image, through=1),
+    ]
+    return rows * (found + sum(hidden))
+
+
+def counter() -> FlopCounterMode:
+    """torch's own, which knows its CPU kernel of attention too."""
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(grad, query, key, value)
+
+    aten = torch.ops.aten
+    known = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def matrix_peak(config: TrainConfig, network: Mapping[str, Any], side: int, device: torch.device) -> float:
+    """Floating point operations a second of the network's largest layer here, the best of a few."""
+    width = network["num_attention_heads"] * network["attention_head_dim"]
+    rows = config.train.batch_size * side**2 // network["patch_size"] ** 2
+    one = torch.ones(rows, width, device=device, dtype=compute_dtype(config))
+    other = torch.ones(width, 4 * width, device=device, dtype=compute_dtype(config))
+    seconds = []
+    for _ in range(4):
+        synchronize(device)
+        began = CLOCK()
+        one @ other
+        synchronize(device)
+        seconds.append(CLOCK() - began)
+    return 2 * one.numel() * 4 * width / min(seconds)
+
+
+def synchronize(device: torch.device) -> None:
+    getattr(torch, device.type).synchronize()
+
+
+# The two subjects, each in a process that makes a step when it is told to
+
+
+def answer(pipe: Connection, step: Callable[[], float], device: torch.device) -> None:
+    """Make the step that `pipe` asks for, of which `step` returns the loss, and tell what it took; or end."""
+    order = pipe.recv()
+    if order == "end":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        pipe.send(torch.cuda.max_memory_allocated() if device.type == "cuda" else peak)
+        os._exit(0)
+    with counter() if order == "count" else nullcontext() as count:
+        synchronize(device)
+        began = CLOCK()
+        loss = step()
+        synchronize(device)
+        seconds = CLOCK() - began
+    pipe.send({"seconds": seconds, "loss": loss, "flops": count.get_total_flops() if count else 0})
+
+
+def ours(pipe: Connection, config: TrainConfig) -> None:
+    """`pixart-ft train`, whose every step waits for the order."""
+    step, terms, losses = Trainer._optimizer_step, Objective.terms, []
+
+    def noted(self: Objective, *given: Any, **more: Any) -> dict[str, Tensor]:
+        found = terms(self, *given, **more)
+        losses.append(found["simple"].detach().mean())
+        return found
+
+    def ordered(self: Trainer) -> None:
+        def once() -> float:
+            losses.clear()
+            step(self)
+            return float(losses[0])
+
+        answer(pipe, once, self.accelerator.device)
+
+    Objective.terms, Trainer._optimizer_step = noted, ordered  # type: ignore[method-assign]
+    run_training(config)
+
+
+class Plain:
+    """The usual script."""
+
+    def __init__(self, config: TrainConfig, kind: str) -> None:
+        self.config = config = with_precision(config)
+        accelerator = accelerator_for(config)
+        start = look(config, None)
+        self.device, self.start, self.step = accelerator.device, start, 0
+        encoded = encode_once(config, start.base, start.rows, start.held_rows, start.resolution, accelerator)
+        self.data, self.held_out = TrainingSet(encoded.train, encoded.scale, encoded.null_caption), encoded.held_out
+        assert start.objective.prediction_type == "epsilon"
+        transformer = PixArtTransformer2DModel.from_pretrained(start.base.place, subfolder="transformer")
+        self.transformer = transformer.float().requires_grad_(kind == "full").to(self.device).train()
+        if kind == "lora":
+            settings = LoraConfig(
+                r=config.adapter.rank,
+                lora_alpha=config.adapter.alpha,
+                target_modules=list(config.adapter.targets),
+            )
+            inject_adapter_in_model(settings, self.transformer)
+        self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, config.optim.learning_rate or 1e-4)
+
+    def once(self) -> float:
+        """A step; returns its loss."""
+        size = self.config.train.batch_size
+        draws = range(self.step * size, (self.step + 1) * size)
+        steps = self.start.objective.schedule.num_steps
+        batch = draw_batch(self.data, draws, self.start.laws, global_batch=size, num_steps=steps)
+        missing = TEXT - batch.embeds.shape[1]
+        embeds, mask = F.pad(batch.embeds, (0, 0, 0, missing)).float(), F.pad(batch.mask, (0, missing))
+        x0, eps, t = batch.x0.to(self.device), batch.eps.to(self.device), batch.t.to(self.device)
+        alpha_bar = self.start.objective.schedule.alpha_bar.to(self.device, torch.float32)[t].view(-1, 1, 1, 1)
+        dtype = compute_dtype(self.config)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            output = self.transformer(
+                alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps,
+                encoder_hidden_states=embeds.to(self.device),
+                encoder_attention_mask=mask.to(self.device),
+                timestep=t,
+                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+                return_dict=False,
+            )[0]
+        loss = F.mse_loss(output[:, : eps.shape[1]].float(), eps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return float(loss)
+
+
+def plain(pipe: Connection, config: TrainConfig, kind: str) -> None:
+    subject = Plain(config, kind)
+    while True:
+        answer(pipe, subject.once, subject.device)
+
+
+# The comparison
+
+
+def started(subject: Callable[..., None], *given: Any) -> Connection:
+    """The pipe to a subject in a process of its own."""
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    multiprocessing.get_context("spawn").Process(target=subject, args=(there, *given), daemon=True).start()
+    there.close()
+    return here
+
+
+def told(pipe: Connection, order: str) -> Any:
+    try:
+        pipe.send(order)
+        return pipe.recv()
+    except (EOFError, OSError):
+        sys.exit("one of the two processes has ended; see its message")
+
+
+def compare(config: TrainConfig, kind: str, steps: int) -> dict[str, float]:
+    """Both subjects, a step of one after a step of the other."""
+    config = with_precision(config)
+    base = Base.read(config.model.base, None)
+    device = accelerator_for(config).device
+    side = (config.data.resolution or base.native_size) // base.vae_factor
+    pipes = {"plain": started(plain, config, kind), "ours": started(ours, config)}
+    first = {name: told(pipe, "count") for name, pipe in pipes.items()}  # it warms up too
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    peak = 0.0
+    for _ in range(steps):
+        for name, pipe in pipes.items():
+            peak = max(peak, matrix_peak(config, base.transformer, side, device))
+            seconds[name].append(told(pipe, "time")["seconds"])
+    memory = {name: told(pipe, "end") for name, pipe in pipes.items()}
+    least = least_flops(
+        base.transformer,
+        rows=config.train.batch_size,
+        side=side,
+        text=longest_text(config),
+        rank=None if kind == "full" else config.adapter.rank,
+    )
+    best = {name: min(values) for name, values in seconds.items()}
+    for name in pipes:
+        print(
+            f"{name:<6} {best[name]:8.3f} s a step, {config.train.batch_size / best[name]:.4g} samples/s (of {steps}: "
+            f"{', '.join(f'{value:.3f}' for value in seconds[name])}), peak memory {memory[name] / 1e9:.2f} GB, "
+            f"{first[name]['flops'] / 1e9:,.0f} GFLOP, loss {first[name]['loss']:.6f}"
+        )
+    print(
+        f"the least {least / 1e9:,.0f} GFLOP, and the machine's {peak / 1e9:,.0f} GFLOP/s in "
+        f"{str(compute_dtype(config)).removeprefix('torch.')}: {least / peak:.3f} s; ours takes "
+        f"{best['ours'] * peak / least:.2f} times that"
+    )
+    return {
+        "speedup": best["plain"] / best["ours"],
+        "memory_ratio": memory["ours"] / memory["plain"],
+        "flops_ratio": first["ours"]["flops"] / least,
+        "peak_share": least / (best["ours"] * peak),
+        "loss_difference": abs(first["ours"]["loss"] - first["plain"]["loss"]) / first["plain"]["loss"],
+    }
+
+
+def longest_text(config: TrainConfig) -> int:
+    """Tokens of the texts of the first step, which is the one that is counted."""
+    start = look(config, None)
+    encoded = encode_once(config, start.base, start.rows, start.held_rows, start.resolution, accelerator_for(config))
+    data = TrainingSet(encoded.train, encoded.scale, encoded.null_caption)
+    size, steps = config.train.batch_size, start.objective.schedule.num_steps
+    return draw_batch(data, range(size), start.laws, global_batch=size, num_steps=steps).embeds.shape[1]
+
+
+# Seconds to a loss
+
+
+def courses(pipe: Connection, subject: str, config: TrainConfig) -> None:
+    """Train to the end; tell the seconds of its steps and the held-out loss, again and again."""
+    found: list[tuple[float, float]] = []
+    if subject == "plain":
+        script = Plain(config, "lora")
+        spent, held_out = 0.0, script.held_out
+        assert held_out is not None
+        for step in range(config.train.steps + 1):
+            if step % MEASURED_EVERY == 0:
+                found.append((spent, held_out_mean(script, held_out)))
+            began = CLOCK()
+            script.once()
+            synchronize(script.device)
+            spent += CLOCK() - began
+    else:
+        whole, seconds = Trainer._optimizer_step, [0.0]
+
+        def timed(self: Trainer) -> None:
+            began = CLOCK()
+            whole(self)
+            synchronize(self.accelerator.device)
+            seconds.append(CLOCK() - began)
+
+        Trainer._optimizer_step = timed  # type: ignore[method-assign]
+        lines = (run_training(config) / "log.jsonl").read_text().splitlines()
+        after = list(accumulate(seconds))
+        for record in map(json.loads, lines):
+            if "held_out" in record:
+                found.append((after[record["step"]], record["held_out"]["simple"]["mean"]))
+    pipe.send(found)
+
+
+def held_out_mean(script: Plain, held_out: HeldOutSet) -> float:
+    losses = held_out_loss(script.transformer, script.start.objective, held_out, batch_size=8, device=script.device)
+    return float(losses["simple"].mean())
+
+
+def to_loss(config: TrainConfig) -> dict[str, float]:
+    """Seconds of each until both have reached one held-out loss."""
+    found = {name: started(courses, name, config).recv() for name in ("plain", "ours")}
+    target = max(min(loss for _, loss in course) for course in found.values())
+    seconds = {name: next(s for s, loss in course if loss <= target) for name, course in found.items()}
+    for name, course in found.items():
+        shown = ", ".join(f"{loss:.4f} at {spent:.0f} s" for spent, loss in course)
+        print(f"{name:<6} {seconds[name]:.1f} s of steps to a held-out loss of {target:.4f}: {shown}")
+    return {"seconds": seconds["ours"], "speedup_to_loss": seconds["plain"] / seconds["ours"], "loss": target}
+
+
+def configuration(args: argparse.Namespace) -> TrainConfig:
+    """That of the run: the recipe of the model, with nothing measured, drawn or saved on the way."""
+    options: dict[str, Any] = {
+        "run.folder": args.work / "run",
+        "logging.tensorboard": False,
+        "data.cache": args.work / "cache",
+    }
+    if args.to_loss:
+        options |= {"validation.every": MEASURED_EVERY, "validation.prompts": [], "train.checkpoint_every": 0}
+        return load_config("quickstart", options | given(args))
+    model = args.model
+    if model in SIDES:
+        model, pictures = args.work / args.model, args.work / f"pictures-{SIDES[args.model]}"
+        if not (model / "model_index.json").is_file():
+            build_model(model, SIDES[args.model])
+        if not pictures.is_dir():
+            build_pictures(pictures, side=SIDES[args.model])
+        options |= {"data.folder": pictures}
+    elif model == "demo":
+        options |= {"data.folder": "demo"}
+    options |= {
+        "model.base": model,
+        "model.gradient_checkpointing": False,
+        "data.resolution": None,
+        "data.held_out_fraction": 0,
+        "optim.warmup_steps": 0,
+        "train.batch_size": args.batch_size,
+        "train.steps": args.steps + 2,
+        "train.checkpoint_every": 0,
+        "validation.samples_every": 0,
+        "logging.every": 1000,
+    }
+    if args.kind == "full":
+        options |= {"adapter.kind": "full"}
+    return load_config("lora_512", options | given(args))
+
+
+def given(args: argparse.Namespace) -> dict[str, str]:
+    return dict(option.split("=", 1) for option in args.option)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="demo, xl2-512, xl2-1024, or a folder (with data.folder)")
+    parser.add_argument("--kind", choices=("lora", "full"), default="lora")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=5, help="that are timed, after one that is counted")
+    parser.add_argument("--option", action="append", default=[], help="KEY=VALUE of our configuration, for both")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "pixart_ft_bench")
+    parser.add_argument("--processor-time", action="store_true", help="for one thread on a machine that others use too")
+    parser.add_argument("--to-loss", action="store_true", help="seconds to a held-out loss, on the demo")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.parse_args()
+    if args.processor_time and BUSY not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {BUSY: "1"})
+    shutil.rmtree(args.work / "run", ignore_errors=True)
+    config = configuration(args)
+    found = to_loss(config) if args.to_loss else compare(config, args.kind, args.steps)
+    if args.json:
+        print(json.dumps({name: round(value, 5) for name, value in found.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
