@@ -50,7 +50,7 @@ def configuration(folder: Path) -> dict[str, object]:
         "optim": {"learning_rate": 1e-2, "warmup_steps": 2, "decay": "cosine"},
         "train": {"steps": STEPS, "batch_size": 4, "mixed_precision": "no", "ema_decay": 0.9, "checkpoint_every": 3},
         "validation": {"every": 2, "timesteps": 2, "prompts": ["a red circle"], "steps": 2, "samples_every": 4},
-        "logging": {"every": 1, "tensorboard": False},
+        "logging": {"every": 1, "trackers": []},
     }
 
 
@@ -75,7 +75,7 @@ def end(run: Path) -> dict[str, object]:
     files = [path for kind in ("final/adapter*/*", "adapters/*/*", "samples/**/*.png") for path in run.glob(kind)]
     files += run.glob(f"checkpoints/step-{STEPS:06d}/*.safetensors")  # a signal leaves an earlier one of its own
     found: dict[str, object] = {str(path.relative_to(run)): path.read_bytes() for path in files}
-    return found | {"log": [record | {"time": 0} for record in RunLog(run / "log.jsonl").records()]}
+    return found | {"log": [record | {"time": 0, "speed": 0} for record in RunLog(run / "log.jsonl").records()]}
 
 
 def trial(folder: Path, name: str, length: float, draw: random.Random) -> tuple[str, Path]:

@@ -83,7 +83,7 @@ def configuration(row: Row, number: int, work: Path, steps: int) -> TrainConfig:
             "validation.prompts": "[]",
             "validation.every": "0",
             "validation.samples_every": "0",
-            "logging.tensorboard": "false",
+            "logging.trackers": "[]",
         },
     )
 

@@ -38,7 +38,7 @@ from same_results_list import TRAIN, Content, names
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = 4  # of the differences of one item
-TIMES = ("time",)  # of a log's records
+TIMES = ("time", "speed")  # of a log's records
 
 # What a training leaves, below its run folder.
 TRAINED = {

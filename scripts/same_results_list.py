@@ -25,7 +25,7 @@ Content = dict[str, Any]  # what is compared, by name: arrays, and plain values 
 # which is the working directory; `shared` there leads to what both use.
 TINY = """--model.base shared/base --data.folder shared/small --data.held_out_fraction 0.3 --data.resolution 64
     --data.cache cache --adapter.rank 4 --adapter.alpha 8 --optim.learning_rate 1e-2 --optim.warmup_steps 2
-    --train.mixed_precision no --train.ema_decay 0.9 --logging.every 1 --logging.tensorboard false
+    --train.mixed_precision no --train.ema_decay 0.9 --logging.every 1
     --validation.timesteps 2 --validation.steps 2"""
 TRAIN = {
     "hybrid": f"""{TINY} --diffusion.timestep_law importance --adapter.dropout 0.1 --optim.decay cosine --train.steps 60
@@ -40,7 +40,7 @@ TRAIN = {
     "su": f"{TINY} --diffusion.objective su_reduced --train.steps 10 --optim.decay linear",
     "quickstart": """--config quickstart --data.folder shared/large --data.held_out null --data.held_out_fraction 0.25
         --data.cache cache --train.steps 3 --train.batch_size 2 --optim.warmup_steps 0 --validation.timesteps 2
-        --validation.prompts [] --train.mixed_precision no --logging.tensorboard false""",
+        --validation.prompts [] --train.mixed_precision no""",
 }
 DRAW = {"--model": "demo", "--prompt": '"red apple"', "--steps": "3"}  # where a line says nothing else
 START = "--image shared/large/001.png"

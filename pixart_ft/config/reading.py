@@ -43,6 +43,8 @@ class Config(Section):
     shipped: ClassVar[bool] = False
 
 
+# Former names of keys, and what is written now.
+FORMER = {"logging.tensorboard": "logging.trackers, a list: [tensorboard], or [] for none"}
 SHOWN = 20  # mistakes that a report lists; the others it counts
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -72,6 +74,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     Its last word must resemble, or be the initials of (`lr`), theirs; of several the whole path decides.
     """
     known = list(known)
+    if key in FORMER:
+        return f"{key} is now {FORMER[key]}"
     if key in known:  # a dotted path used as one word of a file
         return f"{key}: write it nested, as {{{key.replace('.', ': {')}: ...}}}}"
     if inside := [k for k in known if k.startswith(f"{key}.")]:

@@ -33,6 +33,7 @@ Decay = Literal["constant", "linear", "cosine"]  # of the learning rate, after t
 Weights = Literal["ema", "raw"]  # of a run: averaged, or the last
 EmaProfile = Literal["constant", "power", "warmup"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Tracker = Literal["tensorboard", "wandb", "trackio"]
 Init = Literal["default", "pissa", "olora"]  # of a LoRA
 Attention = Literal["by_shape", "auto", "sdpa", "plain", "headwise", "xformers"]  # kernels, or how they are chosen
 ATTENTION = (
@@ -242,6 +243,12 @@ class Train(Section):
     ema_on_cpu: bool = Field(False, description="keep the average in the computer's memory")
     checkpoint_every: Every = Field(250, description="steps between checkpoints; 0 = only the last")
     keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints kept")
+    give_up_after: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="skipped steps (loss or gradient not finite) in a row that end it; null = 10, fp16 40",
+    )
 
 
 class Validation(Section):
@@ -262,7 +269,9 @@ class Logging(Section):
     """what is written down"""
 
     every: Steps = Field(10, description="optimizer steps between log lines")
-    tensorboard: bool = Field(True, description="also write TensorBoard files into the run folder")
+    trackers: tuple[Tracker, ...] = Field(
+        ("tensorboard",), description="where curves and samples go too; [] = nowhere; two are extras by their names"
+    )
 
 
 def _has_simple_term(objective: str) -> bool:

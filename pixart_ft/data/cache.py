@@ -50,7 +50,7 @@ class TensorStore:
         with explained(self.folder, "used", "data.cache"):
             if self.folder.exists() and not self.folder.is_dir():
                 raise UserError(f"the cache folder {self.folder} is a file; remove it or choose another folder")
-        self._shards: dict[str, Any] = {}
+        self._shards: dict[str, tuple[Path, int, Any]] = {}  # by key: the open file that has it, and its name and size
         sweep(self.folder)
         for path in sorted(self.folder.glob("*.safetensors")):
             if not (_SHA256.fullmatch(path.stem) and path.is_file()):
@@ -68,8 +68,17 @@ class TensorStore:
         return [key for key in dict.fromkeys(keys) if key not in self._shards]
 
     def get(self, key: str) -> Tensor:
-        """The tensor under a key, on the CPU; KeyError if it is missing."""
-        mapped: Tensor = self._shards[key].get_tensor(key)
+        """The tensor under a key, on the CPU; KeyError if it is missing.
+
+        Raises UserError if its file is gone or was cut short.
+        """
+        path, size, shard = self._shards[key]
+        # asked before, since reading beyond the end of a mapped file would kill the process
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            what = "is gone" if found is None else f"has {found:,} bytes instead of {size:,}"
+            raise UserError(f"data.cache: {path} {what}, while it is read; the next run encodes anew what was in it")
+        mapped: Tensor = shard.get_tensor(key)
         return mapped.clone()  # writing into the mapped tensor would change what the next reader gets
 
     def check_writable(self) -> None:
@@ -111,7 +120,7 @@ class TensorStore:
 
     def _open(self, path: Path) -> None:
         shard: Any = safetensors.safe_open(path, framework="pt")
-        self._shards.update(dict.fromkeys(shard.keys(), shard))
+        self._shards.update(dict.fromkeys(shard.keys(), (path, path.stat().st_size, shard)))
 
 
 @dataclass(frozen=True)

@@ -128,12 +128,7 @@ class RunFolder:
             write(aside)
             _write_manifest(aside)
 
-        try:
-            write_folder(folder, write_and_describe)
-        except UserError as error:
-            raise UserError(
-                f"{error}\nEarlier checkpoints are intact: mend this and continue with --resume auto"
-            ) from error
+        write_folder(folder, write_and_describe)
         earlier = [old for old_step, old in self._by_step() if old_step < step and _fault(old, sizes_only=True) is None]
         kept = {folder, *earlier[: keep - 1]}
         for _, old in self._by_step():

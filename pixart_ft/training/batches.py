@@ -44,6 +44,7 @@ class TrainingSet:
     prior          how many of the pictures, the last ones, are of what the base must not forget (Ruiz et al. 2023): of
                    each two draws one is of them then, at random which
     prior_weight   what their losses are multiplied by
+    names          of the pictures, for messages
     """
 
     pictures: CachedPictures
@@ -51,6 +52,7 @@ class TrainingSet:
     null_caption: Tensor
     prior: int = 0
     prior_weight: float = 1.0
+    names: Sequence[str] = ()
 
     def row(self, seed: int, draw: int) -> int:
         """The number of the picture that a draw shows."""
@@ -60,6 +62,11 @@ class TrainingSet:
         pair, second = divmod(draw, 2)
         prior_is_second = bool(uniform(seed, [pair], "prior") < 0.5)
         return own + _shuffled(seed, pair, self.prior) if second == prior_is_second else _shuffled(seed, pair, own)
+
+    def name_of(self, seed: int, draw: int) -> str:
+        """The name of that picture."""
+        row = self.row(seed, draw)
+        return self.names[row] if self.names else f"picture {row}"
 
     def weights(self, rows: Sequence[int]) -> Tensor:
         """What the losses of these pictures are multiplied by, (N,) float32."""

@@ -1,11 +1,13 @@
 """Whether the folders that a training names are there, and apart. No torch: a wrong path is known in an instant."""
 
+from collections.abc import Iterable
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.config.optimizers import check_installed
-from pixart_ft.config.train import TrainConfig
+from pixart_ft.config.train import Tracker, TrainConfig
 from pixart_ft.data.datasets import check_folder, picture_folder
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.model.place import resolve_base
@@ -36,11 +38,20 @@ def check_training(config: TrainConfig, resume: str | None = None, init_from: st
         RunFolder(config.run.folder).check_new(resume=resume is not None)
     with mistakes.noted():
         check_installed(config.optim.optimizer)
+    with mistakes.noted():
+        check_trackers(config.logging.trackers)
     if init_from is not None:
         with mistakes.noted():
             adapter = Adapter.read(init_from)
     mistakes.raise_if_any()
     return adapter
+
+
+def check_trackers(names: Iterable[Tracker]) -> None:
+    """Raise UserError with the pip command for those that are not installed."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        some, packages = ", ".join(missing), " ".join(missing)
+        raise UserError(f"logging.trackers: {some} not installed: pip install {packages}, or leave it out")
 
 
 def _check_apart(config: TrainConfig) -> None:

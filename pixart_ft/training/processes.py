@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import NoReturn, Self
 
 import torch
 from accelerate import Accelerator
@@ -91,8 +91,8 @@ def _hidden(variable: str) -> Iterator[None]:
             os.environ[variable] = value
 
 
-def join(environment: Mapping[str, str], *, mixed_precision: str, log_with: Any, project_dir: str) -> Accelerator:
-    """The accelerator of this process, once it has met all others; the options as accelerate takes them.
+def join(environment: Mapping[str, str], *, mixed_precision: str) -> Accelerator:
+    """The accelerator of this process, once it has met all others; mixed_precision as accelerate takes it.
 
     Raises UserError unless it is one of as many processes as the launcher started.
     """
@@ -106,8 +106,6 @@ def join(environment: Mapping[str, str], *, mixed_precision: str, log_with: Any,
             # the others wait while one process encodes a large folder; ten minutes, the default, would not do
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
             mixed_precision=mixed_precision,
-            log_with=log_with,
-            project_dir=project_dir,
         )
     plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in plain:

@@ -1,16 +1,19 @@
 """What a run writes down as it goes: windows of losses, and the records of its log and its trackers."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
 from pixart_ft.runs.log import RunLog
+from pixart_ft.training.trackers import show_sheet
 
 QUARTILES = 4
+_SHOWN = 4  # pictures in a warning; the log has all
 
 
 class LossWindow:
@@ -50,6 +53,26 @@ class Progress:
     samples: int
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """A step that was not taken, since its loss or its gradient is not finite.
+
+    what             loss, or gradient where every loss is finite
+    draws, pictures  those whose loss is not finite, by draw index and name; else all of the step
+    layer            the first parameter on the way back through the network whose gradient is not finite
+    """
+
+    what: Literal["loss", "gradient"]
+    draws: list[int]
+    pictures: list[str]
+    layer: str | None
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.pictures[:_SHOWN]) + (", ..." if len(self.pictures) > _SHOWN else "")
+        layer = f" (first in {self.layer})" if self.layer else ""
+        return f"the {self.what} of {shown} is not finite{layer}"
+
+
 class Records:
     """The lines of a run's log, and the points and pictures of its trackers, of which there may be none.
 
@@ -59,11 +82,24 @@ class Records:
     def __init__(self, log: RunLog, accelerator: Accelerator) -> None:
         self.log, self.accelerator = log, accelerator
 
-    def train(self, progress: Progress, losses: Mapping[str, float], facts: Mapping[str, float]) -> None:
-        """The mean losses of a window, and what else is known of its last step."""
-        self._append(progress, {"train": losses, **facts})
+    def train(
+        self,
+        progress: Progress,
+        losses: Mapping[str, float],
+        facts: Mapping[str, float],
+        speed: Mapping[str, float],
+    ) -> None:
+        """The mean losses of a window, what else is known of its last step, and how fast its steps were."""
+        self._append(progress, {"train": losses, **facts, "speed": {name: round(x, 4) for name, x in speed.items()}})
         points = {f"train/{name}": loss for name, loss in losses.items()}
+        points |= {f"speed/{name}": value for name, value in speed.items()}
         self.accelerator.log({**points, **facts}, step=progress.step)
+
+    def skipped(self, progress: Progress, skipped: Skipped, *, warn: bool) -> None:
+        """A step that was not taken, into the log, and if asked as a warning."""
+        self._append(progress, {"skipped": vars(skipped)})
+        if warn and self.accelerator.is_main_process:
+            warnings.warn(f"step {progress.step} was skipped: {skipped}", stacklevel=2)
 
     def held_out(
         self, progress: Progress, losses: Mapping[str, Mapping[str, float]], over: Mapping[str, object]
@@ -86,12 +122,8 @@ class Records:
         self._append(progress, {"begins_anew": list(why)})
 
     def samples(self, progress: Progress, sheet: Image.Image) -> None:
-        """A sheet of pictures, to trackers that show pictures."""
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                image = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
-                image = image.view(1, sheet.height, sheet.width, 3)
-                tracker.log_images({"samples": image.numpy()}, step=progress.step, dataformats="NHWC")
+        """A sheet of pictures, to the trackers."""
+        show_sheet(self.accelerator, sheet, progress.step)
 
     def _append(self, progress: Progress, facts: Mapping[str, object]) -> None:
         if self.accelerator.is_main_process:

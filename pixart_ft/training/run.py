@@ -15,7 +15,7 @@ from diffusers import PixArtTransformer2DModel
 
 from pixart_ft.adapters.files import WEIGHTS, Adapter, AdapterMetadata
 from pixart_ft.adapters.lora import attach, fill_adapter, limit_adapter
-from pixart_ft.config.reading import to_yaml
+from pixart_ft.config.reading import flat, to_yaml
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import picture_digests
 from pixart_ft.files import sha256, versions, write_text
@@ -41,6 +41,7 @@ from pixart_ft.training.processes import Together, agree, shards_asked_for
 from pixart_ft.training.report import finish
 from pixart_ft.training.sharding import Whole, in_shards
 from pixart_ft.training.start import accelerator_for, look, with_precision
+from pixart_ft.training.trackers import begin_trackers
 from pixart_ft.training.trained_on import Changes, announce, check_continues, trained_on
 from pixart_ft.training.trainer import Trainer
 
@@ -164,6 +165,7 @@ def _run(
             encoded.null_caption,
             prior=len(start.prior_rows),
             prior_weight=config.data.prior_weight,
+            names=[row.name for row in learned],
         ),
         optimizer=optimizer,
         ema=average,
@@ -194,8 +196,7 @@ def _run(
     if adapter is not None:
         trainer.save()  # else a run that is resumed before its first checkpoint would begin without these weights
     accelerator.wait_for_everyone()
-    if config.logging.tensorboard:
-        accelerator.init_trackers("tensorboard")
+    begin_trackers(accelerator, config.logging.trackers, config.run.name, folder.path, flat(config))
     trainer.run()
     if accelerator.is_main_process:
         finish(folder, trainer, config.validation.prompts, {LEARNED: start.rows, HELD_OUT: held_rows})

@@ -26,6 +26,10 @@ from pixart_ft.training.objective import build_objective, variance_stands_still
 from pixart_ft.training.processes import join, shards_asked_for
 from pixart_ft.training.trainer import Plan
 
+# Steps in a row that are not finite before a training gives up. A gradient scaler needs 17 to come down from 65536 to
+# 1/2, so under float16 some are part of a healthy start.
+GIVE_UP_AFTER = {False: 10, True: 40}
+
 
 @dataclass(frozen=True)
 class Start:
@@ -150,12 +154,7 @@ def accelerator_for(config: TrainConfig) -> Accelerator:
     if shards_asked_for(os.environ) and (fault := _no_shards(config)):
         mistakes.add(f"FSDP does not go with {fault}; leave one of them out")
     mistakes.raise_if_any()
-    accelerator = join(
-        os.environ,
-        mixed_precision=config.train.mixed_precision,
-        log_with="tensorboard" if config.logging.tensorboard else None,
-        project_dir=str(config.run.folder),
-    )
+    accelerator = join(os.environ, mixed_precision=precision)
     if config.optim.in_backward and accelerator.num_processes > 1:
         raise UserError(
             f"optim.in_backward steps by a gradient before the {accelerator.num_processes} processes have put theirs "
@@ -207,6 +206,7 @@ def _plan(config: TrainConfig) -> Plan:
         accumulation=config.train.accumulation,
         clip_norm=config.optim.clip_norm,
         in_backward=config.optim.in_backward,
+        give_up_after=config.train.give_up_after or GIVE_UP_AFTER[config.train.mixed_precision == "fp16"],
         log_every=config.logging.every,
         validate_every=config.validation.every,
         samples_every=config.validation.samples_every,

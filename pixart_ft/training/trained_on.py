@@ -59,10 +59,11 @@ _UNSAID = {
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.ema_on_cpu",
+    "train.give_up_after",
     "validation.every",
     "validation.samples_every",
     "logging.every",
-    "logging.tensorboard",
+    "logging.trackers",
 }
 # and what may be turned while a run goes on, which is said aloud.
 _SAID = {

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation.held_out import HeldOutSet, evaluating
@@ -37,15 +36,13 @@ from pixart_ft.training.in_backward import InBackward
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.nested import load_nested, save_nested, tensors_of
 from pixart_ft.training.optimizers import found_by, load_optimizer
-from pixart_ft.training.records import LossWindow, Progress, Records
+from pixart_ft.training.pace import Pace
+from pixart_ft.training.records import LossWindow, Progress, Records, Skipped
+from pixart_ft.training.screen import Screen
 from pixart_ft.training.sharding import Whole, gathered, like, moments_like, prepared
 from pixart_ft.training.step_numbers import StepNumbers, Underway
 from pixart_ft.training.stopping import AllStopped, StopRequest
 from pixart_ft.training.watching import Watch
-
-# Consecutive steps with a non-finite gradient before training gives up. A gradient scaler needs 17 to come down from
-# 65536 to 1/2, so under float16 some are part of a healthy start.
-MAX_BAD_STEPS, MAX_BAD_STEPS_SCALED = 10, 40
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Plan:
     accumulation: int
     clip_norm: float  # 0: no clipping
     in_backward: bool  # step each weight as soon as its gradient is there
+    give_up_after: int  # steps in a row that are not finite
     log_every: int
     validate_every: int
     samples_every: int
@@ -159,21 +157,36 @@ class Trainer:
         """Train to the last step and leave the result; SIGTERM or Ctrl-C saves a checkpoint first of all and then
         raises KeyboardInterrupt. Before the first step that is one of step 0, with what was measured by then.
 
-        Raises UserError where the training diverged: the last checkpoints are then those from before.
+        Raises UserError where the training diverged, the disk is full or the data are gone: the last checkpoints are
+        then those from before, and it says how to go on from them.
         """
-        with self._stop.caught(), self._ahead:
-            self._between_steps()
-            with self._bar() as bar:  # from the first step on: its rate is that of steps
-                while self.step < self.plan.steps:
+        try:
+            with self._stop.caught(), self._ahead:
+                self._between_steps()
+                self._steps()
+        except UserError as error:
+            saved = self.folder.saved_steps()
+            again = f"continue from step {max(saved)}" if saved else "begin again"
+            raise UserError(f"{error}; then {again} with --resume auto") from error
+
+    def _steps(self) -> None:
+        pace = Pace(self.accelerator.device)
+        screen = Screen(
+            self.plan.steps * self.global_batch, self.progress.samples, show=self.accelerator.is_main_process
+        )
+        with screen.running():  # from the first step on: its rate is that of steps
+            while self.step < self.plan.steps:
+                with pace.step(self.global_batch):
                     self._optimizer_step()
                     self.step += 1
-                    bar.update(self.global_batch)
-                    self._read_numbers(but=1)
-                    if self._due(self.plan.log_every):
-                        bar.set_postfix_str(f"loss {self._log():.4f}")
-                    if self.step == self.plan.steps:
-                        bar.close()  # what the end has to say begins a line of its own
-                    self._between_steps()
+                    self._read_numbers(but=0 if self._due(self.plan.log_every) else 1)
+                screen.move(self.global_batch)
+                if self._due(self.plan.log_every):
+                    speed = pace.close(self._ahead.waited)
+                    screen.tell(self._log(speed), speed["samples_per_second"])
+                if self.step == self.plan.steps:
+                    screen.end()
+                self._between_steps()
 
     def _between_steps(self) -> None:
         """What is due between two steps, before the first and after the last.
@@ -293,16 +306,32 @@ class Trainer:
         self._norm = met.norm
         self._stopping = self._stopping or met.asked
         self._bad_steps = 0 if met.taken else self._bad_steps + 1
-        if self._bad_steps >= (MAX_BAD_STEPS if self.accelerator.scaler is None else MAX_BAD_STEPS_SCALED):
-            raise self._diverged(f"the gradient was not finite for {self._bad_steps} steps in a row")
+        if not met.taken:
+            self._tell_of_skipped(met)
+        if self._bad_steps >= self.plan.give_up_after:
+            raise self._diverged(f"the loss or the gradient was not finite for {self._bad_steps} steps in a row")
+
+    def _tell_of_skipped(self, met: StepNumbers) -> None:
+        """Into the log, and as a warning."""
+        losses = torch.cat([each.terms["loss"] for each in met.micro_batches]).tolist()
+        all_draws = range(met.step * self.global_batch, (met.step + 1) * self.global_batch)
+        draws = [draw for draw, loss in zip(all_draws, losses, strict=True) if not math.isfinite(loss)]
+        layers = [name for name, good in zip(self.trained, met.norms.isfinite().tolist(), strict=True) if not good]
+        skipped = Skipped(
+            what="loss" if draws else "gradient",
+            draws=draws or [*all_draws],
+            pictures=[self.data.name_of(self.laws.seed, draw) for draw in draws or all_draws],
+            layer=layers[-1] if layers else None,
+        )
+        # a gradient scaler begins too high on purpose, and comes down by steps that overflow
+        expected = self.accelerator.scaler is not None and skipped.what == "gradient"
+        self.records.skipped(Progress(met.step + 1, all_draws.stop), skipped, warn=not expected)
 
     def _diverged(self, what: str) -> UserError:
-        scaled = ", or use train.mixed_precision bf16 with --accept-changes," if self.accelerator.scaler else ""
-        saved = self.folder.saved_steps()
-        again = f"continue from step {max(saved)} with --resume auto" if saved else "begin again in another run.folder"
+        scaled = ", or use train.mixed_precision bf16 with --accept-changes" if self.accelerator.scaler else ""
         return UserError(
             f"the training diverged: {what} (step {self.step}), and nothing of that was saved. Lower "
-            f"optim.learning_rate ({self.learning_rate.peak:g}){scaled} and {again}"
+            f"optim.learning_rate ({self.learning_rate.peak:g}){scaled}"
         )
 
     def _check_finite(self) -> None:
@@ -326,24 +355,13 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step > 0 and self.step % every == 0
 
-    def _bar(self) -> tqdm:
-        return tqdm(
-            total=self.plan.steps * self.global_batch,
-            initial=self.step * self.global_batch,
-            unit=" pictures",
-            desc="training",
-            dynamic_ncols=True,
-            disable=not self.accelerator.is_main_process,
-        )
-
-    def _log(self) -> float:
+    def _log(self, speed: Mapping[str, float]) -> float:
         """Close the window: one line of log.jsonl, one point per curve; returns the mean loss."""
-        self._read_numbers()
         means = self.window.means()
         self.window = LossWindow()
         facts = {"learning_rate": self.learning_rate.at(self.step - 1), "gradient_norm": self._norm}
         facts |= found_by(self.optimizer)
-        self.records.train(self.progress, means, facts)
+        self.records.train(self.progress, means, facts, speed)
         return means["loss"]
 
     def _look(self, *, last: bool) -> None:
@@ -393,11 +411,15 @@ class Trainer:
             return
         self._read_numbers()
         self._check_finite()
-        self._saved_at = self.step
-        state = gathered(self._state())
+        state, refused = gathered(self._state()), None
         if self.accelerator.is_main_process:
-            self.folder.save(self.step, partial(self._write_state, state), keep=self.plan.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+            try:
+                self.folder.save(self.step, partial(self._write_state, state), keep=self.plan.keep_checkpoints)
+            except UserError as error:
+                refused = error
+        if self._anywhere(refused is not None):
+            raise refused or UserError("another process could not write the checkpoint; see its message")
+        self._saved_at = self.step
 
     def _write_state(self, state: Mapping[str, Any], folder: Path) -> None:
         for name, tree in state.items():

@@ -45,7 +45,7 @@ def short_run(base: Path, pictures: Path, folder: Path, cache: Path) -> Options:
         "validation.steps": 2,
         "validation.samples_every": 100,
         "logging.every": 1,
-        "logging.tensorboard": False,
+        "logging.trackers": [],
     }
 
 

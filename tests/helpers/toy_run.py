@@ -29,6 +29,7 @@ PLAN = Plan(
     accumulation=1,
     clip_norm=0.0,
     in_backward=False,
+    give_up_after=10,
     log_every=1,
     validate_every=0,
     samples_every=0,

@@ -47,7 +47,7 @@ def options(tiny: Path, pictures: Path, tmp_path: Path, tmp_path_factory: pytest
         "validation.every": 0,
         "validation.timesteps": 4,
         "logging.every": 1,
-        "logging.tensorboard": False,
+        "logging.trackers": [],
     }
 
 

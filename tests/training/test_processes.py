@@ -171,7 +171,7 @@ def test_processes_that_were_started_otherwise_are_refused_together(
 
 def waits(rank: int, ends: int, how: Callable[[], object], ready: Path) -> None:
     """Wait for all other processes, in the middle of a run, but for the one that ends."""
-    accelerator = join(os.environ, mixed_precision="no", log_with=None, project_dir=".")
+    accelerator = join(os.environ, mixed_precision="no")
     with Together(accelerator):
         (ready / str(rank)).touch()
         if rank == ends:

@@ -130,6 +130,7 @@ def test_every_micro_batch_has_a_random_state_of_its_own(tmp_path: Path) -> None
     assert len(set(seeds[0])) == len(seeds[0]) == 6 and seeds[1] == seeds[0][4:]
 
 
+@pytest.mark.filterwarnings("ignore:step 2 was skipped")
 @pytest.mark.parametrize("known", [True, False])
 def test_a_step_whose_gradient_is_not_finite_leaves_the_weights(
     tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +151,7 @@ def test_a_step_whose_gradient_is_not_finite_leaves_the_weights(
     assert not torch.equal(found[1][0], found[0][0]) and trainer.ema.num_updates == 3
 
 
+@pytest.mark.filterwarnings("ignore:step 1 was skipped")
 def test_a_loss_that_is_not_finite_skips_its_step_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though every gradient is finite."""
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=1)
@@ -242,7 +244,11 @@ def test_the_state_is_saved_then_the_result_and_then_the_end_is_looked_at_once(t
     assert met == [("exported", 2), ("drawn", 2)]
 
 
-def test_the_bar_stands_between_what_is_drawn_at_both_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_stands_between_what_is_drawn_at_both_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
     def draw(network: Toy) -> list[Sample]:
         print("drawn", file=sys.stderr)
         return [SAMPLE]

@@ -59,7 +59,7 @@ def options(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
         "optim": {"learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM, "warmup_steps": WARMUP} | adamw,
         "train": {"steps": STEPS, "batch_size": 2, "accumulation": 2, "mixed_precision": "no", "ema_decay": EMA_DECAY},
         "validation": {"timesteps": GRID},
-        "logging": {"every": 1, "tensorboard": False},
+        "logging": {"every": 1, "trackers": []},
     }
 
 
@@ -223,7 +223,14 @@ def at_the_start(options: dict[str, dict[str, Any]], **more: dict[str, Any]) -> 
 
 def test_every_number_of_the_configuration_arrives(options: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """The trainer gets each value of the configuration and no default; a new field must be added here."""
-    length = {"steps": 31, "batch_size": 3, "accumulation": 7, "checkpoint_every": 11, "keep_checkpoints": 13}
+    length = {
+        "steps": 31,
+        "batch_size": 3,
+        "accumulation": 7,
+        "checkpoint_every": 11,
+        "keep_checkpoints": 13,
+        "give_up_after": 8,
+    }
     optim = {"learning_rate": 3e-3, "warmup_steps": 5, "decay": "linear", "clip_norm": 0.7}
     noise = {"caption_dropout": 0.37, "timestep_law": "logit_normal", "logit_mean": 0.3, "logit_std": 0.8}
     often = {"every": 19, "samples_every": 23, "timesteps": 6, "pictures": 2}
