@@ -359,7 +359,7 @@ def configuration(args: argparse.Namespace) -> TrainConfig:
     """That of the run: the recipe of the model, with nothing measured, drawn or saved on the way."""
     options: dict[str, Any] = {
         "run.folder": args.work / "run",
-        "logging.tensorboard": False,
+        "logging.trackers": [],
         "data.cache": args.work / "cache",
     }
     if args.to_loss:

@@ -256,7 +256,8 @@ class Validation(Section):
 
     every: Every = Field(100, description="steps between held-out losses; 0 = before and after")
     pictures: int = Field(64, ge=1, le=MOST_PICTURES, description="most held-out pictures used")
-    timesteps: int = Field(8, ge=1, le=1000, description="size of the fixed grid of timesteps")
+    timesteps: int = Field(8, ge=1, le=1000, description="size of the fixed grid of timesteps, beside t = 0")
+    raw_weights: bool = Field(False, description="held-out loss of the trained weights too, beside their average")
     prompts: tuple[str, ...] = Field((), description="prompts of the sample grid; [] = no samples")
     seeds: tuple[Seed, ...] = Field((0,), min_length=1, max_length=64, description="seeds of the sample grid")
     sampler: Sampler = Field("ddim", description="sampler of the grid")
@@ -370,6 +371,12 @@ class TrainConfig(Config):
             ("optim.beta1", "optim.optimizer"),
             lambda beta1, optimizer: optimizer == "schedule_free" and beta1 == 0,
             "optim.beta1 {} with optimizer {}: it is how near the gradient is taken to the average; give 0.9",
+        ),
+        (
+            ("validation.raw_weights", "train.ema_decay", "optim.optimizer"),
+            lambda raw, decay, optimizer: raw and not decay and optimizer != "schedule_free",
+            "validation.raw_weights {} with train.ema_decay {} and optimizer {}: there is no average beside; leave "
+            "it out",
         ),
         (
             ("train.ema_decay", "train.ema_profile", "train.ema_on_cpu", "optim.optimizer"),

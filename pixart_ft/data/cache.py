@@ -177,7 +177,7 @@ def cache_captions(
         wanted = [text_of[key] for key in missing]
         found = encode_each(text_encoder, tokenizer, wanted, max_tokens=max_tokens, batch_size=batch_size)
         pairs = ((missing[index], embedding) for index, embedding in found)
-        store.fill(tqdm(pairs, "captions encoded", len(missing), disable=not progress))
+        store.fill(tqdm(pairs, "captions encoded", len(missing), disable=None if progress else True))
         del tokenizer, text_encoder, found, pairs
         _free_memory()
     return keys
@@ -186,7 +186,7 @@ def cache_captions(
 def picture_digests(rows: Sequence[Row]) -> list[str]:
     """The SHA-256 of each picture's file; UserError for one that cannot be read."""
     found = in_threads(lambda row: _file_sha256(row.path), rows)
-    return list(tqdm(found, "pictures read", len(rows), delay=1, leave=False))
+    return list(tqdm(found, "pictures read", len(rows), delay=1, leave=False, disable=None))
 
 
 def cache_pictures(
@@ -217,7 +217,7 @@ def cache_pictures(
         vae = load_vae()
         bad: list[Path] = []
         pairs = _encode_pictures(vae, {key: row_of[key].path for key in missing}, size, batch_size, bad)
-        store.fill(tqdm(pairs, "pictures encoded", len(missing), disable=not progress))
+        store.fill(tqdm(pairs, "pictures encoded", len(missing), disable=None if progress else True))
         if bad:
             listed = "".join(f"\n    {path}" for path in bad[:10]) + ("\n    ..." if len(bad) > 10 else "")
             raise UserError(

@@ -139,7 +139,7 @@ def verify_pictures(rows: Sequence[Row], size: int, *, progress: bool = True) ->
     """
     report = _Report()
     small, cropped = [], []
-    sizes = tqdm(in_threads(_size_or_problem, rows), "pictures checked", len(rows), disable=not progress)
+    sizes = tqdm(in_threads(_size_or_problem, rows), "pictures checked", len(rows), disable=None if progress else True)
     for row, found in zip(rows, sizes, strict=True):
         if isinstance(found, str):
             report.add("pictures that cannot be read (repair them or move them out)", found)

@@ -53,28 +53,40 @@ def held_out_loss(
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
-    """Every term for every picture and t of the grid, (P, G) float64 on the CPU; the grid is of the t that are trained.
+    """The mean of every term over the t that are trained, for every picture: (P,) float64 on the CPU.
+
+    It is that of the grid; where t = 0 is trained and not in it, as one of `count`, it is measured too, as TERM_t0, and
+    has its share of one t in the mean. There the bound asks for the decoder, and the noise is least.
 
     Picture p at grid point g always meets the same noise, a function of (seed, p * G + g), so that two
     measurements differ by the network alone. No global random state is read; the modes of all modules are kept.
     """
-    grid = timestep_grid(objective.within, held_out.timestep_count)
-    cells = [(p, g) for p in range(len(held_out.x0)) for g in range(len(grid))]
+    pictures, grid = range(len(held_out.x0)), timestep_grid(objective.within, held_out.timestep_count)
+    cells = [(p, t) for p in pictures for t in grid.tolist()]
+    apart = 0 in objective.within and 0 not in grid
+    cells += [(p, 0) for p in pictures] if apart else []
     found: dict[str, list[Tensor]] = {}
     with evaluating(transformer):
         for start in range(0, len(cells), batch_size):
-            part = cells[start : start + batch_size]
-            pictures = [p for p, _ in part]
-            numbers = [p * len(grid) + g for p, g in part]
+            chosen, t = zip(*cells[start : start + batch_size], strict=True)
+            numbers = range(start, start + len(chosen))
             eps = normal(held_out.seed, numbers, "held-out noise", tuple(held_out.x0.shape[1:]))
-            embeds, mask = pad_text([held_out.texts[p] for p in pictures])
-            batch = [held_out.x0[pictures], eps, grid[[g for _, g in part]], embeds, mask]
+            embeds, mask = pad_text([held_out.texts[p] for p in chosen])
+            batch = [held_out.x0[list(chosen)], eps, torch.tensor(t), embeds, mask]
             if objective.draws_two_noises:
                 batch.append(normal(held_out.seed, numbers, "held-out rest", tuple(held_out.x0.shape[1:])))
             terms = objective.terms(transformer, *(x.to(device) for x in batch))
             for name, value in terms.items():
                 found.setdefault(name, []).append(value.cpu().double())
-    return {name: torch.cat(values).view(-1, len(grid)) for name, values in found.items()}
+    share = 1 / len(objective.within) if apart else 0.0
+    means, at_zero = {}, {}
+    for name, values in found.items():
+        of_grid, zero = torch.cat(values).split([len(pictures) * len(grid), len(pictures) * apart])
+        means[name] = of_grid.view(-1, len(grid)).mean(1)
+        if apart:
+            means[name] = (1 - share) * means[name] + share * zero
+            at_zero[f"{name}_t0"] = zero
+    return means | at_zero
 
 
 def held_out_bound(
@@ -118,12 +130,12 @@ class Estimate:
 
 
 def mean_over_pictures(losses: Tensor) -> Estimate:
-    """Mean of (P, G) losses, each picture first averaged over the grid of t; the error is over pictures."""
-    per_picture = losses.mean(1)
+    """Mean of losses (P,), or (P, G), of which each picture's are averaged first; the error is over pictures."""
+    per_picture = losses.mean(1) if losses.ndim == 2 else losses
     error = per_picture.std(correction=1) / len(per_picture) ** 0.5 if len(per_picture) > 1 else torch.tensor(0.0)
     return Estimate(per_picture.mean().item(), error.item())
 
 
 def paired_difference(before: Tensor, after: Tensor) -> Estimate:
-    """after - before per picture: the pictures' own spread cancels, so that small changes show. Both (P, G)."""
+    """after - before per picture: the pictures' own spread cancels, so that small changes show. Both as above."""
     return mean_over_pictures(after - before)

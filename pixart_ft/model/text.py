@@ -36,7 +36,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_t
         return []
     prepared = [prepare_text(caption) for caption in captions]
     ids: list[list[int]] = []
-    for start in tqdm(range(0, len(prepared), 1024), "texts read, in thousands", delay=1, leave=False):
+    for start in tqdm(range(0, len(prepared), 1024), "texts read, in thousands", delay=1, leave=False, disable=None):
         ids += tokenizer(prepared[start : start + 1024], truncation=True, max_length=max_tokens).input_ids
     return ids
 

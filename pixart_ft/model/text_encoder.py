@@ -50,7 +50,7 @@ class TextEncoder:
             raise ValueError(f"the text encoder was freed before {new[0]!r} was encoded; give load() all prompts")
         warn_of_losses(self.tokenizer, new, self.max_tokens)
         found = encode_each(self.encoder, self.tokenizer, new, max_tokens=self.max_tokens, batch_size=1)
-        for index, embedding in tqdm(found, "prompts encoded", len(new), delay=1, dynamic_ncols=True):
+        for index, embedding in tqdm(found, "prompts encoded", len(new), delay=1, dynamic_ncols=True, disable=None):
             self.known[new[index]] = embedding
 
     def encode_and_free(self, prompts: Sequence[str]) -> None:

@@ -202,7 +202,7 @@ def _terms(
     """Training and held-out points of every whole term, and the record's key that is the horizontal axis."""
     axis = "samples" if all("samples" in record for record in records) else "step"
     train, held_out = _series(records, axis)
-    names = [name for name in dict.fromkeys((*train, *held_out)) if not re.search("_q[1-4]$", name)]
+    names = [name for name in dict.fromkeys((*train, *held_out)) if not re.search("_(q[1-4]|t0)$", name)]
     return {name: (train.get(name, []), held_out.get(name, [])) for name in names}, axis
 
 

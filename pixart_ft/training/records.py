@@ -102,15 +102,18 @@ class Records:
             warnings.warn(f"step {progress.step} was skipped: {skipped}", stacklevel=2)
 
     def held_out(
-        self, progress: Progress, losses: Mapping[str, Mapping[str, float]], over: Mapping[str, object]
+        self,
+        progress: Progress,
+        losses: Mapping[str, Mapping[str, Mapping[str, float]]],
+        over: Mapping[str, object],
     ) -> None:
-        """The mean and standard error of each held-out loss; a line of the log only once for each step.
+        """The mean and standard error of each held-out loss, by the key of the log for the weights that gave them.
 
-        over: what of the process they are measured over, unless all.
+        A line of the log only once for each step. over: what of the process they are measured over, unless all.
         """
         if not self.has_held_out(progress.step):
-            self._append(progress, {"held_out": losses, **over})
-        points = {f"held_out/{name}": loss["mean"] for name, loss in losses.items()}
+            self._append(progress, {**losses, **over})
+        points = {f"{key}/{name}": loss["mean"] for key, found in losses.items() for name, loss in found.items()}
         self.accelerator.log(points, step=progress.step)
 
     def has_held_out(self, step: int) -> bool:

@@ -97,9 +97,9 @@ def summary(progress: Progress, held_out: Comparison, titles: Mapping[str, str],
         lines.append(f"  compared with step {held_out.since}, where the comparison began anew")
     if held_out.change and where:
         lines.append(f"  measured at {where}, where it was trained")
-    # "loss" is the sum of the others: first, and alone where there is only one other
-    names = ["loss", *(name for name in held_out.change if name != "loss" and len(held_out.change) > 2)]
-    for name in names if held_out.change else ():
+    terms = [name for name in titles if name in held_out.change]
+    # "loss", the first, is the sum of the others, and stands for them where there is only one other
+    for name in terms if len(terms) > 2 else terms[:1]:
         change = held_out.change[name]
         before, after = held_out.before[name], held_out.after[name]
         title = "held-out loss" if name == "loss" else titles[name]

@@ -174,6 +174,7 @@ def _run(
         plan=plan,
         folder=folder,
         held_out=encoded.held_out,
+        measure_raw=config.validation.raw_weights,
         draw_samples=_sampler(config, encoded, base, abilities, transformer, fingerprint, accelerator),
         describe=about.write,
         export=keeper.at_the_end,

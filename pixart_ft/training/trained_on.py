@@ -61,6 +61,7 @@ _UNSAID = {
     "train.ema_on_cpu",
     "train.give_up_after",
     "validation.every",
+    "validation.raw_weights",
     "validation.samples_every",
     "logging.every",
     "logging.trackers",

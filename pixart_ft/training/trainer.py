@@ -87,6 +87,7 @@ class Trainer:
         folder: RunFolder,
         whole: Whole | None = None,
         held_out: HeldOutSet | None = None,
+        measure_raw: bool = False,
         draw_samples: Callable[[], list[Sample]] | None = None,
         describe: Callable[[Path], None] = lambda checkpoint: None,
         export: Callable[[Progress], None] = lambda progress: None,
@@ -114,6 +115,7 @@ class Trainer:
             records=self.records,
             batch_size=plan.batch_size,
             held_out=held_out,
+            measure_raw=measure_raw,
             draw_samples=draw_samples,
         )
         self.trained = {name: p for name, p in transformer.named_parameters() if p.requires_grad}

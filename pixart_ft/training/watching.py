@@ -3,7 +3,7 @@
 It reads the run and writes into its folder; nothing of it changes the course.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +54,13 @@ class Watch:
         records: Records,
         batch_size: int,
         held_out: HeldOutSet | None,
+        measure_raw: bool,
         draw_samples: Callable[[], list[Sample]] | None,
     ) -> None:
+        """`measure_raw`: the held-out loss of the weights that are trained too, beside that of their average."""
         self.accelerator, self.transformer, self.objective, self.ema = accelerator, transformer, objective, ema
         self.folder, self.records, self.batch_size = folder, records, batch_size
-        self.held_out, self.draw_samples = held_out, draw_samples
+        self.held_out, self.measure_raw, self.draw_samples = held_out, measure_raw, draw_samples
         self.since = 0  # the step of what the end is compared with
         self.before: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
@@ -72,19 +74,22 @@ class Watch:
         """The held-out loss, into the log; the first one is what later ones are compared with."""
         if self.held_out is None or not self.accelerator.is_main_process:
             return
-        with self.ema.applied(), self.accelerator.autocast():
-            losses = held_out_loss(
+        with self.ema.applied():
+            self.last = self._losses(self.held_out)
+        self.before = self.before or self.last
+        found = {"held_out": self.last} | ({"held_out_raw": self._losses(self.held_out)} if self.measure_raw else {})
+        over = {"interval": self.objective.interval} if self.objective.where else {}
+        self.records.held_out(progress, {key: _means(losses) for key, losses in found.items()}, over)
+
+    def _losses(self, held_out: HeldOutSet) -> dict[str, Tensor]:
+        with self.accelerator.autocast():
+            return held_out_loss(
                 self.transformer,
                 self.objective,
-                self.held_out,
+                held_out,
                 batch_size=self.batch_size,
                 device=self.accelerator.device,
             )
-        self.before = self.before or losses
-        self.last = losses
-        found = {name: vars(mean_over_pictures(values)) for name, values in losses.items()}
-        over = {"interval": self.objective.interval} if self.objective.where else {}
-        self.records.held_out(progress, found, over)
 
     def has_drawn(self, step: int) -> bool:
         """Whether the sample grid of this step is there."""
@@ -117,3 +122,7 @@ class Watch:
             after={name: mean_over_pictures(values) for name, values in self.last.items()},
             change={name: paired_difference(self.before[name], self.last[name]) for name in self.last},
         )
+
+
+def _means(losses: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    return {name: vars(mean_over_pictures(values)) for name, values in losses.items()}

@@ -494,7 +494,7 @@ def test_the_held_out_loss_is_measured_in_the_range(tiny: Path) -> None:
     objective = Objective(NoiseSchedule.linear(1000), "epsilon", "hybrid", interval=(200.0, 599.0))
     found = held_out_loss(transformer, objective, held_out, batch_size=3)
     hook.remove()
-    assert found["loss"].shape == (2, 4) and told == [250, 350, 450, 550] * 2
+    assert found.keys() == {"loss", "simple", "vlb"} and told == [250, 350, 450, 550] * 2  # t = 0 is not trained
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The held-out loss. Oracle: closed form for the estimates, identities for the measurement."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +63,43 @@ def test_same_network_same_numbers_whatever_the_batch(
     one = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
     again = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
     small = held_out_loss(transformer, OBJECTIVE, held_out, batch_size=5)
-    assert one.keys() == {"simple", "vlb", "loss"} and one["loss"].shape == (3, 4)
+    assert one.keys() == {f"{name}{at}" for name in ("simple", "vlb", "loss") for at in ("", "_t0")}
+    assert one["loss"].shape == one["loss_t0"].shape == (3,)
     for name in one:
         assert torch.equal(one[name], again[name])
         assert torch.allclose(one[name], small[name], rtol=1e-5, atol=1e-7)
     assert torch.allclose(one["loss"], one["simple"] + 2.0 * one["vlb"], rtol=1e-6)
 
 
+def test_t_0_is_one_of_all_beside_the_strata(transformer: PixArtTransformer2DModel, held_out: HeldOutSet) -> None:
+    """Oracle: a grid of every t of a short process, and what the network gives there."""
+    short = replace(OBJECTIVE, schedule=NoiseSchedule.linear(8))
+    every = held_out_loss(transformer, short, replace(held_out, timestep_count=8), batch_size=12)
+    assert every.keys() == {"simple", "vlb", "loss"}  # t = 0 is in the grid
+    seen: dict[int, float] = {}
+    whole = Objective.terms
+
+    def recorded(
+        self: Objective, network: nn.Module, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor, *a: Any
+    ) -> Any:
+        found = whole(self, network, x0, eps, t, *a)
+        seen.update(zip(t.tolist(), found["vlb"].tolist(), strict=True))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "terms", recorded)
+        one = replace(held_out, x0=held_out.x0[:1], texts=held_out.texts[:1], timestep_count=2)
+        some = held_out_loss(transformer, short, one, batch_size=12)
+    assert seen.keys() == {2, 6, 0} and some["vlb_t0"].item() == pytest.approx(seen[0])
+    assert some["vlb"].item() == pytest.approx(7 / 8 * (seen[2] + seen[6]) / 2 + seen[0] / 8)
+
+
 def test_pictures_and_timesteps_meet_noise_of_their_own(
     transformer: PixArtTransformer2DModel, held_out: HeldOutSet
 ) -> None:
-    twice = HeldOutSet(held_out.x0[[0, 0]], [held_out.texts[0]] * 2, timestep_count=2, seed=0)
-    losses = held_out_loss(transformer, OBJECTIVE, twice, batch_size=4)["simple"]
-    assert not torch.isclose(losses[0, 0], losses[1, 0])
+    twice = HeldOutSet(held_out.x0[[0, 0]], [held_out.texts[0]] * 2, timestep_count=1, seed=0)
+    losses = held_out_loss(transformer, OBJECTIVE, twice, batch_size=4)
+    assert not torch.isclose(*losses["simple"]) and not torch.isclose(*losses["simple_t0"])
 
 
 @torch.no_grad()
@@ -137,7 +161,7 @@ def test_a_loss_of_two_noises_is_given_two(
 
     monkeypatch.setattr(Objective, "terms", recorded)
     su = Objective(NoiseSchedule.linear(), "epsilon", "su_raw")
-    held_out_loss(transformer, su, held_out, batch_size=12)
+    held_out_loss(transformer, su, held_out, batch_size=15)
     ((eps, rest),) = given
     assert rest is not None
     correlation = torch.corrcoef(torch.stack([eps.flatten(), rest.flatten()]))[0, 1]
@@ -169,9 +193,9 @@ def test_timesteps_reach_the_network_as_integers(transformer: PixArtTransformer2
         lambda module, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
     )
     with torch.autocast("cpu", torch.bfloat16):
-        held_out_loss(transformer, OBJECTIVE, held_out, batch_size=12)
+        held_out_loss(transformer, OBJECTIVE, held_out, batch_size=15)
     handle.remove()
-    assert seen[0].dtype == torch.int64 and seen[0].tolist() == [125, 375, 625, 875] * 3
+    assert seen[0].dtype == torch.int64 and seen[0].tolist() == [125, 375, 625, 875] * 3 + [0] * 3
 
 
 def test_plain_attention_changes_nothing_beyond_rounding(tiny: Path, held_out: HeldOutSet) -> None:

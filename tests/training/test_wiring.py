@@ -33,7 +33,7 @@ SEED, STEPS, WARMUP, GLOBAL_BATCH, GRID = 4, 2, 2, 4, 3
 VLB_SCALE, CLIP_NORM, LEARNING_RATE, EMA_DECAY, DROPOUT = 3.0, 0.05, 0.05, 0.9, 0.5
 BETAS, EPSILON, WEIGHT_DECAY = (0.8, 0.9), 1e-3, 0.5  # Adam forgets the gradient's size, except for a large epsilon
 LORA = LoraSettings(rank=4, alpha=8, targets=("to_q", "to_v"), dropout=0.0)
-ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0).float()  # of the tiny base
+ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)  # of the tiny base
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def options(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
         "adapter": {"rank": LORA.rank, "alpha": LORA.alpha, "targets": list(LORA.targets)},
         "optim": {"learning_rate": LEARNING_RATE, "clip_norm": CLIP_NORM, "warmup_steps": WARMUP} | adamw,
         "train": {"steps": STEPS, "batch_size": 2, "accumulation": 2, "mixed_precision": "no", "ema_decay": EMA_DECAY},
-        "validation": {"timesteps": GRID},
+        "validation": {"timesteps": GRID, "raw_weights": True},
         "logging": {"every": 1, "trackers": []},
     }
 
@@ -101,7 +101,7 @@ def losses(
 ) -> dict[str, torch.Tensor]:
     """Per-sample terms of the hybrid loss, the network called as diffusers documents it."""
     a = ALPHA_BAR[t].view(-1, 1, 1, 1)
-    x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
+    x_t = a.sqrt().float() * x0 + (1 - a).sqrt().float() * eps
     embeds, mask = pad_text(texts)
     sizes = {"resolution": None, "aspect_ratio": None}  # PixArt-Sigma takes no sizes
     output = transformer(x_t, embeds, t, sizes, encoder_attention_mask=mask).sample
@@ -155,20 +155,27 @@ def test_held_out_loss_by_hand(run: Path, tiny: Path, options: dict[str, dict[st
     """Before: of the bare base. After: of the averaged adapter as a user loads it."""
     x0, _, texts = encoded(tiny, options["data"]["held_out"])
     t = torch.tensor([166, 500, 833])  # the middles of thirds of 0..999
-    each = torch.arange(len(x0)).repeat_interleave(GRID)
-    eps = normal(SEED, range(len(each)), "held-out noise", x0.shape[1:])
+    each = torch.cat([torch.arange(len(x0)).repeat_interleave(GRID), torch.arange(len(x0))])  # the last at t = 0
+    eps, t = (
+        normal(SEED, range(len(each)), "held-out noise", x0.shape[1:]),
+        torch.cat([t.repeat(len(x0)), 0 * each[:3]]),
+    )
 
     def measured(transformer: PixArtTransformer2DModel) -> dict[str, float]:
-        terms = losses(transformer, x0[each], eps, t.repeat(len(x0)), [texts[p] for p in each])
-        return {name: value.mean().item() for name, value in terms.items()}
+        terms = losses(transformer, x0[each], eps, t, [texts[p] for p in each])
+        zero = {name: value[-3:].mean().item() for name, value in terms.items()}
+        mean = {name: 0.999 * value[:-3].mean().item() + 0.001 * zero[name] for name, value in terms.items()}
+        return mean | {f"{name}_t0": value for name, value in zero.items()}
 
     base, averaged, last = (loading.load_transformer(Base.read(tiny), dtype=torch.float32) for _ in range(3))
     load_adapter(averaged, Adapter.read(run))
     load_adapter(last, Adapter.read(run, weights="raw"))
-    by_hand = [measured(base), measured(averaged)]
+    by_hand, raw = [measured(base), measured(averaged)], [measured(base), measured(last)]
     logged = [{name: e["mean"] for name, e in r["held_out"].items()} for r in log(run, "held_out")]
     assert logged == [pytest.approx(expected, rel=1e-5) for expected in by_hand]
-    others = by_hand[0]["loss"], measured(last)["loss"]
+    logged = [{name: e["mean"] for name, e in r["held_out_raw"].items()} for r in log(run, "held_out")]
+    assert logged == [pytest.approx(expected, rel=1e-5) for expected in raw]
+    others = by_hand[0]["loss"], raw[1]["loss"]
     assert all(abs(by_hand[1]["loss"] - other) > 1e-3 for other in others), "they must differ to be told apart"
 
 
@@ -237,7 +244,7 @@ def test_every_number_of_the_configuration_arrives(options: dict[str, dict[str, 
     other: dict[str, Any] = {"run": {"folder": str(tmp_path / "run"), "seed": 17}, "logging": {"every": 29}}
     diffusion = noise | {"vlb_scale": 2.5}
     trainer = at_the_start(options, diffusion=diffusion, optim=optim, train=length, validation=often, **other)
-    rest = {"log_every": 29, "validate_every": 19, "samples_every": 23}
+    rest = {"log_every": 29, "validate_every": 19, "samples_every": 23, "in_backward": False}  # it would not clip
     assert dataclasses.asdict(trainer.laws) == noise | {"seed": 17}
     assert dataclasses.asdict(trainer.plan) == length | {"clip_norm": optim.pop("clip_norm")} | rest
     rate = {"peak": optim.pop("learning_rate"), "steps": length["steps"]}
