@@ -308,6 +308,7 @@ class TrainConfig(Config):
         ("diffusion.p2_gamma", "diffusion.weighting", lambda weighting: weighting == "p2"),
         ("diffusion.logit_mean", "diffusion.timestep_law", lambda law: law == "logit_normal"),
         ("diffusion.logit_std", "diffusion.timestep_law", lambda law: law == "logit_normal"),
+        ("train.ema_decay", "train.ema_profile", lambda profile: profile != "power"),
         ("train.ema_profile", "train.ema_decay", lambda decay: decay > 0),
         ("train.ema_on_cpu", "train.ema_decay", lambda decay: decay > 0),
         ("train.ema_width", "train.ema_profile", lambda profile: profile == "power"),

@@ -276,6 +276,20 @@ def test_an_average_beside_schedule_free_s_is_refused(key: dict[str, Any]) -> No
     load_config({"data": {"folder": "demo"}, "optim": {"optimizer": "schedule_free"}, "train": {"ema_decay": 0}})
 
 
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"ema_profile": "constant", "ema_decay": 0}, "ema_profile is .constant., unused while train.ema_decay is 0"),
+        ({"ema_on_cpu": True, "ema_decay": 0}, "ema_on_cpu is true, unused while train.ema_decay is 0"),
+        ({"ema_width": 0.2}, "ema_width is 0.2, unused while train.ema_profile is .warmup"),
+        ({"ema_profile": "power", "ema_decay": 0.9}, "ema_decay is 0.9, unused while train.ema_profile is .power"),
+    ],
+)
+def test_a_key_of_the_average_that_means_nothing_is_refused(keys: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        load_config({"data": {"folder": "demo"}, "train": keys})
+
+
 def test_prodigy_begins_at_one_and_says_so_when_written_out() -> None:
     config = load_config({"data": {"folder": "demo"}, "optim": {"optimizer": "prodigy"}})
     assert config.optim.learning_rate == 1 and load_config(config.model_dump(mode="json")) == config
