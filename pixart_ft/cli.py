@@ -50,7 +50,7 @@ def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
     from pixart_ft.training.places import check_training  # without torch: a wrong path is known at once
 
     resume, init_from = options.get("resume"), options.get("init_from")
-    adapter = check_training(config, resume, init_from)
+    source = check_training(config, resume, init_from)
     if "dry_run" in options:
         from pixart_ft.training.start import dry_run
 
@@ -58,7 +58,7 @@ def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
         return
     from pixart_ft.training.run import train
 
-    train(config, resume, adapter, "accept_changes" in options)
+    train(config, resume, source, "accept_changes" in options)
 
 
 def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
@@ -98,7 +98,7 @@ COMMANDS = {
             "config": "YAML file or shipped name; without it the defaults below",
             "prompt": "one prompt of the sample grid; give it again for more",
             "resume": "continue this run: auto = from its newest whole checkpoint, or a checkpoint folder",
-            "init_from": "start a new run from the weights of an adapter folder, a run folder, or RUN@STEP",
+            "init_from": "start a new run from the weights of an adapter or model folder, a run folder, or RUN@STEP",
         },
         _train,
         {"accept_changes": "with resume: go on though what the run is trained on has changed", **DRY_RUN},

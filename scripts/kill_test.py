@@ -1,11 +1,11 @@
 """Kills a short training at random moments, continues it with --resume auto, and compares its end to the bit.
 
-    python scripts/kill_test.py [--kills 40] [--seed 0] [--folder FOLDER]
+    python scripts/kill_test.py [--kills 40] [--seed 0] [--kind lora|pissa|full] [--folder FOLDER]
 
 A tiny PixArt-Sigma with random weights is trained for a few seconds with everything on: held-out loss, samples,
 checkpoints, an average, dropout. Every trial kills that run at a moment drawn evenly over its length, by SIGKILL or
-SIGTERM, the continuation too at times, and then lets it end. Adapters, average, optimizer, samples and every number of
-the log must be those of a run that nobody touched. Exit code 0: all were; 1: one was not.
+SIGTERM, the continuation too at times, and then lets it end. What it leaves, average, optimizer, samples and every
+number of the log must be those of a run that nobody touched. Exit code 0: all were; 1: one was not.
 """
 
 import argparse
@@ -37,16 +37,21 @@ from pixart_ft.runs.log import RunLog
 from tests.helpers.tiny import build_picture_folder, build_tiny_pipeline
 
 STEPS = 12
+KINDS: dict[str, dict[str, object]] = {
+    "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+    "pissa": {"rank": 4, "init": "pissa", "targets": "all-linear"},
+    "full": {"kind": "full"},
+}
 PATIENCE = 120  # seconds a run may take to end after SIGTERM
 
 
-def configuration(folder: Path) -> dict[str, object]:
+def configuration(folder: Path, kind: str) -> dict[str, object]:
     """A run in which something is due all the time."""
     return {
         "model": {"base": str(folder / "base")},
         "data": {"folder": str(folder / "pictures"), "held_out_fraction": 0.3, "resolution": 64},
         "diffusion": {"timestep_law": "importance"},
-        "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "adapter": KINDS[kind],
         "optim": {"learning_rate": 1e-2, "warmup_steps": 2, "decay": "cosine"},
         "train": {"steps": STEPS, "batch_size": 4, "mixed_precision": "no", "ema_decay": 0.9, "checkpoint_every": 3},
         "validation": {"every": 2, "timesteps": 2, "prompts": ["a red circle"], "steps": 2, "samples_every": 4},
@@ -72,7 +77,8 @@ def start(folder: Path, run: Path, cache: Path) -> BaseProcess:
 
 def end(run: Path) -> dict[str, object]:
     """Everything that must be the same, by name: contents of files, and the log without its times."""
-    files = [path for kind in ("final/adapter*/*", "adapters/*/*", "samples/**/*.png") for path in run.glob(kind)]
+    places = ("final/*/**/*", "adapters/*/*", "models/*/**/*", "samples/**/*.png")
+    files = [path for place in places for path in run.glob(place) if path.is_file()]
     files += run.glob(f"checkpoints/step-{STEPS:06d}/*.safetensors")  # a signal leaves an earlier one of its own
     found: dict[str, object] = {str(path.relative_to(run)): path.read_bytes() for path in files}
     return found | {"log": [record | {"time": 0, "speed": 0} for record in RunLog(run / "log.jsonl").records()]}
@@ -106,6 +112,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=40, help="trials")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and signals")
+    parser.add_argument("--kind", choices=KINDS, default="lora", help="what is trained")
     parser.add_argument("--folder", type=Path, help="keep everything here; else a temporary folder")
     options = parser.parse_args()
     draw = random.Random(options.seed)
@@ -116,7 +123,7 @@ def main() -> int:
         builder = multiprocessing.get_context("fork").Process(target=build_tiny_pipeline, args=(folder / "base",))
         builder.start()
         builder.join()
-        write_text(folder / "run.yaml", dump(configuration(folder)))
+        write_text(folder / "run.yaml", dump(configuration(folder, options.kind)))
         for name in ("encode", "untouched"):  # the first fills the cache, the second is timed
             begun = time.perf_counter()
             process = start(folder, folder / name / "run", folder / "cache")

@@ -208,8 +208,9 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
         "optim.lr: unknown key; did you mean optim.learning_rate?",
         "--dry-run=1: takes no value",
         "--run.seed: needs a value",
-        "adapter: a section, not a key; its keys are adapter.rank, adapter.alpha, adapter.targets, adapter.dropout, "
-        "adapter.rslora, adapter.dora, adapter.init",
+        "adapter: a section, not a key; its keys are adapter.kind, adapter.rank, adapter.alpha, adapter.targets, "
+        "adapter.dropout, adapter.rslora, adapter.dora, adapter.init, adapter.trainable, adapter.whole, "
+        "adapter.peft_type, adapter.options",
         "--resume and --init-from exclude each other; give one",
         'data.folder is required: folder of pictures with captions, or "demo"',
         "adapter.rnak: unknown key; did you mean adapter.rank?",

@@ -22,16 +22,16 @@ HOUSE = {
     "config": "text yaml_text key_types reading samplers optimizers train generate",
     "pictures": "lettering recipes own sheets",
     "schedulers": "stored base discrete sigma sde stock",
+    "runs": "lock log folder metadata results",
     "model": "place faults weights vae text attention repeated engine adapter_switch network shared_calls base "
-    "loading text_encoder",
-    "runs": "lock log folder",
-    "adapters": "files targets lora",
+    "loading text_encoder quantized",
+    "adapters": "files targets lora full",
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",
     "training": "places shell stopping processes nested ahead ema sharding guard in_backward importance step_numbers "
-    "pace screen trackers records learning_rate optimizers batches encode speed objective trained_on before_after "
-    "watching keeping trainer report start run memory doctor",
+    "pace screen trackers records learning_rate optimizers batches encode speed objective kinds trained_on "
+    "before_after watching keeping trainer report start run memory doctor",
 }
 DOORS = ("", "cli")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}

@@ -155,7 +155,6 @@ class GenerateConfig(Config):
         ("revision", "model", lambda model: model != "demo"),
         ("lora_scale", "lora", lambda lora: lora is not None),
         ("lora_interval", "lora", lambda lora: lora is not None),
-        ("weights", "lora", lambda lora: lora is not None),
         ("negative_prompt", "guidance", lambda guidance: guidance > 1),
         ("guidance_interval", "guidance", lambda guidance: guidance > 1),
         ("strength", "image", lambda image: image is not None),
@@ -171,6 +170,11 @@ class GenerateConfig(Config):
         *CONDITIONS,
     )
     rules = (
+        (
+            ("weights", "lora", "model"),
+            lambda weights, lora, model: weights != "ema" and lora is None and model is None,
+            "weights is {}, unused while lora is {} and model is {}; change one",
+        ),
         (
             ("prompts", "prompts_file"),
             lambda prompts, file: not prompts and file is None,

@@ -103,6 +103,8 @@ def _type_words(annotation: Any) -> str:
         return f"{_type_words(inner[0])} {_bound_words(bounds)}".strip()
     if origin is Literal:
         return " | ".join(inner)
+    if origin is dict:
+        return "{key: value, ...}"
     if origin is tuple:
         return f"[{_type_words(inner[0])}, ...]"
     if item := getattr(annotation, "model_fields", None):

@@ -6,9 +6,9 @@
 import difflib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
@@ -41,6 +41,11 @@ class Config(Section):
     rules: ClassVar[tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...]] = ()
     may_be_empty: ClassVar[tuple[str, ...]] = ()
     shipped: ClassVar[bool] = False
+
+    @classmethod
+    def arranged(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The values that were given, with those that may stand in another place in their own."""
+        return values
 
 
 # Former names of keys, and what is written now.
@@ -119,6 +124,7 @@ def load(
         if name not in fields and values.get(name) is None:
             values[name] = {}
     _override(values, overrides or {}, fields, problems)
+    values = kind.arranged(values)
     _wrap_single_values(values, fields)
     values = _whole(values, "", problems)
     config = None
@@ -140,7 +146,7 @@ def load(
                 add_unknown(problems, key, fields)
             else:
                 problems.append(problem)
-    given = dict(_flat(values))
+    given = dict(_flat(values, mappings={key for key, field in fields.items() if get_origin(field.annotation) is dict}))
     if yields and not wrong:
         idle = [key for key, _ in _idle(kind, given, wrong) if key not in (overrides or {})]
         given = {key: value for key, value in given.items() if key not in idle}
@@ -319,10 +325,11 @@ def _report(origin: str, problems: Sequence[str]) -> str:
     return visible("\n  - ".join([f"{origin}: {len(problems):,} problems", *problems[:SHOWN], *more]))
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], prefix: str = "", mappings: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values; a key of `mappings` has a mapping for its value."""
     for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+        if isinstance(value, dict) and value and prefix + name not in mappings:
+            yield from _flat(value, f"{prefix}{name}.", mappings)
         else:
             yield prefix + name, value
 

@@ -34,6 +34,7 @@ Weights = Literal["ema", "raw"]  # of a run: averaged, or the last
 EmaProfile = Literal["constant", "power", "warmup"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
+Quantization = Literal["none", "nf4", "int8"]
 Init = Literal["default", "pissa", "olora"]  # of a LoRA
 Attention = Literal["by_shape", "auto", "sdpa", "plain", "headwise", "xformers"]  # kernels, or how they are chosen
 ATTENTION = (
@@ -102,6 +103,9 @@ class Model(Section):
     revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="frozen weights; auto = as train.mixed_precision"
+    )
+    quantization: Quantization = Field(
+        "none", description="hold the base's blocks in 4 (nf4) or 8 bits, and train an adapter: extra `quantized`"
     )
     text_encoder_dtype: Precision = Field("auto", description="T5 while encoding captions; auto likewise")
     gradient_checkpointing: bool | Annotated[int, Field(ge=2, le=1000)] = Field(
@@ -176,6 +180,9 @@ class Diffusion(Section):
 class Adapter(Section):
     """what is trained"""
 
+    kind: Literal["lora", "full", "peft"] = Field(
+        "lora", description="full = the network itself; peft = another adapter of that library"
+    )
     rank: int = Field(16, ge=1, le=LARGEST_RANK, description="inner width of each pair of matrices")
     alpha: Scale = Field(16.0, description="strength: the update is scaled by alpha / rank")
     targets: tuple[str, ...] = Field(
@@ -189,6 +196,14 @@ class Adapter(Section):
     init: Init = Field(
         "default",
         description="default = begins as nothing; pissa, olora = from the weights' own largest or first directions",
+    )
+    trainable: tuple[str, ...] = Field(
+        ("*",), min_length=1, description="of full: the weights, by names in which * is anything; the rest is frozen"
+    )
+    whole: bool = Field(False, description="of full: save the VAE and the text encoder beside the network too")
+    peft_type: str | None = Field(None, description="of peft: LOHA, LOKR, OFT, ... as peft names it")
+    options: dict[str, Any] = Field(
+        {}, description="of peft: what its configuration takes; in a file they may stand beside peft_type"
     )
 
 
@@ -294,9 +309,27 @@ class TrainConfig(Config):
 
     may_be_empty = ("validation.prompts",)
     shipped = True
+
+    @classmethod
+    def arranged(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With what a peft configuration says beside its type, in `adapter`, as `adapter.options`."""
+        adapter = values.get("adapter")
+        if isinstance(adapter, dict) and adapter.get("kind") == "peft" and "options" not in adapter:
+            options = dict(adapter)
+            own = {key: options.pop(key) for key in ("kind", "peft_type", "targets") if key in options}
+            targets = options.pop("target_modules", None)  # peft's own word for them
+            return values | {"adapter": own | ({} if targets is None else {"targets": targets}) | {"options": options}}
+        return values
+
     unused = (
         ("model.revision", "model.base", lambda base: base != "demo"),
         ("data.prior_weight", "data.prior", lambda folder: folder is not None),
+        ("model.quantization", "adapter.kind", lambda kind: kind != "full"),
+        *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "lora") for key in ("rank", "alpha", "dropout")),
+        *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "lora") for key in ("rslora", "dora", "init")),
+        *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "full") for key in ("trainable", "whole")),
+        *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "peft") for key in ("peft_type", "options")),
+        ("adapter.targets", "adapter.kind", lambda kind: kind != "full"),
         ("data.held_out_fraction", "data.held_out", lambda folder: folder is None),
         ("diffusion.vlb_scale", "diffusion.objective", lambda objective: objective == "hybrid"),
         ("diffusion.variance", "diffusion.objective", lambda objective: objective == "vlb"),
@@ -333,6 +366,16 @@ class TrainConfig(Config):
             lambda objective, law: objective == "vlb" and law == "logit_normal",
             "diffusion.objective {} with timestep_law {}: the bound is a sum over all t alike; use uniform, stratified "
             "or importance, which undoes its own law",
+        ),
+        (
+            ("adapter.kind", "adapter.peft_type"),
+            lambda kind, peft_type: kind == "peft" and peft_type is None,
+            "adapter.kind {} needs adapter.peft_type (it is {}): the adapter as peft names it, such as LOKR",
+        ),
+        (
+            ("model.quantization", "adapter.dora"),
+            lambda quantization, dora: quantization == "int8" and dora,
+            "model.quantization {} with adapter.dora {}: peft has no DoRA on weights of 8 bits; use nf4, or no DoRA",
         ),
         (
             ("adapter.dora", "adapter.init"),

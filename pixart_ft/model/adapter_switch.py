@@ -3,14 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pixart_ft.diffusion.intervals import WHOLE, Interval, holds, shown
 
+# peft's names of what is trained, and of what a LoRA that starts from the weights began as, see `adapters.lora`.
+ADAPTER_NAMES = ("default", "beginning")
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's, and not the base's own."""
+    return any(f".{adapter}." in f"{name}." for adapter in ADAPTER_NAMES)
+
 
 class AdapterSwitch:
-    """Turns the LoRA layers of a transformer off for each call at a timestep outside `interval`, and on after it.
+    """Turns the adapter's layers of a transformer off for each call at a timestep outside `interval`, and on after it.
 
     It stands before the network itself, so that every sampler, pipeline and likelihood meets the same one.
     """
@@ -18,7 +26,7 @@ class AdapterSwitch:
     def __init__(self, transformer: nn.Module) -> None:
         self.interval: Interval = WHOLE
         self.off = False  # for the present call
-        self._layers = [module for module in transformer.modules() if isinstance(module, LoraLayer)]
+        self._layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
         self._hooks = (
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
             transformer.register_forward_hook(self._after, always_call=True),

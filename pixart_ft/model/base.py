@@ -3,6 +3,7 @@
 What is no PixArt-Sigma, or would load silently wrong, is refused here, every fault in one report.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, Self
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from pixart_ft.config.train import Weights
+from pixart_ft.diffusion.intervals import WHOLE, shown
 from pixart_ft.diffusion.names import PredictionType, VarianceState
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import Mistakes, UserError
@@ -19,6 +22,7 @@ from pixart_ft.model.faults import fit_faults, index_faults, transformer_faults,
 from pixart_ft.model.place import resolve_base
 from pixart_ft.model.vae import LatentScale, latent_scale_faults
 from pixart_ft.model.weights import readable
+from pixart_ft.runs.metadata import METADATA, AdapterMetadata, read_metadata
 from pixart_ft.schedulers.stored import process_of
 
 _INDEX = "model_index.json"
@@ -41,6 +45,8 @@ class Base:
     transformer, vae, text_encoder    the configurations of its parts; None: its index says that it has no such part
     schedule, prediction_type         the noise schedule it was trained with and what it predicts
     schedule_config                   that schedule in the words of a diffusers scheduler config
+    metadata                          of a run's result: what it was trained on; None: it is no run's
+    source                            of a run's result that holds the transformer alone: where its other parts are
     """
 
     name: str
@@ -53,14 +59,17 @@ class Base:
     schedule: NoiseSchedule
     prediction_type: PredictionType
     schedule_config: Mapping[str, Any]
+    metadata: AdapterMetadata | None = None
+    source: Self | None = None
 
     @classmethod
-    def read(cls, name: str | Path, revision: str | None = None) -> Self:
-        """The base that `model.base` and `model.revision` mean.
+    def read(cls, name: str | Path, revision: str | None = None, weights: Weights = "ema") -> Self:
+        """The base that `model.base` and `model.revision` mean; of a run its averaged or its last `weights`.
 
-        Raises UserError with every fault: files that are absent or damaged, else what makes it no PixArt-Sigma.
+        Warns of one that was trained at a part of the timesteps. Raises UserError with every fault: files that are
+        absent or damaged, else what makes it no PixArt-Sigma.
         """
-        place = resolve_base(str(name))
+        place = resolve_base(str(name), weights)
         is_folder = Path(place).is_dir()
         if revision is not None and is_folder:
             raise UserError(
@@ -71,10 +80,19 @@ class Base:
         commit = None if is_folder else file.parent.name  # the Hub's cache has a folder for each commit
         index = _read(file)
         _refuse(place, index_faults(index.get("_class_name")))
+        metadata = read_metadata(Path(place)) if (Path(place) / METADATA).is_file() else None
         parts: dict[str, dict[str, Any]] = {}
-        mistakes = Mistakes()
+        mistakes, source = Mistakes(), None
+        lent = metadata is not None and index.get("vae") == [None, None]
+        if metadata is not None and lent:
+            try:
+                source = cls.read(metadata.base, metadata.revision)
+            except UserError as error:
+                raise UserError(f"{place} holds the transformer alone, of the base {metadata.base}: {error}") from error
+            parts = {"vae": dict(source.vae)}
+            parts |= {} if source.text_encoder is None else {"text_encoder": dict(source.text_encoder)}
         for part in _PARTS:
-            if part == "text_encoder" and index.get(part) in (None, [None, None]):
+            if part in parts or (part == "text_encoder" and index.get(part) in (None, [None, None])):
                 continue
             try:
                 parts[part] = _read_part(place, part, commit)
@@ -86,11 +104,17 @@ class Base:
         transformer, vae, text_encoder = parts["transformer"], parts["vae"], parts.get("text_encoder")
         faults = transformer_faults(transformer) + latent_scale_faults(vae) + fit_faults(transformer, vae, text_encoder)
         try:
-            trained_with = _trained_with(parts["scheduler"])
+            trained_with = _trained_with(parts["scheduler"], metadata)
         except ValueError as error:
             faults.append(f"{_PARTS['scheduler']}: {error}")
         _refuse(place, faults)
-        return cls(str(name), place, revision, commit, transformer, vae, text_encoder, *trained_with)
+        if metadata is not None and metadata.interval != WHOLE:
+            warnings.warn(
+                f"the model {name} was trained at the timesteps {shown(metadata.interval)} alone: elsewhere it is what "
+                "that training made of it",
+                stacklevel=2,
+            )
+        return cls(str(name), place, revision, commit, transformer, vae, text_encoder, *trained_with, metadata, source)
 
     def __repr__(self) -> str:
         return f"Base({self.name!r}, {self.native_size} px, predicts {self.prediction_type}, variance {self.variance})"
@@ -99,10 +123,17 @@ class Base:
     def variance(self) -> VarianceState:
         """The state of its learned variance: "none" without the channels, else a stock base counts as trained.
 
-        An adapter's metadata may say "stale" instead.
+        The metadata of a run's result, or of an adapter, may say "stale" instead.
         """
+        if self.metadata is not None:
+            return self.metadata.variance
         channels = self.transformer.get("in_channels", 4)
         return "trained" if self.transformer.get("out_channels", 8) == 2 * channels else "none"
+
+    @property
+    def whole(self) -> "Base":
+        """The base that has the VAE, the text encoder and the tokenizer: itself, unless it holds the network alone."""
+        return self if self.source is None else self.source.whole
 
     @property
     def vae_factor(self) -> int:
@@ -133,7 +164,9 @@ def _refuse(place: str, faults: list[str]) -> None:
         raise UserError("\n  - ".join([f"model.base: {place} cannot be used:", *faults]))
 
 
-def _trained_with(config: Mapping[str, Any]) -> tuple[NoiseSchedule, PredictionType, dict[str, Any]]:
+def _trained_with(
+    config: Mapping[str, Any], metadata: AdapterMetadata | None
+) -> tuple[NoiseSchedule, PredictionType, dict[str, Any]]:
     """Schedule, prediction type and the schedule's own words from a scheduler_config.json; ValueError for another's."""
     if config.get("network_timesteps") is not None:
         raise ValueError(
@@ -141,8 +174,8 @@ def _trained_with(config: Mapping[str, Any]) -> tuple[NoiseSchedule, PredictionT
             "base, not a base; use the folder that it was made from"
         )
     process = process_of(config)
-    prediction_type = process["prediction_type"]
-    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+    prediction_type = process["prediction_type"] if metadata is None else metadata.prediction_type
+    if metadata is None and prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ValueError(
             f"unknown prediction_type {prediction_type!r}; a PixArt-Sigma predicts epsilon, v_prediction or sample"
         )

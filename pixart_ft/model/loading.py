@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5Tokenizer
 
 from pixart_ft.errors import UserError
+from pixart_ft.model.adapter_switch import is_of_adapter
 from pixart_ft.model.base import Base
 from pixart_ft.model.vae import safe_dtype
 from pixart_ft.model.weights import check_keys, quiet, readable, variant
@@ -78,7 +79,7 @@ def load_vae(base: Base, *, dtype: torch.dtype) -> AutoencoderKL:
     safe = safe_dtype(base.vae, dtype)
     if safe != dtype:
         warnings.warn("this VAE overflows in float16 (force_upcast): loaded in float32", stacklevel=2)
-    vae: AutoencoderKL = _load(AutoencoderKL, base, "vae", torch_dtype=safe)
+    vae: AutoencoderKL = _load(AutoencoderKL, base.whole, "vae", torch_dtype=safe)
     return vae
 
 
@@ -106,6 +107,7 @@ def load_text_encoder(base: Base, *, dtype: torch.dtype) -> tuple[PreTrainedToke
     Load in the dtype you want and never cast afterwards: in float16 only `from_pretrained` keeps the layers
     that overflow (`wo`) in float32, and a T5 that was cast gives finite, wrong embeddings.
     """
+    base = base.whole
     if base.text_encoder is None:
         raise UserError(
             f"model.base: {base.place} comes without a text encoder, and there are texts to encode; give a whole "
@@ -155,9 +157,14 @@ def fingerprint(module: nn.Module) -> str:
     settings = {key: str(config.get(key)) for key in _FUNCTIONAL_KEYS}
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, parameter in sorted((n.replace(".base_layer.", "."), p) for n, p in module.named_parameters()):
-        if ".lora_" in name:
+        if is_of_adapter(name):
             continue
-        values = parameter.detach().flatten()
-        few = values[:: max(1, values.numel() // 16)].to("cpu", torch.bfloat16)
+        few = few_values(parameter).to("cpu", torch.bfloat16)
         digest.update(f"{name}{tuple(parameter.shape)}".encode() + few.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def few_values(parameter: Tensor) -> Tensor:
+    """Some sixteen of its values, evenly spread: they tell whether it is another, or was changed."""
+    values = parameter.detach().flatten()
+    return values[:: max(1, values.numel() // 16)].clone()

@@ -8,9 +8,13 @@ from typing import Any
 
 import diffusers.utils.logging
 import transformers.utils.logging
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from pixart_ft.errors import UserError
+from pixart_ft.files import sha256
+from pixart_ft.runs.metadata import NULL_CAPTION
 
 # A file of weights: its variant stands before or after the number of its shard.
 _VARIANT = re.compile(r"[^.]+?(?:-\d+-of-\d+)?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.safetensors$")
@@ -82,3 +86,21 @@ def quiet(base: str) -> Iterator[None]:
 def all_finite(values: Iterable[object]) -> bool:
     """Whether every number of these tensors is finite; what is no tensor does not count."""
     return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
+
+
+def read_null_caption(folder: Path) -> Tensor:
+    """The embedding (1, D) that stands for no caption, from the folder of what a run trained."""
+    path = folder / NULL_CAPTION
+    found = read_tensors(path)[0].get("null_caption")
+    if found is None or found.ndim != 2 or not all_finite([found]):
+        raise UserError(f"adapter: cannot read {path}: it holds no null_caption; copy the adapter again")
+    return found
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """What a file of tensors holds, and its SHA-256."""
+    try:
+        content = path.read_bytes()
+        return load(content), sha256(content)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error

@@ -97,13 +97,15 @@ def config_of(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
     recipe = read_recipe(path)
     if "pictures" in recipe:
         raise UserError(f"{path} is a sheet of several pictures; give one of them, from its folder")
-    if "run" in recipe and "lora" not in given:
+    if "run" in recipe and not {"lora", "model"} & set(given):
         where = f"the run {recipe['run']} trained, at step {recipe.get('step')}"
-        raise UserError(f"{path} was drawn while {where}; give --lora and an adapter of that run")
+        raise UserError(f"{path} was drawn while {where}; give --lora and an adapter of that run, or --model")
     values = {key: recipe[key] for key in _SAME if recipe.get(key) not in (None, "")}
     values["prompts"] = [recipe.get("prompt")]
     if recipe.get("device") == "cpu":  # everywhere; other devices only where they are
         values["device"] = "cpu"
+    if "weights" in recipe and "model" not in given:  # of the run that trained the model
+        values["weights"] = recipe["weights"]
     adapter = recipe.get("adapter")
     if isinstance(adapter, dict):
         values |= {"lora": adapter.get("path"), "lora_scale": adapter.get("scale")}

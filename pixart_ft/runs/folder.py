@@ -5,7 +5,7 @@ runs/NAME/
     log.jsonl               one line per logged step
     checkpoints/step-000030 everything needed to continue; written aside, checked by a manifest
     samples/step-000030     pictures of the fixed prompts
-    adapters/step-000030    the averaged weights then, as an adapter
+    adapters/step-000030    the averaged weights then, as an adapter; or models/, of a run that trains the whole network
     final/                  the result
 """
 
@@ -45,23 +45,23 @@ class RunFolder:
         """The folder of the pictures drawn after `step` optimizer steps."""
         return self.samples / _step_name(step)
 
-    def adapter_at(self, step: int) -> Path:
-        """The folder of the adapter kept after `step` optimizer steps."""
-        return self.path / "adapters" / _step_name(step)
+    def kept_at(self, what: str, step: int) -> Path:
+        """The folder of the adapter, or the model, kept after `step` optimizer steps."""
+        return self.path / f"{what}s" / _step_name(step)
 
-    def adapter_steps(self) -> list[int]:
-        """The steps of the adapters kept on the way, first to last."""
-        return sorted(step for step, _ in _numbered(self.path / "adapters"))
+    def kept_steps(self, what: str) -> list[int]:
+        """The steps of those kept on the way, first to last."""
+        return sorted(step for step, _ in _numbered(self.path / f"{what}s"))
 
-    def drop_adapters(self, gone: Callable[[int], bool]) -> None:
-        """Remove the adapters kept on the way at the steps for which `gone` is true."""
-        for step in filter(gone, self.adapter_steps()):
-            remove_folder(self.adapter_at(step))
+    def drop_kept(self, what: str, gone: Callable[[int], bool]) -> None:
+        """Remove those kept on the way at the steps for which `gone` is true."""
+        for step in filter(gone, self.kept_steps(what)):
+            remove_folder(self.kept_at(what, step))
 
     def cut(self, step: int) -> None:
         """Drop what was logged, drawn and kept after `step`: a resumed run does that again, perhaps otherwise."""
         self.log.cut(step)
-        for place in (self.samples, self.path / "adapters"):
+        for place in (self.samples, self.path / "adapters", self.path / "models"):
             for later, folder in _numbered(place):
                 if later > step:
                     remove_folder(folder)

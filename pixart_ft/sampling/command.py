@@ -153,7 +153,7 @@ def _base(config: GenerateConfig, adapter: Adapter | None) -> Base:
     One of the Hub that the adapter was trained on comes in the revision of its training, unless another is asked for.
     """
     if config.model is not None or adapter is None:
-        return Base.read(config.model or HUB_BASE, config.revision)
+        return Base.read(config.model or HUB_BASE, config.revision, config.weights)
     trained_on = adapter.metadata
     moves = config.revision is None and not Path(trained_on.base).is_dir()
     return Base.read(trained_on.base, trained_on.revision if moves else config.revision)

@@ -30,6 +30,7 @@ from pixart_ft.model.repeated import compile_blocks
 from pixart_ft.model.text import pad_text
 from pixart_ft.model.text_encoder import TextEncoder
 from pixart_ft.model.vae import decode_to_pictures, encode_pixels
+from pixart_ft.model.weights import read_null_caption
 from pixart_ft.sampling.loop import Guidance, invert_latents, sample_latents
 from pixart_ft.sampling.settings import (
     Abilities,
@@ -46,11 +47,12 @@ from pixart_ft.schedulers import RespacedDDIMScheduler
 def abilities_of(base: Base, adapter: Adapter | None = None) -> Abilities:
     """What a base, with an adapter, can draw."""
     schedule, prediction_type, variance, interval = base.schedule, base.prediction_type, base.variance, WHOLE
-    if adapter is not None:
-        metadata = adapter.metadata
+    metadata = base.metadata if adapter is None else adapter.metadata
+    if metadata is not None:
         trained_on = NoiseSchedule.from_diffusers_config(metadata.schedule)
         schedule = conditioned(trained_on, schedule, metadata.time_conditioning)
         prediction_type, variance = metadata.prediction_type, metadata.variance
+    if adapter is not None:
         interval = adapter.interval
     return Abilities(schedule, prediction_type, variance, base.native_size, base.size_unit, interval)
 
@@ -89,7 +91,7 @@ class TextToImage:
     ) -> Self:
         """Load base and adapter.
 
-        base: "demo", a diffusers folder, or a Hub id.
+        base: "demo", a diffusers folder, a Hub id, or a run that trained the whole network.
         lora: an adapter folder or a run folder; lora_scale multiplies its effect, 1 as trained; weights
             chooses between the averaged and the last weights of a run.
         lora_interval: the network's timesteps that the adapter acts at, both ends included; (0, 1000) is all, None
@@ -102,7 +104,7 @@ class TextToImage:
 
         Raises UserError when a part is missing, or the adapter is for another base or lacks a key.
         """
-        read = Base.read(base, revision)
+        read = Base.read(base, revision, weights)
         adapter = None if lora is None else Adapter.read(lora, weights=weights, interval=lora_interval)
         check_engine(attention, compile, torch.device(device), dtype)
         return cls.of(
@@ -131,13 +133,16 @@ class TextToImage:
     ) -> Self:
         """As `load`, of a base and an adapter that are read, once `check_engine` has found no fault."""
         abilities = abilities_of(base, adapter)
-        max_tokens = 300 if adapter is None else adapter.metadata.max_tokens
+        metadata = base.metadata if adapter is None else adapter.metadata
+        max_tokens = 300 if metadata is None else metadata.max_tokens
         text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=max_tokens)
         if prompts is not None:
             text.encode_and_free(prompts)
         held = torch.float32 if dtype == torch.float16 else dtype
         transformer = loading.load_transformer(base, dtype=held)
         attached = None
+        if base.metadata is not None:
+            text.known[""] = read_null_caption(Path(base.place))
         if adapter is not None:
             attached, text.known[""] = load_adapter(transformer, adapter, scale=lora_scale)
         if attention != "auto":
@@ -349,6 +354,7 @@ class TextToImage:
             "revision": self.base.revision,
             "fingerprint": self.fingerprint,
             "adapter": adapter,
+            **({} if self.base.metadata is None else {"weights": self.base.metadata.weights}),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
             "versions": versions(),

@@ -55,7 +55,8 @@ def text_encoder_id(config: TrainConfig, base: Base) -> str:
 
 def _component_id(config: TrainConfig, base: Base, *subfolders: str, dtype: torch.dtype) -> str:
     memo = config.data.cache / "files.json"
-    return component_id(base.place, *subfolders, dtype=dtype, commit=base.commit, memo=memo)
+    whole = base.whole
+    return component_id(whole.place, *subfolders, dtype=dtype, commit=whole.commit, memo=memo)
 
 
 def text_dtype(config: TrainConfig) -> torch.dtype:

@@ -1,6 +1,6 @@
-"""The adapters that a run leaves: on the way one for each sample step and for the lowest held-out loss, then the last.
+"""What a run leaves, adapters or models: one for each sample step and for the lowest held-out loss, then the last.
 
-A checkpoint is for resuming and holds the optimizer's state too; an adapter is what one draws with.
+A checkpoint is for resuming and holds the optimizer's state too; these are what one draws with.
 """
 
 import math
@@ -12,11 +12,12 @@ from typing import Any
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
-from pixart_ft.adapters.files import FINAL_ADAPTERS, AdapterMetadata
-from pixart_ft.adapters.lora import save_adapter
 from pixart_ft.config.train import Weights
 from pixart_ft.runs.folder import RunFolder
+from pixart_ft.runs.metadata import AdapterMetadata
+from pixart_ft.runs.results import final
 from pixart_ft.training.ema import Ema
+from pixart_ft.training.kinds import Kind
 from pixart_ft.training.records import Progress
 
 
@@ -29,8 +30,9 @@ def lowest_step(records: Iterable[Mapping[str, Any]]) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Keeper:
-    """Saves adapters into the run's folder; `metadata` lacks only what depends on the step."""
+    """Saves what is trained into the run's folder; `metadata` lacks only what depends on the step."""
 
+    kind: Kind
     folder: RunFolder
     transformer: PixArtTransformer2DModel
     ema: Ema
@@ -42,17 +44,17 @@ class Keeper:
     def on_the_way(self, progress: Progress) -> None:
         """Keep the averaged weights if this step is one of samples, or has the lowest held-out loss so far.
 
-        The lowest before it goes then, unless it is a step of samples: one adapter more than there are samples stays.
+        The lowest before it goes then, unless it is a step of samples: one more than there are samples stays.
         """
         lowest = lowest_step(self.folder.log.comparable())
-        folder = self.folder.adapter_at(progress.step)
+        folder = self.folder.kept_at(self.kind.what, progress.step)
         if 0 < progress.step < self.last_step and self._is_kept(progress.step, lowest) and not folder.is_dir():
             self._save(folder, progress)
-        self.folder.drop_adapters(lambda step: not self._is_kept(step, lowest))
+        self.folder.drop_kept(self.kind.what, lambda step: not self._is_kept(step, lowest))
 
     def at_the_end(self, progress: Progress) -> None:
-        """Save `final/adapter`, the averaged weights where the run has them, and then `final/adapter_raw`, the last."""
-        main, beside = (self.folder.path / name for name in FINAL_ADAPTERS.values())
+        """Save the averaged weights where the run has them, such as `final/adapter`, and then the last, its `_raw`."""
+        main, beside = (self.folder.path / name for name in final(self.kind.what).values())
         self._save(main, progress)
         if self.ema.is_on:
             self._save(beside, progress, raw=True)
@@ -65,4 +67,4 @@ class Keeper:
         weights: Weights = "ema" if self.ema.is_on and not raw else "raw"
         described = replace(self.metadata, weights=weights, step=progress.step, samples_seen=progress.samples)
         state = None if raw else self.ema.weights
-        save_adapter(folder, self.transformer, described, self.null_caption, state=state)
+        self.kind.save(folder, self.transformer, described, self.null_caption, state)

@@ -19,21 +19,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pixart_ft.adapters.files import LoraSettings
-from pixart_ft.adapters.lora import attach
-from pixart_ft.adapters.targets import check_targets
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import CAPTIONS_AT_ONCE, PICTURES_AT_ONCE
+from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.model import loading
 from pixart_ft.model.attention import Kernels, use_kernels
 from pixart_ft.model.base import Base
 from pixart_ft.model.network import network_output
+from pixart_ft.model.quantized import bytes_saved
 from pixart_ft.model.repeated import checkpoint_blocks
 from pixart_ft.training.encode import compute_dtype, text_dtype
-from pixart_ft.training.objective import build_objective, variance_stands_still
+from pixart_ft.training.kinds import Kind, kind_of, stand_in, weights_dtype
+from pixart_ft.training.objective import build_objective
 from pixart_ft.training.optimizers import CHUNK, build_optimizer
-from pixart_ft.training.run import weights_dtype
-from pixart_ft.training.start import lora_of, resolution_of
+from pixart_ft.training.start import resolution_of
 
 _PIECES, _PIECE = 64, 64 * 64  # weights that an optimizer is tried on: so many matrices, each large enough for 8 bits
 
@@ -55,7 +54,7 @@ class Case:
     """What is predicted: a configuration whose precision is settled, its base, and what the data and the machine say.
 
     resolution   of the pictures, pixels
-    lora         what is trained
+    kind         what is trained
     tokens       of the longest caption
     on_gpu       whether a CUDA GPU does it; else the processor
     """
@@ -63,7 +62,7 @@ class Case:
     config: TrainConfig
     base: Base
     resolution: int
-    lora: LoraSettings
+    kind: Kind
     tokens: int
     on_gpu: bool
 
@@ -74,9 +73,8 @@ class Case:
         Raises UserError for what does not fit the base.
         """
         objective, _ = build_objective(config, base)
-        lora = lora_of(config, last_layer=not variance_stands_still(objective, base))
-        check_targets(loading.skeleton(base), lora.targets)
-        return cls(config, base, resolution_of(config, base), lora, tokens or config.data.max_tokens, on_gpu)
+        kind = stand_in(kind_of(config, base, objective), base)
+        return cls(config, base, resolution_of(config, base), kind, tokens or config.data.max_tokens, on_gpu)
 
 
 def captions(case: Case) -> Need | None:
@@ -159,6 +157,10 @@ class _Living(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+    def forget(self, count: int) -> None:
+        """Count so many bytes less, which would not be there."""
+        self.now = self._most = self.now - count
 
     def peak(self) -> int:
         """The most since the last time this was asked."""
@@ -258,7 +260,7 @@ def _network(case: Case, blocks: int) -> Iterator[_Network]:
     config = case.config
     shorter = replace(case.base, transformer={**case.base.transformer, "num_layers": blocks})
     module = loading.skeleton(shorter).requires_grad_(False)
-    attach(module, replace(case.lora, init="default"), seed=config.run.seed)  # from values that there are none of
+    case.kind.prepare(module, seed=config.run.seed, interval=WHOLE, device=torch.device("meta"))
     if every := int(config.model.gradient_checkpointing):
         checkpoint_blocks(module, every)
     if case.on_gpu:  # which is played by the processor
@@ -268,6 +270,7 @@ def _network(case: Case, blocks: int) -> Iterator[_Network]:
     use_kernels(module, Kernels(kernel, kernel))
     module.train()
     with _without_values(module, dtype=weights_dtype(config)) as living:
+        living.forget(bytes_saved(module, config.model.quantization, weights_dtype(config)))
         yield _Network(living, module, {name: p for name, p in module.named_parameters() if p.requires_grad})
 
 

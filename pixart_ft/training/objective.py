@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 
-from pixart_ft.adapters.files import AdapterMetadata
 from pixart_ft.config.train import Diffusion, TrainConfig, Validation
 from pixart_ft.diffusion.intervals import WHOLE, adapter_interval_faults, covers, end_faults, or_whole, shown
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
@@ -18,6 +17,7 @@ from pixart_ft.diffusion.weighting import logit_normal_timesteps
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model.base import Base
+from pixart_ft.runs.metadata import AdapterMetadata
 from pixart_ft.sampling.settings import Abilities, Settings, calls_to_come, scheduler_for
 
 

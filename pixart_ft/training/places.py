@@ -12,16 +12,20 @@ from pixart_ft.data.datasets import check_folder, picture_folder
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.model.place import resolve_base
 from pixart_ft.runs.folder import RunFolder
+from pixart_ft.runs.results import Model
 
 
-def check_training(config: TrainConfig, resume: str | None = None, init_from: str | None = None) -> Adapter | None:
+def check_training(
+    config: TrainConfig, resume: str | None = None, init_from: str | None = None
+) -> Adapter | Model | None:
     """Raise one UserError with every path of a training that leads nowhere, and the package that it lacks.
 
     Arguments as of `run_training`.
 
-    Returns the adapter that it starts from.
+    Returns the adapter, or the model, that it starts from.
     """
-    mistakes, adapter = Mistakes(), None
+    mistakes = Mistakes()
+    source: Adapter | Model | None = None
     with mistakes.noted():
         resolve_base(config.model.base)
     for name, part in (
@@ -42,9 +46,14 @@ def check_training(config: TrainConfig, resume: str | None = None, init_from: st
         check_trackers(config.logging.trackers)
     if init_from is not None:
         with mistakes.noted():
-            adapter = Adapter.read(init_from)
+            source = Model.read(init_from) if config.adapter.kind == "full" else Adapter.read(init_from)
+        if config.adapter.init != "default":
+            mistakes.add(
+                f"adapter.init {config.adapter.init} begins from the base's weights, and --init-from from an "
+                "adapter's; leave one of them out"
+            )
     mistakes.raise_if_any()
-    return adapter
+    return source
 
 
 def check_trackers(names: Iterable[Tracker]) -> None:

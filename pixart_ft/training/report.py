@@ -1,16 +1,17 @@
 """What a finished run shows: the before/after sheet, the loss curves, and a summary on the terminal."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from PIL import Image
 
-from pixart_ft.adapters.files import FINAL_ADAPTERS
 from pixart_ft.data.datasets import Row
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation.held_out import Estimate
 from pixart_ft.files import write_file
 from pixart_ft.pictures.sheets import loss_curve, term_curves
 from pixart_ft.runs.folder import RunFolder
+from pixart_ft.runs.results import What, final
 from pixart_ft.training.before_after import before_after
 from pixart_ft.training.keeping import lowest_step
 from pixart_ft.training.records import Progress
@@ -21,15 +22,17 @@ from pixart_ft.training.watching import Comparison
 
 def finish(
     folder: RunFolder,
+    what: What,
     trainer: Trainer,
     prompts: Sequence[str],
     rows: Mapping[str, Sequence[Row]],
 ) -> None:
-    """Write the curves and sheets into `final/`, where the adapters are, and print the summary.
+    """Write the curves and sheets into `final/`, where the results are, and print the summary.
 
+    what: it trained.
     rows: the pictures that the sheet of before and after sets beside the prompts of the same caption, see there.
     """
-    written = {"adapter": folder.path / FINAL_ADAPTERS["ema"]}
+    written: dict[str, Path] = {what: folder.path / final(what)["ema"]}
     for sheet_before in folder.final.glob("*.png"):  # of an earlier end: what cannot be made anew must not stand for it
         sheet_before.unlink()
     records = folder.log.comparable()
@@ -50,27 +53,29 @@ def finish(
             written["before and after"] = folder.final / "before_after.png"
     with attempted("the summary"):
         print(summary(trainer.progress, trainer.watch.comparison(), trainer.objective.titles, trainer.objective.where))
-    for what, path in written.items():
-        print(f"  {what:<18}{path}")
+    for name, path in written.items():
+        print(f"  {name:<18}{path}")
     with attempted("the lines to paste"):
-        for what, line in commands(folder, trainer.step, prompts).items():
-            print(f"  {what:<18}{line}")
+        for name, line in commands(folder, what, trainer.step, prompts).items():
+            print(f"  {name:<18}{line}")
 
 
-def commands(folder: RunFolder, last_step: int, prompts: Sequence[str]) -> dict[str, str]:
+def commands(folder: RunFolder, what: What, last_step: int, prompts: Sequence[str]) -> dict[str, str]:
     """What can be pasted to draw with the result, and with the lowest held-out loss where that is another step's."""
     example = prompts[0] if prompts else "my prompt"
-    found = {"draw with it": pasteable("generate", "--lora", folder.path, "--prompt", example)}
+    option = {"adapter": "--lora", "model": "--model"}[what]
+    found = {"draw with it": pasteable("generate", option, folder.path, "--prompt", example)}
     records = folder.log.comparable()
     lowest = lowest_step(records)
     if lowest not in (None, last_step):
         loss = next(r["held_out"]["loss"]["mean"] for r in records if r["step"] == lowest and "held_out" in r)
         found["lowest held-out"] = f"loss {loss:.4f} after step {lowest} of {last_step}"
-        if lowest in folder.adapter_steps():
-            found["draw with that"] = pasteable("generate", "--lora", f"{folder.path}@{lowest}", "--prompt", example)
-    if steps := folder.adapter_steps():
-        size = sum(file.stat().st_size for step in steps for file in folder.adapter_at(step).iterdir())
-        found["adapters kept"] = (
+        if lowest in folder.kept_steps(what):
+            found["draw with that"] = pasteable("generate", option, f"{folder.path}@{lowest}", "--prompt", example)
+    if steps := folder.kept_steps(what):
+        files = (file for step in steps for file in folder.kept_at(what, step).rglob("*") if file.is_file())
+        size = sum(file.stat().st_size for file in files)
+        found[f"{what}s kept"] = (
             f"of steps {', '.join(map(str, steps))} ({size / 1e6:.0f} MB), as {folder.path}@{steps[0]}"
         )
     return found

@@ -6,15 +6,13 @@ What a user can get wrong is found before the run folder is made, and what is ch
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import PixArtTransformer2DModel
 
-from pixart_ft.adapters.files import WEIGHTS, Adapter, AdapterMetadata
-from pixart_ft.adapters.lora import attach, fill_adapter, limit_adapter
 from pixart_ft.config.reading import flat, to_yaml
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import picture_digests
@@ -26,14 +24,16 @@ from pixart_ft.model.text_encoder import TextEncoder
 from pixart_ft.pictures.sheets import Sample
 from pixart_ft.runs.folder import RunFolder, content_of
 from pixart_ft.runs.lock import RunLock
+from pixart_ft.runs.metadata import AdapterMetadata
 from pixart_ft.sampling.settings import Abilities, Settings
 from pixart_ft.sampling.text_to_image import TextToImage
 from pixart_ft.training import speed
 from pixart_ft.training.batches import TrainingSet
 from pixart_ft.training.before_after import HELD_OUT, LEARNED
 from pixart_ft.training.ema import Ema, OwnAverage
-from pixart_ft.training.encode import DTYPES, Encoded, compute_dtype, encode_once
+from pixart_ft.training.encode import Encoded, compute_dtype, encode_once
 from pixart_ft.training.keeping import Keeper
+from pixart_ft.training.kinds import Source
 from pixart_ft.training.objective import abilities_after, warn_of_relearning
 from pixart_ft.training.optimizers import build_optimizer
 from pixart_ft.training.places import check_training
@@ -52,27 +52,27 @@ def run_training(
     """Train as `config` says and return the run folder.
 
     resume: "auto" or a checkpoint folder, continues the run in config.run.folder with all its state. init_from: an
-    adapter or run folder whose weights start a new run. accept_changes: continue though what the run is trained on has
-    changed (see `trained_on`). Raises UserError for whatever the user can mend.
+    adapter, model or run folder whose weights start a new run. accept_changes: continue though what the run is trained
+    on has changed (see `trained_on`). Raises UserError for whatever the user can mend.
     """
     return train(config, resume, check_training(config, resume, init_from), accept_changes)
 
 
-def train(config: TrainConfig, resume: str | None, adapter: Adapter | None, accept_changes: bool) -> Path:
-    """As `run_training`, once `check_training` has found the adapter to start from."""
+def train(config: TrainConfig, resume: str | None, source: Source | None, accept_changes: bool) -> Path:
+    """As `run_training`, once `check_training` has found what to start from."""
     config = with_precision(config)
     accelerator = accelerator_for(config)
     folder = RunFolder(config.run.folder)
     with Together(accelerator), RunLock(folder.path) as lock:
         if accelerator.is_main_process and resume is not None and folder.path.is_dir():
             lock.take()  # before anything in the folder is looked at
-        return _run(config, resume, adapter, accept_changes, accelerator, folder, lock)
+        return _run(config, resume, source, accept_changes, accelerator, folder, lock)
 
 
 def _run(
     config: TrainConfig,
     resume: str | None,
-    adapter: Adapter | None,
+    source: Source | None,
     accept_changes: bool,
     accelerator: Accelerator,
     folder: RunFolder,
@@ -93,24 +93,25 @@ def _run(
         )
     begins = {
         "--resume": f"{checkpoint.name} ({content_of(checkpoint)[:8]})" if checkpoint else "not given",
-        "--init-from": f"{adapter.name} ({sha256(adapter.folder / WEIGHTS)[:8]})" if adapter else "not given",
+        "--init-from": f"{source.name} ({_marks(source.files)})" if source else "not given",
     }
     agree(accelerator, about.facts() | begins)
     if checkpoint is not None:
         check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
     encoded = encode_once(config, base, learned, held_rows, resolution, accelerator, digests)
 
-    transformer = loading.load_transformer(base, dtype=weights_dtype(config))
+    kind = start.kind
+    transformer = loading.load_transformer(base, dtype=kind.dtype)
     fingerprint = loading.fingerprint(transformer)
     about = about.with_base(transformer, base.name)
     agree(accelerator, about.facts())
     found = Changes([], [], [])
     if checkpoint is not None:
         found = check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
-    attach(transformer, start.lora, seed=config.run.seed)
-    if adapter is not None:
-        fill_adapter(transformer, adapter)
-        warn_of_relearning(adapter.metadata, objective, config.diffusion.time_conditioning)
+    kind.prepare(transformer, seed=config.run.seed, interval=objective.interval, device=accelerator.device)
+    if source is not None:
+        kind.start_from(transformer, source, fingerprint)
+        warn_of_relearning(source.metadata, objective, config.diffusion.time_conditioning)
     engine = speed.set_up(config, transformer, encoded, accelerator, folder.path / "environment.json")
     transformer.to(accelerator.device).train()
     whole, network = None, transformer
@@ -129,23 +130,20 @@ def _run(
 
     abilities = abilities_after(objective, base, resolution)
     metadata = AdapterMetadata(
-        base=_base_to_find(base.name),
         base_fingerprint=fingerprint,
         prediction_type=objective.prediction_type,
         schedule=schedule_config,
         time_conditioning=config.diffusion.time_conditioning,
         variance=abilities.variance,
-        rank=start.lora.rank,
-        alpha=start.lora.alpha,
         max_tokens=config.data.max_tokens,
         text_preparation=TEXT_PREPARATION,
         weights="raw",
         samples_seen=0,
-        revision=base.revision,
         interval=abilities.interval,
+        **kind.described(base),
     )
-    limit_adapter(transformer, metadata.interval)
     keeper = Keeper(
+        kind=kind,
         folder=folder,
         transformer=transformer,
         ema=ema,
@@ -194,13 +192,13 @@ def _run(
             announce(folder, checkpoint, plan.steps, found)
     if found.begins_anew:
         trainer.watch.begin_anew(trainer.progress, found.names)
-    if adapter is not None:
+    if source is not None:
         trainer.save()  # else a run that is resumed before its first checkpoint would begin without these weights
     accelerator.wait_for_everyone()
     begin_trackers(accelerator, config.logging.trackers, config.run.name, folder.path, flat(config))
     trainer.run()
     if accelerator.is_main_process:
-        finish(folder, trainer, config.validation.prompts, {LEARNED: start.rows, HELD_OUT: held_rows})
+        finish(folder, kind.what, trainer, config.validation.prompts, {LEARNED: start.rows, HELD_OUT: held_rows})
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder.path
@@ -209,18 +207,9 @@ def _run(
 # The steps of it
 
 
-def _base_to_find(base: str) -> str:
-    """What finds the base from any folder: a local one by its whole path, so that it is never looked up on the Hub."""
-    folder = Path(base).expanduser()
-    return str(folder.absolute()) if base != "demo" and folder.is_dir() else base
-
-
-def weights_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype that frozen weights are held in."""
-    if config.model.dtype != "auto":
-        return DTYPES[config.model.dtype]
-    # float16 weights would overflow; under float16 autocast float32 weights do not.
-    return torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
+def _marks(files: Iterable[Path]) -> str:
+    """By what files of weights are told apart."""
+    return " ".join(sha256(file)[:8] for file in files)
 
 
 def _average(config: TrainConfig, trained: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> Ema:

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from pixart_ft.adapters.files import LoraSettings
-from pixart_ft.adapters.targets import check_rank, check_targets, named, trainable
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import Row, verify_pictures
 from pixart_ft.errors import Mistakes, UserError
@@ -17,12 +15,14 @@ from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.engine import check_engine
+from pixart_ft.model.quantized import check_quantization
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.sampling.settings import side_fault
 from pixart_ft.training.batches import DrawLaws
 from pixart_ft.training.encode import compute_dtype, read_prior, read_rows
+from pixart_ft.training.kinds import Kind, kind_of
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
-from pixart_ft.training.objective import build_objective, variance_stands_still
+from pixart_ft.training.objective import build_objective
 from pixart_ft.training.processes import join, shards_asked_for
 from pixart_ft.training.trainer import Plan
 
@@ -46,7 +46,7 @@ class Start:
     rows: list[Row]
     prior_rows: list[Row]
     held_rows: list[Row]
-    lora: LoraSettings
+    kind: Kind
     parameters: int  # that are trained
 
     def facts(self, config: TrainConfig, device: str, processes: int) -> list[str]:
@@ -61,7 +61,7 @@ class Start:
         part = self.objective.where
         return [
             f"device             {where}, precision {config.train.mixed_precision}",
-            f"trained            {self.parameters:,} parameters of the LoRA, rank {self.lora.rank}",
+            f"trained            {self.parameters:,} parameters of {self.kind.words}",
             f"pictures           {pictures:,}{prior}{held_out}, {self.resolution} x {self.resolution} pixels",
             f"steps per epoch    {pictures / draws:.4g}, of {batch} pictures each",
             f"length             {self.plan.steps:,} steps: each picture {epochs:.4g} times",
@@ -90,10 +90,9 @@ def look(config: TrainConfig, resume: str | None) -> Start:
     base = Base.read(config.model.base, config.model.revision)
     resolution = resolution_of(config, base)
     objective, schedule_config = build_objective(config, base)
-    skeleton = loading.skeleton(base)
-    lora = lora_of(config, last_layer=not variance_stands_still(objective, base))
-    check_targets(skeleton, lora.targets)
-    check_rank(skeleton, lora.rank, lora.targets)
+    check_quantization(config.model.quantization)
+    kind = kind_of(config, base, objective)
+    parameters = kind.count(loading.skeleton(base))
     checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
     rows, held_rows = read_rows(config)
     return Start(
@@ -108,16 +107,9 @@ def look(config: TrainConfig, resume: str | None) -> Start:
         rows=rows,
         prior_rows=read_prior(config),
         held_rows=held_rows,
-        lora=lora,
-        parameters=trainable(skeleton, lora),
+        kind=kind,
+        parameters=parameters,
     )
-
-
-def lora_of(config: TrainConfig, *, last_layer: bool) -> LoraSettings:
-    """The adapter that is trained; last_layer: whether a named set of targets takes that too."""
-    choice = config.adapter
-    targets = named(choice.targets, last_layer=last_layer)
-    return LoraSettings(choice.rank, choice.alpha, targets, choice.dropout, choice.rslora, choice.dora, choice.init)
 
 
 def with_precision(config: TrainConfig) -> TrainConfig:

@@ -65,6 +65,7 @@ _UNSAID = {
     "validation.samples_every",
     "logging.every",
     "logging.trackers",
+    "adapter.whole",
 }
 # and what may be turned while a run goes on, which is said aloud.
 _SAID = {
@@ -86,7 +87,7 @@ _SAID = {
 _OF_A_MACHINE = {"data.folder", "data.held_out", "data.prior", "model.base", "data.cache"}
 # What the saved state does not fit any more.
 _NEVER = {
-    *(f"adapter.{key}" for key in ("rank", "targets", "dora", "init")),
+    *(f"adapter.{key}" for key in ("kind", "rank", "targets", "dora", "init", "trainable", "peft_type")),
     *("optim.optimizer", "optim.groups", "optim.stochastic_rounding"),
 }
 # What the held-out loss and the samples do not depend on, but by way of the training.
@@ -195,8 +196,10 @@ def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> 
         return Changes([], [line], ["everything"])
     # what an earlier version did not know of, it did as by default
     was = {key: default(field) for key, field in keys(TrainConfig).items()} | dict(began.settings)
-    differs = [key for key, value in now.settings.items() if was.get(key) != value]
-    lines = {key: f"{key} was {was.get(key)!r}, is {now.settings[key]!r}" for key in differs}
+    gone = dict.fromkeys(key for key in was if key.startswith("adapter.options."))  # unless they are there still
+    settings = {**gone, **now.settings}
+    differs = [key for key, value in settings.items() if was.get(key) != value]
+    lines = {key: f"{key} was {was.get(key)!r}, is {settings[key]!r}" for key in differs}
     said = [lines[key] for key in differs if key in _SAID]
     refused = {key: lines[key] for key in differs if key not in _BY_CONTENT | _UNSAID | _SAID}
     if never := [line for key, line in refused.items() if key in _NEVER]:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pixart_ft import cli
-from pixart_ft.adapters.files import Adapter, LoraSettings, read_metadata
+from pixart_ft.adapters.files import Adapter, LoraSettings
 from pixart_ft.adapters.lora import attach, limit_adapter, load_adapter, merge
 from pixart_ft.config.samplers import EVERY_SAMPLER
 from pixart_ft.diffusion.intervals import WHOLE, holds
@@ -38,6 +38,7 @@ from pixart_ft.model.network import network_output
 from pixart_ft.model.shared_calls import prepared
 from pixart_ft.model.text import pad_text
 from pixart_ft.pictures.recipes import config_of, read_recipe
+from pixart_ft.runs.metadata import read_metadata
 from pixart_ft.sampling.pipeline import PixArtPipeline
 from pixart_ft.sampling.settings import Settings
 from pixart_ft.sampling.text_to_image import TextToImage

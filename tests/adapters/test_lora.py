@@ -13,13 +13,16 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pixart_ft.adapters.files import FINAL_ADAPTERS, Adapter, AdapterMetadata, LoraSettings, Weights, read_metadata
+from pixart_ft.adapters.files import Adapter, LoraSettings
 from pixart_ft.adapters.lora import attach, fill_adapter, load_adapter, merge, save_adapter
 from pixart_ft.adapters.targets import check_rank
+from pixart_ft.config.train import Weights
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import fingerprint, load_transformer
 from pixart_ft.model.text import TEXT_PREPARATION
+from pixart_ft.runs.metadata import AdapterMetadata, read_metadata
+from pixart_ft.runs.results import final
 from tests.helpers.tiny import build_tiny_pipeline
 
 SETTINGS = LoraSettings(rank=4, alpha=12.0)  # alpha is not the rank, so a loader that assumes it is gives itself away
@@ -269,13 +272,13 @@ def test_every_key_must_land_and_every_place_be_filled(
 def test_fill_starts_a_new_adapter_from_old_weights(tiny: Path, saved: Path) -> None:
     transformer = base(tiny)
     attach(transformer, SETTINGS, seed=5)
-    fill_adapter(transformer, Adapter.read(saved))
+    fill_adapter(transformer, Adapter.read(saved), fingerprint(base(tiny)))
     assert all(torch.equal(parameter, lora(trained(tiny))[name]) for name, parameter in lora(transformer).items())
     assert all(parameter.requires_grad for parameter in lora(transformer).values())
     wider = base(tiny)
     attach(wider, replace(SETTINGS, rank=8), seed=5)
     with pytest.raises(UserError, match=r"32 of another shape \(another adapter\.rank\?\)"):
-        fill_adapter(wider, Adapter.read(saved))
+        fill_adapter(wider, Adapter.read(saved), fingerprint(base(tiny)))
 
 
 def test_adapters_are_found_by_folder_and_by_run(tiny: Path, saved: Path, tmp_path: Path) -> None:
@@ -295,13 +298,13 @@ def test_adapters_are_found_by_folder_and_by_run(tiny: Path, saved: Path, tmp_pa
     with pytest.raises(UserError, match="neither an adapter folder nor a run folder"):
         Adapter.read(saved / "adapter_model.safetensors")
 
-    shutil.copytree(saved, run / FINAL_ADAPTERS["ema"])
+    shutil.copytree(saved, run / final("adapter")["ema"])
     assert folder(run) == folder(run, "raw") == run / "final" / "adapter"  # a run without average
     content = json.loads((saved / "pixart_ft.json").read_text())
     (run / "final" / "adapter" / "pixart_ft.json").write_text(json.dumps(content | {"weights": "ema"}))
     with pytest.raises(UserError, match="kept only its averaged weights"):
         Adapter.read(run, weights="raw")
-    shutil.copytree(saved, run / FINAL_ADAPTERS["raw"])
+    shutil.copytree(saved, run / final("adapter")["raw"])
     assert folder(run, "raw") == run / "final" / "adapter_raw"
     assert folder(run) == run / "final" / "adapter"
 

@@ -64,6 +64,7 @@ def test_every_variant_begins_as_the_base_and_comes_back_on_it(
     save_adapter(tmp_path / "a", transformer, metadata_of(mark, settings), torch.zeros(1, 32))
     adapter = Adapter.read(tmp_path / "a")
     twice = 2 if settings.init != "default" else 1
+    assert isinstance(adapter.settings, LoraSettings)
     assert adapter.settings.rank == adapter.metadata.rank == 4 * twice
     loaded = network(tiny, dtype)
     load_adapter(loaded, adapter)

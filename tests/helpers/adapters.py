@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from pixart_ft.adapters.files import AdapterMetadata, LoraSettings
+from pixart_ft.adapters.files import LoraSettings
 from pixart_ft.adapters.lora import attach, save_adapter
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import fingerprint, load_text_encoder, load_transformer
 from pixart_ft.model.text import TEXT_PREPARATION, null_caption
+from pixart_ft.runs.metadata import AdapterMetadata
 
 
 def make_adapter(

@@ -76,9 +76,11 @@ def losses(run: Path) -> list[dict[str, float]]:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """Adapters, average, optimizer and every logged loss of two runs are equal bit for bit."""
-    for adapter in ("adapter", "adapter_raw"):
-        a, b = (load_file(run / "final" / adapter / "adapter_model.safetensors") for run in (one, other))
+    """Adapters or models, average, optimizer and every logged loss of two runs are equal bit for bit."""
+    files = [sorted(path.relative_to(run) for path in run.glob("final/**/*.safetensors")) for run in (one, other)]
+    assert files[0] == files[1] != []
+    for file in files[0]:
+        a, b = (load_file(run / file) for run in (one, other))
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for name in STATE_FILES:
         last, others = ((run / "checkpoints" / f"step-{STEPS:06d}" / name).read_bytes() for run in (one, other))

@@ -212,7 +212,8 @@ def test_an_adapter_that_is_damaged(base: Path, adapter: Path, name: str) -> Non
 
 @pytest.mark.parametrize("name", ["pixart_ft.json", "adapter_config.json"])
 def test_an_adapter_whose_words_are_of_other_types(adapter: Path, name: str) -> None:
-    from pixart_ft.adapters.files import read_metadata, read_settings
+    from pixart_ft.adapters.files import read_settings
+    from pixart_ft.runs.metadata import read_metadata
 
     retyped(adapter / name, lambda: (read_metadata(adapter), read_settings(adapter)))
     whole = (adapter / "adapter_config.json").read_text()

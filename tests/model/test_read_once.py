@@ -46,7 +46,7 @@ def check_once(counted: Counter[tuple[str, str]], adapter: tuple[str, ...]) -> N
 
     The files of the tokenizer are transformers' own, and the cache's hashes of a base's files another matter.
     """
-    readers = ("pixart_ft read_object", "pixart_ft _read_tensors")
+    readers = ("pixart_ft read_object", "pixart_ft read_tensors")
     ours = {file: n for (file, who), n in counted.items() if who in readers and file.startswith(("base/", "run/"))}
     files = [*(f"base/{name}" for name in CONFIGURATIONS), *(f"run/final/adapter/{name}" for name in adapter)]
     assert ours == dict.fromkeys(files, 1)

@@ -305,10 +305,10 @@ def test_what_was_drawn_and_kept_after_a_step_goes_with_the_course_that_is_left(
     """An adapter that stayed would stand for that of the new course, which keeps what is there."""
     run = RunFolder(tmp_path)
     for step in (0, 4, 8):
-        for folder in (run.samples_at(step), run.adapter_at(step)):
+        for folder in (run.samples_at(step), run.kept_at("adapter", step)):
             folder.mkdir(parents=True)
         run.samples_at(step).with_suffix(".png").touch()
     run.cut(4)
-    assert run.adapter_steps() == [0, 4]
+    assert run.kept_steps("adapter") == [0, 4]
     names = ["step-000000", "step-000000.png", "step-000004", "step-000004.png"]
     assert sorted(path.name for path in run.samples.iterdir()) == names

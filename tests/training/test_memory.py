@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart_ft.adapters.lora import attach
 from pixart_ft.config.train import load_config
+from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.model import loading
 from pixart_ft.model.attention import use_kernels
 from pixart_ft.model.base import Base
@@ -38,27 +38,51 @@ def size(module: torch.nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in (*module.parameters(), *module.buffers()))
 
 
+KINDS: list[dict[str, Any]] = [
+    {},
+    {"adapter.init": "pissa", "adapter.targets": "all-linear"},
+    {"adapter.kind": "full", "diffusion.objective": "simple"},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=["lora", "pissa", "full"])
+def test_what_is_kept_is_what_the_loaded_network_has(base: Base, kind: dict[str, Any]) -> None:
+    """The network with what is trained, one gradient, two moments, one average."""
+    asked = case(base, kind)
+    network = loading.load_transformer(base, dtype=torch.float32)
+    asked.kind.prepare(network, seed=0, interval=WHOLE, device=torch.device("cpu"))
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    parts = memory.training(asked).parts
+    assert parts["weights"] == pytest.approx(size(network), rel=1e-3)  # numbers of rows, which two layers share
+    assert parts["gradients"] == parts["average"] == 4 * trained
+    assert parts["optimizer"] == pytest.approx(8 * trained, rel=1e-3)  # and a step counter for each matrix
+
+
+def test_a_lora_of_as_many_weights_stands_for_another_adapter(base: Base) -> None:
+    asked = {"adapter.kind": "peft", "adapter.peft_type": "LOHA", "adapter.options": {"r": 4}}
+    found = memory.training(case(base, asked)).parts["gradients"]
+    assert found == 4 * 16 * (2 * 4 * (64 + 64))  # of 16 layers, two pairs of matrices of rank 4
+
+
+def test_blocks_of_few_bits_take_less(base: Base) -> None:
+    """Of two blocks: eight matrices 64 x 64, two 64 x 256, from 4 bytes to 4 bits and a scale for each 64."""
+    whole, short = (memory.training(case(base, {"model.quantization": how})).parts for how in ("none", "nf4"))
+    assert whole["weights"] - short["weights"] == 2 * (8 * 64 * 64 + 2 * 64 * 256) * (4 - 0.5 - 4 / 64)
+
+
 def test_what_is_kept_is_what_the_loaded_parts_have(base: Base) -> None:
-    """T5 in bfloat16, the VAE in float32; the network with its LoRA, one gradient, two moments, one average."""
+    """T5 in bfloat16, the VAE in float32."""
     _, t5 = loading.load_text_encoder(base, dtype=torch.bfloat16)
     found = memory.captions(case(base, {"model.text_encoder_dtype": "bfloat16"}))
     assert found is not None and found.parts["weights"] == size(t5)
     assert memory.pictures(case(base)).parts["weights"] == size(loading.load_vae(base, dtype=torch.float32))
-    asked = case(base)
-    network = loading.load_transformer(base, dtype=torch.float32)
-    attach(network, asked.lora, seed=0)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    parts = memory.training(asked).parts
-    assert parts["weights"] == size(network)
-    assert parts["gradients"] == parts["average"] == 4 * trained
-    assert parts["optimizer"] == pytest.approx(8 * trained, rel=1e-3)  # and a step counter for each matrix
     assert "average" not in {name for name, n in memory.training(case(base, {"train.ema_decay": 0})).parts.items() if n}
 
 
 def saved_for_backward(base: Base, asked: Case) -> int:
     """Bytes of the storages that a real forward pass keeps beside the weights."""
     network = loading.load_transformer(base, dtype=torch.float32)
-    attach(network, asked.lora, seed=0)
+    asked.kind.prepare(network, seed=0, interval=WHOLE, device=torch.device("cpu"))
     use_kernels(network)
     network.train()
     known = {p.untyped_storage().data_ptr() for p in (*network.parameters(), *network.buffers())}

@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from pixart_ft.adapters.files import AdapterMetadata
 from pixart_ft.config.samplers import SAMPLERS
 from pixart_ft.config.train import TrainConfig, load_config
 from pixart_ft.diffusion.intervals import WHOLE
@@ -21,6 +20,7 @@ from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model.base import Base
+from pixart_ft.runs.metadata import AdapterMetadata
 from pixart_ft.training.objective import build_objective, warn_of_relearning
 from pixart_ft.training.run import run_training
 from tests.helpers.tiny import edit

@@ -20,7 +20,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
-from pixart_ft.adapters.files import Adapter, read_metadata
+from pixart_ft.adapters.files import Adapter
 from pixart_ft.cli import main
 from pixart_ft.config.train import load_config
 from pixart_ft.data.datasets import read_folder, split
@@ -31,6 +31,7 @@ from pixart_ft.pictures.recipes import read_recipe
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.runs.lock import RunLock
 from pixart_ft.runs.log import RunLog
+from pixart_ft.runs.metadata import read_metadata
 from pixart_ft.sampling.text_to_image import TextToImage
 from pixart_ft.training import report, watching
 from pixart_ft.training.before_after import HELD_OUT, LEARNED, before_after

@@ -181,6 +181,12 @@ def test_settings_are_checked_without_the_file_of_settings(options: Options) -> 
         train(options, adapter__alpha=64, resume="auto")
 
 
+def test_settings_of_an_earlier_version_have_their_present_names(tmp_path: Path) -> None:
+    written = {"parts": {}, "settings": {"lora.rank": 4, "optim.decay": "cosine"}}
+    (tmp_path / "run.json").write_text(json.dumps(written))
+    assert TrainedOn.read(tmp_path).settings == {"adapter.rank": 4, "optim.decay": "cosine"}
+
+
 def test_words_that_mean_the_same_are_no_change(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     """The run goes on, and only its new length is announced."""
     train(
