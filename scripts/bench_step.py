@@ -252,21 +252,25 @@ def told(pipe: Connection, order: str) -> Any:
         sys.exit("one of the two processes has ended; see its message")
 
 
-def compare(config: TrainConfig, kind: str, steps: int) -> dict[str, float]:
-    """Both subjects, a step of one after a step of the other."""
+def compare(config: TrainConfig, kind: str, steps: int, *, at_once: bool) -> dict[str, float]:
+    """Both subjects, a step of one after a step of the other; or one after the other where they are not at once."""
     config = with_precision(config)
     base = Base.read(config.model.base, None)
     device = accelerator_for(config).device
     side = (config.data.resolution or base.native_size) // base.vae_factor
-    pipes = {"plain": started(plain, config, kind), "ours": started(ours, config)}
-    first = {name: told(pipe, "count") for name, pipe in pipes.items()}  # it warms up too
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    subjects: dict[str, tuple[Any, ...]] = {"plain": (plain, config, kind), "ours": (ours, config)}
+    first: dict[str, dict[str, float]] = {}
+    memory: dict[str, int] = {}
     peak = 0.0
-    for _ in range(steps):
-        for name, pipe in pipes.items():
-            peak = max(peak, matrix_peak(config, base.transformer, side, device))
-            seconds[name].append(told(pipe, "time")["seconds"])
-    memory = {name: told(pipe, "end") for name, pipe in pipes.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for names in [list(subjects)] if at_once else [[name] for name in subjects]:
+        pipes = {name: started(*subjects[name]) for name in names}
+        first |= {name: told(pipe, "count") for name, pipe in pipes.items()}  # it warms up too
+        for _ in range(steps):
+            for name, pipe in pipes.items():
+                peak = max(peak, matrix_peak(config, base.transformer, side, device))
+                seconds[name].append(told(pipe, "time")["seconds"])
+        memory |= {name: told(pipe, "end") for name, pipe in pipes.items()}
     least = least_flops(
         base.transformer,
         rows=config.train.batch_size,
@@ -275,7 +279,7 @@ def compare(config: TrainConfig, kind: str, steps: int) -> dict[str, float]:
         rank=None if kind == "full" else config.adapter.rank,
     )
     best = {name: min(values) for name, values in seconds.items()}
-    for name in pipes:
+    for name in subjects:
         print(
             f"{name:<6} {best[name]:8.3f} s a step, {config.train.batch_size / best[name]:.4g} samples/s (of {steps}: "
             f"{', '.join(f'{value:.3f}' for value in seconds[name])}), peak memory {memory[name] / 1e9:.2f} GB, "
@@ -404,6 +408,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="that are timed, after one that is counted")
     parser.add_argument("--option", action="append", default=[], help="KEY=VALUE of our configuration, for both")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "pixart_ft_bench")
+    parser.add_argument("--one-by-one", action="store_true", help="where the memory does not hold both at once")
     parser.add_argument("--processor-time", action="store_true", help="for one thread on a machine that others use too")
     parser.add_argument("--to-loss", action="store_true", help="seconds to a held-out loss, on the demo")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -412,7 +417,7 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {BUSY: "1"})
     shutil.rmtree(args.work / "run", ignore_errors=True)
     config = configuration(args)
-    found = to_loss(config) if args.to_loss else compare(config, args.kind, args.steps)
+    found = to_loss(config) if args.to_loss else compare(config, args.kind, args.steps, at_once=not args.one_by_one)
     if args.json:
         print(json.dumps({name: round(value, 5) for name, value in found.items()}))
     return 0

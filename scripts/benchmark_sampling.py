@@ -5,10 +5,11 @@
 
 FOLDER is a diffusers PixArt-Sigma, such as the random-weight XL/2-512 that `scripts/real_size.py` builds. A run goes
 from the prompt to the decoded picture with DDIM (diffusers' scheduler in both) and guidance 4.5. Prints the medians, in
-float32 and under bfloat16 autocast, and how far the latents are apart.
+float32 and under bfloat16 autocast, and how far the latents are apart. --attention and --compile are for ours alone.
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -22,7 +23,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
+from pixart_ft.model.attention import KERNELS, Kernels, use_kernels
 from pixart_ft.model.place import resolve_base
+from pixart_ft.model.repeated import compile_blocks
 from pixart_ft.model.vae import decode_to_pictures
 from pixart_ft.sampling.pipeline import PixArtPipeline
 
@@ -43,6 +46,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--prompt-words", type=int, default=3, help="length of the prompt")
+    parser.add_argument("--attention", choices=list(KERNELS), default="by_shape", help="kernels of ours")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     folder = resolve_base(args.model)
@@ -50,7 +55,11 @@ def main() -> None:
     stock.scheduler = DDIMScheduler(
         beta_start=1e-4, beta_end=0.02, beta_schedule="linear", timestep_spacing="trailing", clip_sample=False
     )
-    ours = PixArtPipeline(**stock.components)
+    own = copy.deepcopy(stock.transformer)
+    use_kernels(own, Kernels(args.attention, args.attention))
+    if args.compile:
+        compile_blocks(own)
+    ours = PixArtPipeline(**stock.components | {"transformer": own})
     side = stock.transformer.config.sample_size * stock.vae_scale_factor
     for pipeline in (stock, ours):
         pipeline.set_progress_bar_config(disable=True)
