@@ -46,9 +46,9 @@ class Underway:
         losses = rows[..., 3 + self._names.index("loss")]
         self.taken = losses.isfinite().all() & norm.isfinite()
         packed = torch.cat([rows.flatten(), norms, torch.stack([norm, self.taken.to(norm.dtype)])])
-        self._packed = packed.to("cpu", non_blocking=True)  # pinned, from a GPU
-        self._arrival = None
-        if packed.device.type != "cpu":
+        self._packed, self._arrival = packed, None
+        if packed.device.type == "cuda":  # others are copied when they are read
+            self._packed = packed.to("cpu", non_blocking=True)  # into pinned memory
             self._arrival = torch.Event(packed.device)
             self._arrival.record()
 
@@ -56,7 +56,7 @@ class Underway:
         """Wait until the device has done the step, then the numbers."""
         if self._arrival is not None:
             self._arrival.synchronize()
-        rows, norms, (norm, taken) = self._packed.split(
+        rows, norms, (norm, taken) = self._packed.cpu().split(
             [self._shape.numel(), len(self._packed) - self._shape.numel() - 2, 2]
         )
         micro_batches, asked = [], False
