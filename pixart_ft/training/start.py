@@ -54,6 +54,7 @@ class Start:
         pictures = len(self.rows)
         batch = self.plan.batch_size * self.plan.accumulation * processes
         where = device if processes == 1 else f"{device}, {processes} processes"
+        where += ", the network in shards" if processes > 1 and shards_asked_for(os.environ) else ""
         draws = batch / 2 if self.prior_rows else batch  # of the pictures, in a step
         epochs = self.plan.steps * draws / pictures
         prior = f", and {len(self.prior_rows):,} of the prior in every second draw" if self.prior_rows else ""
@@ -168,6 +169,8 @@ def _no_shards(config: TrainConfig) -> str | None:
         return "optim.in_backward"
     if config.model.compile:
         return "model.compile"
+    if config.model.quantization != "none":
+        return f"model.quantization {config.model.quantization}"
     return "train.ema_on_cpu" if config.train.ema_on_cpu else None
 
 

@@ -20,6 +20,7 @@ from pixart_ft.training.batches import DrawLaws, TrainingSet
 from pixart_ft.training.ema import Ema, OwnAverage
 from pixart_ft.training.learning_rate import LearningRate
 from pixart_ft.training.optimizers import build_optimizer
+from pixart_ft.training.sharding import Whole, in_shards
 from pixart_ft.training.trainer import Plan, Trainer
 
 LAWS = DrawLaws(seed=3, caption_dropout=0.0, timestep_law="importance", logit_mean=0.0, logit_std=1.0)
@@ -74,17 +75,26 @@ def toy_set(folder: Path) -> TrainingSet:
 
 
 def toy_trainer(
-    folder: Path, data: Path, draw_samples: Callable[[Toy], Any] | None = None, choice: Optim | None = None, **plan: Any
+    folder: Path,
+    data: Path,
+    draw_samples: Callable[[Toy], Any] | None = None,
+    choice: Optim | None = None,
+    *,
+    shards: bool = False,
+    **plan: Any,
 ) -> Trainer:
     """Ready to run in `folder`; three noise levels, so that the history of losses is soon full.
 
-    choice: an optimizer, and the average that goes with it.
+    choice: an optimizer, and the average that goes with it. shards: the network over all processes.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator, network = Accelerator(cpu=True), Toy().train()
     run = RunFolder(folder)
     if accelerator.is_main_process:
         RunFolder.create(folder, resume=True)
+    in_one: Any = network
+    if shards:
+        network = in_shards(in_one, accelerator)
     trained = dict(network.named_parameters())
     ema, optimizer = Ema(trained, 0.9), plain_optimizer(trained)
     if choice is not None:
@@ -93,6 +103,7 @@ def toy_trainer(
     return Trainer(
         accelerator=accelerator,
         transformer=network,
+        whole=Whole(in_one, Ema(dict(in_one.named_parameters()), 0.9), network, ema) if shards else None,
         objective=Objective(NoiseSchedule.linear(3, beta_start=0.1, beta_end=0.5), "epsilon", "hybrid"),
         data=toy_set(data),
         optimizer=optimizer,

@@ -6,11 +6,14 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 import yaml
@@ -23,6 +26,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.training.nested import load_nested
 from pixart_ft.training.processes import ENDED, EXIT_ENDED, Together, asked_for, join, shards_asked_for
 from pixart_ft.training.sharding import gathered
+from pixart_ft.training.stopping import AllStopped
 from pixart_ft.training.trainer import Trainer
 from tests.helpers.launched import launch
 from tests.helpers.runs import STEPS, Options, command, short_run, train
@@ -99,18 +103,29 @@ def assert_equal_to_rounding(one: Path, other: Path) -> None:
             load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / f"{name}.safetensors") for run in (one, other)
         )
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6)
-    for name in ("adapter", "adapter_raw"):
-        ours, theirs = (load_file(run / "final" / name / "adapter_model.safetensors") for run in (one, other))
+    results = [path.relative_to(one / "final") for path in (one / "final").rglob("*.safetensors")]
+    assert len(results) >= 4  # averaged and not, each with its null caption
+    for path in results:
+        ours, theirs = (load_file(run / "final" / path) for run in (one, other))
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("shards", [False, True], ids=["copies", "shards"])
-def test_any_number_of_processes_continues_a_run(shards: bool, options: Options, tmp_path: Path) -> None:
+FULL: Options = {"adapter.kind": "full", "optim.learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("shards", "kind"),
+    [(False, {}), (True, {}), pytest.param(True, FULL, marks=pytest.mark.slow)],
+    ids=["copies", "shards", "shards of all weights"],
+)
+def test_any_number_of_processes_continues_a_run(shards: bool, kind: Options, options: Options, tmp_path: Path) -> None:
     """Two processes go on from a checkpoint of one, and one from theirs: all as one process from end to end.
 
     With a copy of the network for each process, and with one in shards. What is loaded is what was saved, to the bit.
     """
     options |= {"train.keep_checkpoints": 9, "optim.clip_norm": 0.01}  # every gradient is clipped
+    if kind:
+        options = {key: value for key, value in options.items() if not key.startswith("adapter.")} | kind
     straight = train(options)
     run = Path(shutil.copytree(straight, tmp_path / "two"))
     first, second = (run / "checkpoints" / f"step-{step:06d}" for step in (2, 4))
@@ -217,6 +232,57 @@ def test_the_echo_of_another_end_waits_to_be_told_of_it(tmp_path: Path) -> None:
     launched = launch(body, tmp_path)
     assert launched.end(within=30) == [-signal.SIGKILL, EXIT_ENDED]
     assert launched.said(1) == f"error: {ENDED}\n"
+
+
+def test_all_stop_by_one_message(tmp_path: Path) -> None:
+    def body(rank: int) -> int:
+        try:
+            with Together(join(os.environ, mixed_precision="no")):
+                raise AllStopped("stopped after step 7")
+        except KeyboardInterrupt as stop:
+            print(stop, file=sys.stderr)
+            return 130
+
+    launched = launch(body, tmp_path)
+    assert launched.end() == [130, 130]
+    assert [launched.said(rank) for rank in (0, 1)] == ["stopped after step 7\n", ""]
+
+
+@pytest.mark.slow
+def test_torchrun_waits_for_a_process_that_stands_still_and_not_for_one_that_is_killed(
+    options: Options, tmp_path: Path
+) -> None:
+    """The real program: a process is stopped for a minute, goes on, and is killed; the launcher ends within another."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    more = {"train__steps": 100_000, "train__batch_size": 2, "optim__warmup_steps": 0, "train__checkpoint_every": 50}
+    line = [*launcher, str(ROOT / "scripts" / "train.py"), *command(options, **more)]
+    checkpoints = Path(options["run.folder"]) / "checkpoints"
+
+    def newest() -> int:
+        return max((int(path.name[5:]) for path in checkpoints.glob("step-??????")), default=0)
+
+    def wait_until(true: Callable[[], bool]) -> None:
+        until = time.monotonic() + 300
+        while not true():
+            assert run.poll() is None and time.monotonic() < until, (tmp_path / "stderr").read_text()
+            time.sleep(0.1)
+
+    with (tmp_path / "stderr").open("w") as stderr:
+        run = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=stderr)
+    try:
+        wait_until(lambda: newest() > 0)
+        victim = next(p for p in psutil.Process(run.pid).children() if p.environ()["RANK"] == "1")
+        victim.suspend()
+        time.sleep(60)
+        stood_at = newest()
+        victim.resume()
+        wait_until(lambda: newest() > stood_at + 50)
+        victim.kill()
+        assert run.wait(60) != 0
+    finally:
+        run.kill()
+    said = (tmp_path / "stderr").read_text()
+    assert said.count(f"error: {ENDED}\n") == 1 and "gloo" not in said and "RuntimeError" not in said
 
 
 def test_a_process_that_is_stopped_for_a_while_goes_on(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.tensor import DTensor
 
 from pixart_ft.config.optimizers import OPTIMIZERS
 from pixart_ft.config.train import Group, Optim
@@ -23,6 +23,7 @@ from pixart_ft.pictures.sheets import Sample
 from pixart_ft.training import guard
 from pixart_ft.training.nested import load_nested
 from pixart_ft.training.step_numbers import StepNumbers, Underway
+from tests.helpers.launched import launch
 from tests.helpers.toy_run import RATE, Toy, toy_trainer
 from tests.helpers.waits import no_waiting
 
@@ -38,24 +39,22 @@ def log(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
 
-def one_of_two(rank: int, port: int, folder: Path) -> None:
-    """The body of a process; accelerate finds the other by the environment, as `accelerate launch` sets it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    toy_trainer(folder / "two", folder / f"data-{rank}", batch_size=1, accumulation=2).run()
-    torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("shards", [False, True], ids=["copies", "shards"])
+def test_two_processes_are_one(shards: bool, tmp_path: Path) -> None:
+    """Two gloo processes that accumulate draw, learn, slow down, average, log and remember what one process does.
 
-
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    """Two gloo processes that accumulate draw, learn, slow down, average, log and remember what one process does."""
+    All weights are trained, each process having them, or a part of each.
+    """
     toy_trainer(tmp_path / "one", tmp_path / "data", batch_size=4).run()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Forked, they need not import for ten seconds; but CUDA does not survive a fork.
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    torch.multiprocessing.start_processes(one_of_two, (port, tmp_path), nprocs=2, start_method=method)
+
+    def body(rank: int) -> None:
+        data = tmp_path / f"data-{rank}"
+        trainer = toy_trainer(tmp_path / "two", data, shards=shards, batch_size=1, accumulation=2)
+        assert {isinstance(p, DTensor) for p in trainer.trained.values()} == {shards}
+        trainer.run()
+
+    launched = launch(body, tmp_path, environment={"ACCELERATE_USE_CPU": "true"})
+    assert launched.end() == [0, 0], launched.said(0) + launched.said(1)
     one, two = tmp_path / "one", tmp_path / "two"
     histories = [state(run, "progress")["history"] for run in (one, two)]
     assert histories[1]["counts"].tolist() == histories[0]["counts"].tolist() == [10, 10, 10]
