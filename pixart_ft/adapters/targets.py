@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pixart_ft.adapters.files import LoraSettings
 from pixart_ft.config.train import LAST_LAYER, TARGETS
 from pixart_ft.errors import UserError
 
@@ -45,15 +44,6 @@ def check_rank(transformer: nn.Module, rank: int, targets: tuple[str, ...]) -> N
     smallest = min(sides)
     if rank > smallest:
         raise UserError(f"adapter.rank {rank} is more than the {smallest} that {sides[smallest]} can use; lower it")
-
-
-def trainable(transformer: nn.Module, settings: LoraSettings) -> int:
-    """How many parameters a LoRA has: of each adapted layer, A with its inputs and B with its outputs, and lengths."""
-    return sum(
-        settings.rank * (module.weight[0].numel() + module.weight.shape[0]) + settings.dora * module.weight.shape[0]
-        for name, module in _layers(transformer).items()
-        if any(_is_meant(name, target) for target in settings.targets)
-    )
 
 
 def _layers(transformer: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:

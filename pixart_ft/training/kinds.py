@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pixart_ft.adapters.files import Adapter, LoraSettings, PeftSettings
 from pixart_ft.adapters.full import free, save_model, take_weights, whole_weights
 from pixart_ft.adapters.lora import attach, check_base, fill_adapter, limit_adapter, save_adapter
-from pixart_ft.adapters.targets import check_rank, check_targets, named, trainable
+from pixart_ft.adapters.targets import check_rank, check_targets, named
 from pixart_ft.config.train import Quantization, TrainConfig
 from pixart_ft.diffusion.intervals import WHOLE, Interval
 from pixart_ft.errors import UserError
@@ -48,8 +48,11 @@ class Kind(Protocol):
     @property
     def words(self) -> str: ...
 
-    def count(self, network: PixArtTransformer2DModel) -> int:
-        """How many numbers are trained; UserError for what does not fit this network, which has no values."""
+    def trained(self, skeleton: PixArtTransformer2DModel) -> dict[str, nn.Parameter]:
+        """The weights that are trained, by name, without values, as the network is that is built up in place.
+
+        Raises UserError for what does not fit it.
+        """
 
     def prepare(
         self, transformer: PixArtTransformer2DModel, *, seed: int, interval: Interval, device: torch.device
@@ -92,12 +95,13 @@ class AdapterKind:
         name = f"the LoRA, rank {lora.rank}" if isinstance(lora, LoraSettings) else f"the adapter, {lora.peft_type}"
         return name if self.quantization == "none" else f"{name}, on a base of {self.quantization}"
 
-    def count(self, network: PixArtTransformer2DModel) -> int:
-        check_targets(network, self.settings.targets)
+    def trained(self, skeleton: PixArtTransformer2DModel) -> dict[str, nn.Parameter]:
+        check_targets(skeleton, self.settings.targets)
         if isinstance(self.settings, LoraSettings):
-            check_rank(network, self.settings.rank, self.settings.targets)
-            return trainable(network, self.settings)
-        filled = network.to_empty(device="cpu")  # not all of peft works without values
+            check_rank(skeleton, self.settings.rank, self.settings.targets)
+            attach(skeleton, replace(self.settings, init="default"), seed=0)  # the others begin from values
+            return _trained(skeleton)
+        filled = skeleton.to_empty(device="cpu")  # not all of peft works without values
         for parameter in filled.requires_grad_(False).parameters():
             parameter.zero_()
         self.prepare(filled, seed=0, interval=WHOLE, device=torch.device("cpu"))
@@ -147,9 +151,9 @@ class FullKind:
     def words(self) -> str:
         return "the network" if self.patterns == ("*",) else f"the network: {', '.join(self.patterns)}"
 
-    def count(self, network: PixArtTransformer2DModel) -> int:
-        self.prepare(network, seed=0, interval=WHOLE, device=torch.device("meta"))
-        return _trained(network)
+    def trained(self, skeleton: PixArtTransformer2DModel) -> dict[str, nn.Parameter]:
+        self.prepare(skeleton, seed=0, interval=WHOLE, device=torch.device("meta"))
+        return _trained(skeleton)
 
     def prepare(
         self, transformer: PixArtTransformer2DModel, *, seed: int, interval: Interval, device: torch.device
@@ -210,13 +214,19 @@ def kind_of(config: TrainConfig, base: Base, objective: Objective) -> Kind:
 def stand_in(kind: Kind, base: Base) -> Kind:
     """What is like it where layers have no values: for what of peft may look at them, a LoRA of about as many weights.
 
-    Raises UserError as `count` does.
+    Raises UserError as `trained` does.
     """
-    count = kind.count(skeleton(base))
+    whole = count(kind.trained(skeleton(base)))
     if not isinstance(kind, AdapterKind) or isinstance(kind.settings, LoraSettings):
         return kind
     thin = LoraSettings(1, 1.0, kind.settings.targets)
-    return replace(kind, settings=replace(thin, rank=max(1, round(count / trainable(skeleton(base), thin)))))
+    one = count(replace(kind, settings=thin).trained(skeleton(base)))
+    return replace(kind, settings=replace(thin, rank=max(1, round(whole / one))))
+
+
+def count(weights: Mapping[str, Tensor]) -> int:
+    """How many numbers these are."""
+    return sum(weight.numel() for weight in weights.values())
 
 
 def weights_dtype(config: TrainConfig) -> torch.dtype:
@@ -227,8 +237,8 @@ def weights_dtype(config: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if config.train.mixed_precision == "bf16" else torch.float32
 
 
-def _trained(transformer: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in transformer.parameters() if parameter.requires_grad)
+def _trained(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in transformer.named_parameters() if parameter.requires_grad}
 
 
 def _found_by(base: Base) -> str:

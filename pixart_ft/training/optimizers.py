@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pixart_ft.config.train import Group, Optim
-from pixart_ft.errors import UserError
+from pixart_ft.errors import Mistakes
 from pixart_ft.randomness import generator
 
 # What optimizers count in their groups as they go; all else there are settings.
@@ -31,25 +31,28 @@ _MATRIX = re.compile(r"transformer_blocks\..*weight$")  # of a hidden layer: wha
 def build_optimizer(choice: Optim, trained: Mapping[str, Parameter], seed: int) -> Optimizer:
     """The optimizer that `choice` asks for, over the trained weights by their names.
 
-    Raises UserError where a pattern of `groups` matches none, or Muon has no matrix.
+    Raises UserError as `check_trained` does.
     """
     expected = torch.bfloat16 if choice.stochastic_rounding else torch.float32
     assert all(p.dtype == expected for p in trained.values()), f"trained weights are kept in {expected}"
-    check_groups(choice.groups, trained)
+    check_trained(choice, trained)
     optimizer = _built(choice, trained)
     return Rounded(optimizer, trained, seed) if choice.stochastic_rounding else optimizer
 
 
-def check_groups(groups: Sequence[Group], names: Iterable[str]) -> None:
-    """Raise UserError for the patterns that find no weight of their own among these names."""
-    names = list(names)
-    found = {_place(name, groups) for name in names}
-    idle = [repr(group.pattern) for number, group in enumerate(groups) if number not in found]
+def check_trained(choice: Optim, trained: Mapping[str, Parameter]) -> None:
+    """Raise UserError where a pattern of `groups` finds no weight of its own among these, or Muon no matrix."""
+    names, mistakes = list(trained), Mistakes()
+    found = {_place(name, choice.groups) for name in names}
+    idle = [repr(group.pattern) for number, group in enumerate(choice.groups) if number not in found]
     if idle:
-        raise UserError(
+        mistakes.add(
             f"optim.groups: no trained weight falls to the pattern {', '.join(idle)}; their names are like "
             f"{', '.join(names[:: max(1, len(names) // 3)][:3])}"
         )
+    if choice.optimizer == "muon" and not _matrices(trained):
+        mistakes.add("optim.optimizer muon is for the matrices of hidden layers, and none is trained; use adamw")
+    mistakes.raise_if_any()
 
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -230,10 +233,12 @@ def _of(package: str, name: str, groups: list[dict[str, Any]], **how: Any) -> An
     return getattr(importlib.import_module(package), name)(groups, **how)
 
 
+def _matrices(trained: Mapping[str, Parameter]) -> set[Parameter]:
+    return {parameter for name, parameter in trained.items() if parameter.ndim == 2 and _MATRIX.search(name)}
+
+
 def _muon(groups: list[dict[str, Any]], trained: Mapping[str, Parameter], **adam: Any) -> Muon:
-    hidden = {parameter for name, parameter in trained.items() if parameter.ndim == 2 and _MATRIX.search(name)}
-    if not hidden:
-        raise UserError("optim.optimizer muon is for the matrices of hidden layers, and none is trained; use adamw")
+    hidden = _matrices(trained)
     halves: list[list[dict[str, Any]]] = []
     for wanted in (True, False):
         members = [{**group, "params": [p for p in group["params"] if (p in hidden) == wanted]} for group in groups]

@@ -20,9 +20,10 @@ from pixart_ft.runs.folder import RunFolder
 from pixart_ft.sampling.settings import side_fault
 from pixart_ft.training.batches import DrawLaws
 from pixart_ft.training.encode import compute_dtype, read_prior, read_rows
-from pixart_ft.training.kinds import Kind, kind_of
+from pixart_ft.training.kinds import Kind, count, kind_of
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective
+from pixart_ft.training.optimizers import check_trained
 from pixart_ft.training.processes import join, shards_asked_for
 from pixart_ft.training.trainer import Plan
 
@@ -93,7 +94,8 @@ def look(config: TrainConfig, resume: str | None) -> Start:
     objective, schedule_config = build_objective(config, base)
     check_quantization(config.model.quantization)
     kind = kind_of(config, base, objective)
-    parameters = kind.count(loading.skeleton(base))
+    trained = kind.trained(loading.skeleton(base))
+    check_trained(config.optim, trained)
     checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
     rows, held_rows = read_rows(config)
     return Start(
@@ -109,7 +111,7 @@ def look(config: TrainConfig, resume: str | None) -> Start:
         prior_rows=read_prior(config),
         held_rows=held_rows,
         kind=kind,
-        parameters=parameters,
+        parameters=count(trained),
     )
 
 

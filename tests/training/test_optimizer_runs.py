@@ -74,8 +74,32 @@ def test_what_rounding_cannot_be_with_is_told_before_anything_is_made(options: O
     assert not Path(options["run.folder"]).exists()
 
 
-def test_a_pattern_that_no_weight_has_is_told_before_anything_is_made(options: Options) -> None:
+def test_a_pattern_that_no_weight_has_is_told_before_anything_is_loaded(
+    options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(loading, "_load")
     options["optim.groups"] = [{"pattern": "*lora_B*", "learning_rate": 0.1}, {"pattern": "*lora_C*"}]
-    with pytest.raises(UserError, match=r"optim.groups: no trained weight falls to the pattern '\*lora_C\*'; .*lora_A"):
-        train(options)
+    for init in ("default", "pissa"):
+        with pytest.raises(UserError, match=r"optim.groups: no trained weight falls to .* '\*lora_C\*'; .*lora_A"):
+            train(options, adapter__init=init, adapter__dropout=0.0)
+    part: Options = {"adapter.kind": "full", "adapter.trainable": ["*.bias"], "optim.optimizer": "muon"}
+    kept = {key: value for key, value in options.items() if not key.startswith("adapter.")}
+    with pytest.raises(UserError, match=r"(?s)2 problems.*optim.groups: .*lora_B.*lora_C.*muon is for the matrices"):
+        train(kept | part)
     assert not Path(options["run.folder"]).exists()
+
+
+def test_full_fine_tuning_in_the_least_memory_breaks_and_goes_on(options: Options, tiny: Path, tmp_path: Path) -> None:
+    """Weights in bfloat16, stepped in the backward pass by Adafactor, which keeps next to nothing."""
+    kept = {key: value for key, value in options.items() if not key.startswith("adapter.")}
+    least = {"optim.optimizer": "adafactor", "optim.stochastic_rounding": True, "optim.in_backward": True}
+    options = kept | least | {"adapter.kind": "full", "optim.clip_norm": 0, "train.mixed_precision": "bf16"}
+    options |= {"train.ema_decay": 0, "optim.learning_rate": 1e-3}
+    straight = train(options)
+    cut_off(5, options, run__folder=tmp_path / "cut")
+    assert last_state(train(options, run__folder=tmp_path / "cut", resume="auto")) == last_state(straight)
+    trained = load_nested(straight / "checkpoints" / f"step-{STEPS:06d}" / "trained.safetensors")
+    base = loading.load_transformer(Base.read(tiny), dtype=torch.bfloat16).state_dict()
+    assert {value.dtype for value in trained.values()} == {torch.bfloat16}
+    moved = {name for name, value in trained.items() if not torch.equal(value, base[name])}
+    assert len(moved) == len(trained) > 20
