@@ -41,7 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 
 from real_size import build_model, build_pictures
 
-from pixart_ft.config.train import TrainConfig, load_config
+from pixart_ft.adapters.targets import named
+from pixart_ft.config.train import TARGETS, TrainConfig, load_config
 from pixart_ft.evaluation.held_out import HeldOutSet, held_out_loss
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model.base import Base
@@ -192,7 +193,7 @@ class Plain:
             settings = LoraConfig(
                 r=config.adapter.rank,
                 lora_alpha=config.adapter.alpha,
-                target_modules=list(config.adapter.targets),
+                target_modules=list(named(config.adapter.targets, last_layer=start.objective.trains_variance)),
             )
             inject_adapter_in_model(settings, self.transformer)
         self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
@@ -271,6 +272,7 @@ def compare(config: TrainConfig, kind: str, steps: int, *, at_once: bool) -> dic
                 peak = max(peak, matrix_peak(config, base.transformer, side, device))
                 seconds[name].append(told(pipe, "time")["seconds"])
         memory |= {name: told(pipe, "end") for name, pipe in pipes.items()}
+    assert kind == "full" or set(named(config.adapter.targets, last_layer=True)) == set(TARGETS["attention"])
     least = least_flops(
         base.transformer,
         rows=config.train.batch_size,
@@ -319,7 +321,7 @@ def courses(pipe: Connection, subject: str, config: TrainConfig) -> None:
         spent, held_out = 0.0, script.held_out
         assert held_out is not None
         for step in range(config.train.steps + 1):
-            if step % MEASURED_EVERY == 0:
+            if step % MEASURED_EVERY == 0 or step == config.train.steps:
                 found.append((spent, held_out_mean(script, held_out)))
             began = CLOCK()
             script.once()
@@ -352,6 +354,8 @@ def to_loss(config: TrainConfig) -> dict[str, float]:
     """Seconds of each until both have reached one held-out loss."""
     found = {name: started(courses, name, config).recv() for name in ("plain", "ours")}
     target = max(min(loss for _, loss in course) for course in found.values())
+    if any(target >= course[0][1] for course in found.values()):
+        sys.exit("one of the two got no better than it began; train for more steps")
     seconds = {name: next(s for s, loss in course if loss <= target) for name, course in found.items()}
     for name, course in found.items():
         shown = ", ".join(f"{loss:.4f} at {spent:.0f} s" for spent, loss in course)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pixart_ft.adapters.files import DEFAULT_TARGETS, LoraSettings
 from pixart_ft.adapters.lora import attach, merge
 from pixart_ft.model import shared_calls as module
-from pixart_ft.model.attention import use_kernels
+from pixart_ft.model.attention import KERNELS, Kernels, use_kernels
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import load_transformer
 from pixart_ft.model.network import network_output
@@ -126,6 +126,14 @@ def test_with_the_processors_of_training(tiny: Path, precision: Precision) -> No
     transformer = load_transformer(Base.read(tiny), dtype=precision.weights)
     use_kernels(transformer)
     check_same(transformer, precision, NATIVE)
+
+
+def test_the_networks_own_kernels_are_kept(tiny: Path) -> None:
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
+    use_kernels(transformer, Kernels(image="headwise", text="plain"))
+    with prepared(transformer, *texts(), NATIVE):
+        found = {(".attn2." in name, processor.kernel) for name, processor in transformer.attn_processors.items()}
+    assert found == {(False, KERNELS["headwise"]), (True, KERNELS["plain"])}
 
 
 def test_network_without_a_caption_projection() -> None:

@@ -130,7 +130,8 @@ def test_prompts_are_told_apart_together_and_encoded_alone(
     alone = [base.text.of(text) for text in texts]
     base.text.known.clear()
     monkeypatch.setattr(
-        "pixart_ft.model.text_encoder.tqdm", lambda *given, **words: tqdm(*given, **words | {"delay": 0})
+        "pixart_ft.model.text_encoder.tqdm",
+        lambda *given, **words: tqdm(*given, **words | {"delay": 0, "disable": False}),
     )
     base.text.encode(texts)
     assert all(torch.equal(base.text.of(text), one) for text, one in zip(texts, alone, strict=True))  # to the bit
