@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from pixart_ft.errors import UserError
-from pixart_ft.training.stopping import AllStopped
+from pixart_ft.training.stopping import AllFailed, AllStopped
 
 ENDED = "another process of this run has ended; see its message"
 EXIT_ENDED = 3  # the exit code that goes with it
@@ -127,12 +127,8 @@ def join(environment: Mapping[str, str], *, mixed_precision: str) -> Accelerator
 _ANSWERS = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 5}
 
 
-class Disagreement(UserError):
-    """Raised in all processes of a run at once."""
-
-
 def agree(accelerator: Accelerator, facts: Mapping[str, object]) -> None:
-    """Raise `Disagreement` in every process unless all bring the same facts, by name; it says which differ."""
+    """Raise `AllFailed` in every process unless all bring the same facts, by name; it says which differ."""
     if accelerator.num_processes == 1:
         return
     first, *others = gather_object([dict(facts)])
@@ -144,7 +140,7 @@ def agree(accelerator: Accelerator, facts: Mapping[str, object]) -> None:
                 break
     if lines:
         found = "".join(f"\n  - {line}" for line in sorted(lines))
-        raise Disagreement(f"the processes of this run were not started alike; give all the same command:{found}")
+        raise AllFailed(f"the processes of this run were not started alike; give all the same command:{found}")
 
 
 class Together:
@@ -173,7 +169,7 @@ class Together:
     ) -> None:
         if self._count == 1:
             return
-        if error is None or isinstance(error, AllStopped | Disagreement):
+        if error is None or isinstance(error, AllStopped | AllFailed):
             for line in self._lines:
                 with suppress(OSError):
                     line.send(self._BYE)

@@ -1,15 +1,21 @@
-"""A request to stop, from outside: SIGTERM or Ctrl-C."""
+"""How all processes of a run end together, and the request to stop from outside: SIGTERM or Ctrl-C."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pixart_ft.errors import UserError
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class AllStopped(KeyboardInterrupt):
     """A run stopped because it was asked to, all its processes after the same step, with its state saved."""
+
+
+class AllFailed(UserError):
+    """What a user can mend, raised in all processes of a run at once; the first one says it."""
 
 
 class StopRequest:

@@ -41,7 +41,7 @@ from pixart_ft.training.records import LossWindow, Progress, Records, Skipped
 from pixart_ft.training.screen import Screen
 from pixart_ft.training.sharding import Whole, gathered, like, moments_like, prepared
 from pixart_ft.training.step_numbers import StepNumbers, Underway
-from pixart_ft.training.stopping import AllStopped, StopRequest
+from pixart_ft.training.stopping import AllFailed, AllStopped, StopRequest
 from pixart_ft.training.watching import Watch
 
 
@@ -169,7 +169,7 @@ class Trainer:
         except UserError as error:
             saved = self.folder.saved_steps()
             again = f"continue from step {max(saved)}" if saved else "begin again"
-            raise UserError(f"{error}; then {again} with --resume auto") from error
+            raise type(error)(f"{error}; then {again} with --resume auto") from error
 
     def _steps(self) -> None:
         pace = Pace(self.accelerator.device)
@@ -329,9 +329,9 @@ class Trainer:
         expected = self.accelerator.scaler is not None and skipped.what == "gradient"
         self.records.skipped(Progress(met.step + 1, all_draws.stop), skipped, warn=not expected)
 
-    def _diverged(self, what: str) -> UserError:
+    def _diverged(self, what: str) -> AllFailed:
         scaled = ", or use train.mixed_precision bf16 with --accept-changes" if self.accelerator.scaler else ""
-        return UserError(
+        return AllFailed(
             f"the training diverged: {what} (step {self.step}), and nothing of that was saved. Lower "
             f"optim.learning_rate ({self.learning_rate.peak:g}){scaled}"
         )
@@ -420,7 +420,7 @@ class Trainer:
             except UserError as error:
                 refused = error
         if self._anywhere(refused is not None):
-            raise refused or UserError("another process could not write the checkpoint; see its message")
+            raise AllFailed(str(refused or "another process could not write the checkpoint"))
         self._saved_at = self.step
 
     def _write_state(self, state: Mapping[str, Any], folder: Path) -> None:

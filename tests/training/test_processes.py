@@ -30,6 +30,7 @@ from pixart_ft.training.stopping import AllStopped
 from pixart_ft.training.trainer import Trainer
 from tests.helpers.launched import launch
 from tests.helpers.runs import STEPS, Options, command, short_run, train
+from tests.helpers.toy_run import toy_trainer
 
 ROOT = Path(__file__).parents[2]
 # Variables as these launchers were seen to set them.
@@ -291,3 +292,25 @@ def test_a_process_that_is_stopped_for_a_while_goes_on(tmp_path: Path) -> None:
     assert launched.processes[0].is_alive()  # it waits
     os.kill(launched.processes[1].pid, signal.SIGCONT)
     assert launched.end(within=30) == [0, 0], launched.said(0) + launched.said(1)
+
+
+def fills_the_disk(rank: int, folder: Path) -> int:
+    """A training whose first checkpoint meets a full disk; ends as the command line does."""
+    trainer = toy_trainer(folder / "run", folder / f"data-{rank}", batch_size=2, checkpoint_every=2, log_every=20)
+    trainer.describe = lambda checkpoint: Path("/dev/full").write_text("the rest")  # type: ignore[assignment]
+    try:
+        with Together(trainer.accelerator):
+            trainer.run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_what_ends_all_processes_is_said_once(tmp_path: Path) -> None:
+    """The one that writes the checkpoints meets the full disk, and no other calls that the end of another process."""
+    launched = launch(lambda rank: fills_the_disk(rank, tmp_path), tmp_path)
+    assert launched.end(within=60) == [2, 2]
+    message = r"error: .*step-000002 cannot be written: no space is left .*; then begin again with --resume auto\n"
+    assert re.fullmatch(message, launched.said(0)) and launched.said(1) == ""
