@@ -30,7 +30,7 @@ from pixart_ft.files import explained, probe, sha256, sweep, write_bytes, write_
 from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 
-CAPTIONS_AT_ONCE, PICTURES_AT_ONCE = 16, 4  # encoded in one call
+CAPTIONS_AT_ONCE = 16  # encoded in one call
 _SHARD_ITEMS = 256
 _SHARD_BYTES = 64 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -189,6 +189,11 @@ def picture_digests(rows: Sequence[Row]) -> list[str]:
     return list(tqdm(found, "pictures read", len(rows), delay=1, leave=False, disable=None))
 
 
+def pictures_at_once(size: int) -> int:
+    """How many of size x size pixels are encoded in one call: four, but no more pixels than four of 512 x 512 have."""
+    return max(1, min(4, 4 * 512**2 // size**2))
+
+
 def cache_pictures(
     store: TensorStore,
     rows: Sequence[Row],
@@ -197,7 +202,7 @@ def cache_pictures(
     vae_id: str,
     size: int,
     digests: Sequence[str] | None = None,
-    batch_size: int = PICTURES_AT_ONCE,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> list[str]:
     """Encode the pictures that the store misses, at size x size pixels; returns the key of each.
@@ -205,6 +210,7 @@ def cache_pictures(
     load_vae   called only if something is missing and all of that can be read; its result is freed
     vae_id     names the VAE and its dtype: see `component_id`
     digests    of the rows' files, where they are known: see `picture_digests`
+    batch_size pictures of one call; None: `pictures_at_once`
 
     Raises UserError listing the pictures that cannot be read, or for which the VAE gives NaN or infinity.
     """
@@ -216,7 +222,9 @@ def cache_pictures(
         verify_pictures([row_of[key] for key in missing], size, progress=progress)
         vae = load_vae()
         bad: list[Path] = []
-        pairs = _encode_pictures(vae, {key: row_of[key].path for key in missing}, size, batch_size, bad)
+        pairs = _encode_pictures(
+            vae, {key: row_of[key].path for key in missing}, size, batch_size or pictures_at_once(size), bad
+        )
         store.fill(tqdm(pairs, "pictures encoded", len(missing), disable=None if progress else True))
         if bad:
             listed = "".join(f"\n    {path}" for path in bad[:10]) + ("\n    ..." if len(bad) > 10 else "")

@@ -230,46 +230,44 @@ def _own_memory() -> int:
 
 
 def _remedies(case: Case, lacking: Mapping[str, Need], room: int) -> Iterator[str]:
-    """Lines that say what each change brings."""
+    """Lines that say what each change brings, and all that help together."""
     for stage, need in lacking.items():
-        for changes in _changes(case, stage):
-            options = " ".join(f"--{key} {_word(value)}" for key, value in changes.items())
-            other = _STAGES[stage](
-                Case.of(_changed(case.config, changes), case.base, tokens=case.tokens, on_gpu=case.on_gpu)
-            )
-            size = 0 if other is None else other.bytes
-            if size < need.bytes:
-                yield f"  {stage:<16}{_gib(size):>9}{' fits ' if size <= room else '      '} with {options}"
+
+        def line(changes: Mapping[str, Any], stage: str = stage, need: Need = need) -> str | None:
+            config = _changed(case.config, changes)
+            other = _STAGES[stage](Case.of(config, case.base, tokens=case.tokens, on_gpu=case.on_gpu))
+            size = need.bytes if other is None else other.bytes
+            if size > 0.97 * need.bytes:
+                return None
+            options = " ".join(f"--{key} {str(value).lower()}" for key, value in changes.items())
+            return f"  {stage:<16}{_gib(size):>9}{' fits ' if size <= room else '      '}with {options}"
+
+        found = {told: way for way in _changes(case, stage) if (told := line(way)) is not None}
+        yield from found
+        if len(found) > 1 and (told := line({key: value for way in found.values() for key, value in way.items()})):
+            yield told
     if _CAPTIONS in lacking:
         yield "  captions can be encoded on another machine: copy its data.cache"
+    if _SAMPLES in lacking:
+        yield "  sample grids are left out with --validation.prompts []"
 
 
-def _changes(case: Case, stage: str) -> Iterator[dict[str, Any]]:
+def _changes(case: Case, stage: str) -> list[dict[str, Any]]:
     """Settings that may make a stage smaller, the gentlest first."""
-    config = case.config
-    if stage == _CAPTIONS:
-        yield from ({"model.text_encoder_dtype": dtype} for dtype in ("bfloat16",))
-    if stage == _PICTURES:
-        yield {"data.resolution": case.resolution // 2 // 16 * 16}
-    if stage == _SAMPLES:
-        yield {"validation.prompts": ()}
-    if stage != _TRAINING:
-        return
-    ways: list[dict[str, Any]] = []
-    if not config.model.gradient_checkpointing:
-        ways.append({"model.gradient_checkpointing": True})
-    if (rows := config.train.batch_size) > 1:
-        ways.append({"train.batch_size": 1, "train.accumulation": rows * config.train.accumulation})
-    if config.train.mixed_precision == "no" and case.on_gpu:
-        ways.append({"train.mixed_precision": "bf16"})
-    if config.optim.optimizer == "adamw" and _is_installed(_EIGHT_BITS):
-        ways.append({"optim.optimizer": _EIGHT_BITS})
-    yield from ways
-    together: dict[str, Any] = {}
-    for number, way in enumerate(ways):
-        together |= way
-        if number:
-            yield dict(together)
+    config, rows = case.config, case.config.train.batch_size
+    ways: dict[str, list[tuple[bool, dict[str, Any]]]] = {
+        _CAPTIONS: [(True, {"model.text_encoder_dtype": "bfloat16"})],
+        _PICTURES: [(True, {"data.resolution": case.resolution // 2 // 16 * 16})],
+        _TRAINING: [
+            (not config.model.gradient_checkpointing, {"model.gradient_checkpointing": True}),
+            (rows > 1, {"train.batch_size": 1, "train.accumulation": rows * config.train.accumulation}),
+            (case.on_gpu and config.train.mixed_precision != "bf16", {"train.mixed_precision": "bf16"}),
+            (case.on_gpu and config.train.ema_decay > 0, {"train.ema_on_cpu": True}),
+            (config.optim.optimizer == "adamw" and _is_installed(_EIGHT_BITS), {"optim.optimizer": _EIGHT_BITS}),
+            (config.adapter.kind != "full" and config.model.quantization == "none", {"model.quantization": "nf4"}),
+        ],
+    }
+    return [way for applies, way in ways.get(stage, []) if applies]
 
 
 def _is_installed(optimizer: str) -> bool:
@@ -293,12 +291,6 @@ def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         part = getattr(config, section).model_copy(update={name: value})
         config = config.model_copy(update={section: part})
     return config
-
-
-def _word(value: Any) -> str:
-    return (
-        {(): "[]", True: "true"}.get(value, str(value)) if not isinstance(value, int) or value is True else str(value)
-    )
 
 
 def _parts(need: Need) -> str:

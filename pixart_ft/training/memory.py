@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.cache import CAPTIONS_AT_ONCE, PICTURES_AT_ONCE
+from pixart_ft.data.cache import CAPTIONS_AT_ONCE, pictures_at_once
 from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.model import loading
 from pixart_ft.model.attention import Kernels, use_kernels
@@ -97,7 +97,7 @@ def pictures(case: Case) -> Need:
     return _call(
         loading.vae_skeleton(case.base),
         torch.float32,
-        lambda vae: vae.encode(torch.empty(PICTURES_AT_ONCE, 3, side, side)),
+        lambda vae: vae.encode(torch.empty(pictures_at_once(side), 3, side, side)),
     )
 
 
@@ -211,7 +211,7 @@ def _extrapolated(case: Case, numbers: Callable[[Case, int], list[int]]) -> list
     """
     blocks, period = case.base.transformer["num_layers"], _period(case.config)
     short = 2 * period + blocks % period
-    if short + period >= blocks:
+    if short + period >= blocks or not _blocks_are_alike(case.config):
         return numbers(case, blocks)
     times = (blocks - short) // period
     few, more = numbers(case, short), numbers(case, short + period)
@@ -221,6 +221,13 @@ def _extrapolated(case: Case, numbers: Callable[[Case, int], list[int]]) -> list
 def _period(config: TrainConfig) -> int:
     """After how many blocks they repeat."""
     return int(config.model.gradient_checkpointing) or 1
+
+
+def _blocks_are_alike(config: TrainConfig) -> bool:
+    """Whether nothing is said of single blocks: by their names, or in the words that peft has for them."""
+    choice = config.adapter
+    words = [*choice.targets, *choice.trainable, *choice.options]
+    return not any("blocks" in word or word.startswith("layers_") for word in words)
 
 
 def _kernel(case: Case) -> str:
@@ -293,15 +300,16 @@ def _training_peaks(case: Case, blocks: int) -> list[int]:
                 output.register_hook(mark)
 
         period = _period(case.config)
-        edges = {block: None for block in (network.module.transformer_blocks[i] for i in (-1 - period, period - 1))}
-        hooks = [block.register_forward_hook(watch) for block in edges]
+        edges = {blocks - 1 - period, period - 1} if blocks >= 2 * period else set()
+        hooks = [network.module.transformer_blocks[number].register_forward_hook(watch) for number in edges]
         loss = network.call(case, case.config.train.batch_size).square().mean()
         mark()
         for hook in hooks:
             hook.remove()  # a checkpointed block is called again
         loss.backward()
         mark()
-        return [weights, network.count, peaks[0], peaks[1], peaks[-1]]
+        ends = [peaks[1], peaks[-1]] if _blocks_are_alike(case.config) else [max(peaks)] * 2
+        return [weights, network.count, peaks[0], *ends]
 
 
 def _sampling_peaks(case: Case, blocks: int) -> list[int]:
