@@ -313,7 +313,8 @@ def help_text(command: Command) -> str:
     for name, description in {**command.options, **command.switches, **SWITCHES}.items():
         lines += _entry(f"--{name.replace('_', '-')}", description)
     if command.config.shipped:
-        lines += ["", f"shipped configurations: {', '.join(shipped_configs()) or 'none'}"]
+        shipped = f"shipped configurations: {', '.join(shipped_configs()) or 'none'}"
+        lines += ["", *textwrap.wrap(shipped, WIDTH, subsequent_indent="  ")]
     section = None
     for key, field in keys(command.config).items():
         if (place := key.rpartition(".")[0]) != section:

@@ -220,7 +220,7 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
 
 def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert problems(capsys, "trian") == ["unknown command 'trian'; choose train, doctor or generate"]
-    assert "shipped name: dreambooth, lora_512, quickstart" in problems(capsys, "train", "--config", "nope")[0]
+    assert "shipped name: cosine_512, dreambooth, full_1024" in problems(capsys, "train", "--config", "nope")[0]
     both = problems(capsys, "generate", "--prompt", "a", "--prompts", "[b]")
     assert both == ["configuration: --prompt and --prompts exclude each other; give one"]
 

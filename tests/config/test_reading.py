@@ -219,7 +219,7 @@ def test_an_unreadable_file_is_named_with_the_line(tmp_path: Path, text: str | b
 
 
 def test_an_absent_file_lists_the_shipped_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no configuration file .*nope.yaml; .*dreambooth, lora_512, quickstart"):
+    with pytest.raises(UserError, match=r"no configuration file .*nope.yaml; .*cosine_512, dreambooth, full_1024"):
         load(Baking, tmp_path / "nope.yaml")
     with pytest.raises(UserError, match="cannot read the configuration"):
         load(Baking, tmp_path)
