@@ -384,6 +384,12 @@ class TrainConfig(Config):
             "choose one of them",
         ),
         (
+            ("adapter.init", "optim.stochastic_rounding"),
+            lambda init, rounded: init != "default" and rounded,
+            "adapter.init {} with optim.stochastic_rounding {}: what is taken away again would no longer be what was "
+            "begun with; leave the rounding off, which saves an adapter nothing",
+        ),
+        (
             ("diffusion.timestep_range",),
             lambda ends: ends[0] > ends[1],
             "diffusion.timestep_range {} ends before it begins; give the lower timestep (less noise) first",

@@ -104,3 +104,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         return load(content), sha256(content)
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
+
+
+def is_known(flag: Tensor) -> bool:
+    """Whether reading it makes nobody wait for a device."""
+    return flag.device.type == "cpu"

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from pixart_ft.config.train import EmaProfile
 from pixart_ft.errors import UserError
+from pixart_ft.model.weights import is_known
 
 
 class Ema:
@@ -49,6 +50,7 @@ class Ema:
             for name, shadow in self._shadows.items()
             if shadow.device != parameters[name].device
         }
+        self._taken = torch.ones((), dtype=torch.bool, pin_memory=bool(self._copies))
         self._copied: torch.Event | None = None  # when the copies are whole, of an update that is to be taken in
 
     @classmethod
@@ -79,14 +81,20 @@ class Ema:
         return self.shadows or None
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters as they are now."""
+    def update(self, taken: Tensor | None = None) -> None:
+        """Take in the parameters as they are now, if `taken`, a bool () on their device, is true; waits for no device.
+
+        An update that is not taken leaves the shadows as they are and counts all the same.
+        """
         if not self.is_on:
             return
         self._take_in_copies()
         if not self._copies:
-            self._take_in([self._parameters[name].detach().to(shadow) for name, shadow in self._shadows.items()])
+            fresh = [self._parameters[name].detach().to(shadow) for name, shadow in self._shadows.items()]
+            self._take_in(fresh, taken)
             return
+        if taken is not None:
+            self._taken.copy_(taken, non_blocking=True)
         for name, copy in self._copies.items():
             copy.copy_(self._parameters[name].detach(), non_blocking=True)
         self._copied = torch.Event(next(iter(self._parameters.values())).device)
@@ -96,12 +104,15 @@ class Ema:
         if self._copied is not None:
             self._copied.synchronize()  # a whole step has gone by since, where this is asked by the next update
             self._copied = None
-            self._take_in(list(self._copies.values()))
+            self._take_in(list(self._copies.values()), self._taken)
 
     @torch.no_grad()
-    def _take_in(self, fresh: list[Tensor]) -> None:
-        decay = self._decay()
-        torch._foreach_lerp_(list(self._shadows.values()), fresh, 1 - decay)
+    def _take_in(self, fresh: list[Tensor], taken: Tensor | None = None) -> None:
+        weight, shadows = 1 - self._decay(), list(self._shadows.values())
+        if taken is not None and not is_known(taken):
+            torch._foreach_lerp_(shadows, fresh, [weight * taken] * len(shadows))
+        elif taken is None or taken:
+            torch._foreach_lerp_(shadows, fresh, weight)
         self._num_updates += 1
 
     def _decay(self) -> float:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from pixart_ft.model.weights import is_known
 from pixart_ft.training.sharding import norms_of
 
 _MOST_COPIED = 2**28  # bytes, of a step that may have to be undone: an adapter's
@@ -35,7 +36,7 @@ def guarded_step(optimizer: torch.optim.Optimizer, taken: Tensor) -> None:
     """
     skips_by_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
     changing = [] if skips_by_itself else _changing(optimizer, taken.device)
-    if _is_known(taken) or sum(x.numel() * x.element_size() for x in changing) > _MOST_COPIED:
+    if is_known(taken) or sum(x.numel() * x.element_size() for x in changing) > _MOST_COPIED:
         if taken:
             optimizer.step()
     elif skips_by_itself:
@@ -52,11 +53,6 @@ def guarded_step(optimizer: torch.optim.Optimizer, taken: Tensor) -> None:
         optimizer.step()
         for now, then in before:
             torch.where(taken, now, then, out=now)
-
-
-def _is_known(flag: Tensor) -> bool:
-    """Whether reading it makes nobody wait."""
-    return flag.device.type == "cpu"
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:

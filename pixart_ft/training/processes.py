@@ -58,7 +58,7 @@ def asked_for(environment: Mapping[str, str]) -> int:
     if not sizes and "MASTER_PORT" in environment and "ACCELERATE_MIXED_PRECISION" in environment:
         raise UserError(
             "accelerate launch was asked for several processes and started one, as it does without a second GPU; use "
-            f"{TORCHRUN}, or --num_processes 1"
+            f"{TORCHRUN}; or --num_processes 1, with MASTER_PORT unset"
         )
     return max(sizes, default=1)
 

@@ -1,5 +1,6 @@
 """What a run writes down as it goes: windows of losses, and the records of its log and its trackers."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,11 @@ class Records:
         facts: Mapping[str, float],
         speed: Mapping[str, float],
     ) -> None:
-        """The mean losses of a window, what else is known of its last step, and how fast its steps were."""
+        """The mean losses of a window, what else is known of its last step, and how fast its steps were.
+
+        What is not finite, of a step that was skipped, is left out: JSON has no word for it.
+        """
+        losses, facts = ({name: x for name, x in given.items() if math.isfinite(x)} for given in (losses, facts))
         self._append(progress, {"train": losses, **facts, "speed": {name: round(x, 4) for name, x in speed.items()}})
         points = {f"train/{name}": loss for name, loss in losses.items()}
         points |= {f"speed/{name}": value for name, value in speed.items()}

@@ -184,7 +184,8 @@ class Changes:
 def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> Changes:
     """What differs between a checkpoint after `step` steps and the run that is to continue it at `rate`.
 
-    Parts that only one of the two knows yet are left out. Raises UserError for what cannot be continued at all.
+    Parts that only one of the two knows yet are left out, but for a prior, which was not there before it was known.
+    Raises UserError for what cannot be continued at all.
     """
     if rate.steps < step:
         raise UserError(
@@ -202,10 +203,14 @@ def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> 
     lines = {key: f"{key} was {was.get(key)!r}, is {settings[key]!r}" for key in differs}
     said = [lines[key] for key in differs if key in _SAID]
     refused = {key: lines[key] for key in differs if key not in _BY_CONTENT | _UNSAID | _SAID}
-    if never := [line for key, line in refused.items() if key in _NEVER]:
+    averages = now.settings.get("optim.optimizer") == "schedule_free"  # its weights are mixed with beta1
+    never = [line for key, line in lines.items() if key in _NEVER or (averages and key == "optim.beta1")]
+    if never:
         raise UserError("--resume cannot go on: " + "; ".join(never) + "; start another run (--init-from)")
-    for name in (name for name in now.parts if name in began.parts):
-        before, after = began.parts[name], now.parts[name]
+    without = {name: Part.of([], "0") for name in ("prior pictures", "prior captions")}
+    known_then = {**without, **began.parts}
+    for name in (name for name in now.parts if name in known_then):
+        before, after = known_then[name], now.parts[name]
         if before.digest != after.digest:
             known = f"{before.words} before, {after.words} now"
             refused[name] = f"{name}: {known if before.words != after.words else 'not the same as before'}"

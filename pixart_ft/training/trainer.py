@@ -277,7 +277,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.update()
+        self.ema.update(underway.taken)
         self._underway.append(underway)
 
     def _norms(self) -> tuple[Tensor, Tensor]:
@@ -295,8 +295,8 @@ class Trainer:
             self._take_in(self._underway.popleft().read())
 
     def _take_in(self, met: StepNumbers) -> None:
-        for each in met.micro_batches:
-            self.window.add(each.terms, each.t, each.weight, self.objective.schedule.num_steps)
+        if met.taken:
+            self._into_window(met)
         if self.importance is not None:
             t, weight, loss = (
                 torch.cat(parts)
@@ -312,6 +312,16 @@ class Trainer:
             self._tell_of_skipped(met)
         if self._bad_steps >= self.plan.give_up_after:
             raise self._diverged(f"the loss or the gradient was not finite for {self._bad_steps} steps in a row")
+
+    def _into_window(self, met: StepNumbers) -> None:
+        """The losses as they are: a prior's weight is for the gradient."""
+        start = met.step * self.global_batch
+        for each in met.micro_batches:
+            rows = [self.data.row(self.laws.seed, draw) for draw in range(start, start + len(each.t))]
+            share = self.data.weights(rows)
+            terms = {name: values / share for name, values in each.terms.items()}
+            self.window.add(terms, each.t, each.weight / share, self.objective.schedule.num_steps)
+            start += len(each.t)
 
     def _tell_of_skipped(self, met: StepNumbers) -> None:
         """Into the log, and as a warning."""
@@ -364,7 +374,7 @@ class Trainer:
         facts = {"learning_rate": self.learning_rate.at(self.step - 1), "gradient_norm": self._norm}
         facts |= found_by(self.optimizer)
         self.records.train(self.progress, means, facts, speed)
-        return means["loss"]
+        return means.get("loss", math.nan)  # of no step, if all were skipped
 
     def _look(self, *, last: bool) -> None:
         """What is due and not done yet at this step: the held-out loss, the sample grid. A request to stop ends it.

@@ -410,3 +410,8 @@ def test_the_package_offers_its_names_and_imports_them_late() -> None:
         assert getattr(pixart_ft, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = pixart_ft.nothing
+
+
+def test_a_start_that_is_taken_away_again_is_not_rounded() -> None:
+    with pytest.raises(UserError, match=r"adapter\.init \"pissa\" with optim\.stochastic_rounding true"):
+        load_config("quickstart", {"adapter.init": "pissa", "optim.stochastic_rounding": True})

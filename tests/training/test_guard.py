@@ -45,7 +45,7 @@ def test_a_bad_step_changes_nothing_whoever_knows_of_it(
     name: str, known: bool, bad: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Known on the host, as on a CPU, or on the device alone: weights and moments are those of a run without it."""
-    monkeypatch.setattr(guard, "_is_known", lambda flag: known)
+    monkeypatch.setattr(guard, "is_known", lambda flag: known)
     weights, state = trained(name, [1.0, bad, -2.0])
     expected, expected_state = trained(name, [1.0, -2.0])
     torch.testing.assert_close(weights, expected, rtol=0, atol=0)
@@ -54,7 +54,7 @@ def test_a_bad_step_changes_nothing_whoever_knows_of_it(
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_bad_first_step_leaves_the_weights_and_finite_state(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_is_known", lambda flag: False)
+    monkeypatch.setattr(guard, "is_known", lambda flag: False)
     weights, state = trained(name, [math.nan])
     torch.testing.assert_close(weights, parameters(), rtol=0, atol=0)
     assert all(x.isfinite().all() for kept in state.values() for x in kept.values() if isinstance(x, Tensor))
@@ -62,7 +62,7 @@ def test_a_bad_first_step_leaves_the_weights_and_finite_state(name: str, monkeyp
 
 @pytest.mark.parametrize("name", ["fused", "momentum"])  # the others ask a number that they keep on the host
 def test_the_host_asks_the_device_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_is_known", lambda flag: False)
+    monkeypatch.setattr(guard, "is_known", lambda flag: False)
     with no_waiting():
         trained(name, [1.0, math.nan])
     monkeypatch.undo()
@@ -99,7 +99,7 @@ def test_norms_are_float32_whatever_the_gradients() -> None:
 def test_what_is_large_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host waits to know instead; what is stepped then is the same."""
     copied: list[Tensor] = []
-    monkeypatch.setattr(guard, "_is_known", lambda flag: False)
+    monkeypatch.setattr(guard, "is_known", lambda flag: False)
     monkeypatch.setattr(guard, "_MOST_COPIED", 4 * (12 + 5))  # the weights alone, before there is any state
     whole = Tensor.clone
 

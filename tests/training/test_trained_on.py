@@ -143,6 +143,14 @@ def test_a_prior_that_was_not_there_is_refused(options: Options, tmp_path: Path)
         train(options, data__prior=prior, resume="auto")
 
 
+def test_what_a_schedule_free_average_is_mixed_with_stays() -> None:
+    flat = {"optim.optimizer": "schedule_free", "optim.beta1": 0.9, "train.steps": 9}
+    rate = LearningRate(1e-3, 0, "constant", 9)
+    began, now = (TrainedOn({}, flat | {"optim.beta1": beta}) for beta in (0.9, 0.5))
+    with pytest.raises(UserError, match=r"cannot go on: optim\.beta1 was 0\.9, is 0\.5"):
+        changes(began, now, rate, 4)
+
+
 def test_a_moved_folder_of_the_same_content_goes_on(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
     train(options, resume="auto")
     out = capsys.readouterr().out
@@ -220,7 +228,7 @@ def test_the_advice_after_a_divergence_can_be_followed(options: Options, capsys:
     run = Path(str(options["run.folder"]))
     adapter = (run / "final" / "adapter" / "adapter_model.safetensors").read_bytes()
     with pytest.raises(
-        UserError, match=rf"diverged.*Lower .*learning_rate \(1e\+30\) and continue from step {STEPS} with"
+        UserError, match=rf"diverged.*Lower .*learning_rate \(1e\+30\); then continue from step {STEPS} with"
     ):
         train(options, rate=1e30, optim__clip_norm=0, train__checkpoint_every=1, resume="auto")
     assert (run / "final" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter

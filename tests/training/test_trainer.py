@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from pixart_ft.config.optimizers import OPTIMIZERS
 from pixart_ft.config.train import Group, Optim
 from pixart_ft.pictures.sheets import Sample
-from pixart_ft.training import guard
+from pixart_ft.training import ema, guard
 from pixart_ft.training.nested import load_nested
 from pixart_ft.training.step_numbers import StepNumbers, Underway
 from tests.helpers.launched import launch
@@ -134,20 +134,26 @@ def test_every_micro_batch_has_a_random_state_of_its_own(tmp_path: Path) -> None
 def test_a_step_whose_gradient_is_not_finite_leaves_the_weights(
     tmp_path: Path, known: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next one begins with those that this one began with, and no gradient; the average takes them in once more."""
-    monkeypatch.setattr(guard, "_is_known", lambda flag: known)
+    """The next one begins with those that this one began with, and no gradient; the average stays as it was too."""
+    for module in (guard, ema):
+        monkeypatch.setattr(module, "is_known", lambda flag: known)
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=3)
     found: list[list[torch.Tensor]] = []
+    averages: list[torch.Tensor] = []
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         assert trainer.transformer.get_parameter("layer.bias").grad is None
         found.append([x.detach().clone() for x in trainer.trained.values()])
+        averages.append(trainer.ema.shadows["layer.bias"].clone())
         return gradient * (math.nan if len(found) == 2 else 1.0)
 
     trainer.transformer.get_parameter("layer.bias").register_hook(spoil)
     trainer.run()
     torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)
-    assert not torch.equal(found[1][0], found[0][0]) and trainer.ema.num_updates == 3
+    assert not torch.equal(found[1][0], found[0][0])
+    assert torch.equal(averages[2], averages[1]) and not torch.equal(averages[1], averages[0])
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in trainer.folder.log.path.read_text().splitlines()]
+    assert ["loss" in line["train"] for line in lines if "train" in line] == [True, False, True]
 
 
 @pytest.mark.filterwarnings("ignore:step 1 was skipped")
@@ -168,7 +174,8 @@ def test_a_loss_that_is_not_finite_skips_its_step_too(tmp_path: Path, monkeypatc
 
 def test_the_host_waits_for_no_device_between_two_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step queues reads nothing of a tensor; what it met is read once, one step later, or where it is due."""
-    monkeypatch.setattr(guard, "_is_known", lambda flag: False)
+    for module in (guard, ema):
+        monkeypatch.setattr(module, "is_known", lambda flag: False)
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", steps=6, log_every=4, batch_size=2, accumulation=2)
     trainer.laws, trainer.importance = replace(trainer.laws, timestep_law="uniform"), None  # that law is the host's
     assert not trainer.objective.schedule.has_zero_snr  # asked of the host's table, and once
@@ -269,3 +276,15 @@ def test_a_request_to_stop_before_the_first_step_is_heeded_after_the_state_is_sa
     again.load(tmp_path / "run" / "checkpoints" / "step-000000")
     assert again.step == 0
     again.run()
+
+
+def test_the_weight_of_a_prior_is_not_in_the_losses_that_are_told(tmp_path: Path) -> None:
+    """The mean and the quartiles are of the losses themselves: two weights give the same numbers at the first step."""
+    told = []
+    for weight in (1.0, 0.25):
+        run = tmp_path / str(weight)
+        trainer = toy_trainer(run / "run", run / "data", steps=1, log_every=1)
+        trainer.data = replace(trainer.data, prior=1, prior_weight=weight)
+        trainer.run()
+        told.append(next(r["train"] for r in trainer.folder.log.records() if "train" in r))
+    assert told[0] == pytest.approx(told[1], rel=1e-6)
