@@ -13,7 +13,14 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
-UNTRIED = {"bitsandbytes", "xformers", "prodigyopt", "schedulefree"}  # nothing is promised of their versions
+UNTRIED = {
+    "bitsandbytes",
+    "xformers",
+    "prodigyopt",
+    "schedulefree",
+    "wandb",
+    "trackio",
+}  # nothing is promised of their versions
 
 
 def requirements() -> dict[str, Requirement]:

@@ -35,6 +35,7 @@ EmaProfile = Literal["constant", "power", "warmup"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Quantization = Literal["none", "nf4", "int8"]
+Kind = Literal["lora", "full", "peft"]  # of what is trained
 Init = Literal["default", "pissa", "olora"]  # of a LoRA
 Attention = Literal["by_shape", "auto", "sdpa", "plain", "headwise", "xformers"]  # kernels, or how they are chosen
 ATTENTION = (
@@ -180,9 +181,7 @@ class Diffusion(Section):
 class Adapter(Section):
     """what is trained"""
 
-    kind: Literal["lora", "full", "peft"] = Field(
-        "lora", description="full = the network itself; peft = another adapter of that library"
-    )
+    kind: Kind = Field("lora", description="full = the network itself; peft = another adapter of that library")
     rank: int = Field(16, ge=1, le=LARGEST_RANK, description="inner width of each pair of matrices")
     alpha: Scale = Field(16.0, description="strength: the update is scaled by alpha / rank")
     targets: tuple[str, ...] = Field(

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pixart_ft.config.train import Weights
+from pixart_ft.config.train import Kind, Weights
 from pixart_ft.diffusion.intervals import WHOLE, Interval
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.errors import UserError
@@ -51,7 +51,7 @@ class AdapterMetadata:
     time_conditioning: "TimeConditioning" = "index"
     step: int | None = None
     interval: Interval = WHOLE
-    kind: Literal["lora", "peft", "full"] = "lora"
+    kind: Kind = "lora"
 
     @property
     def last_timestep(self) -> int:

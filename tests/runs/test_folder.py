@@ -166,7 +166,7 @@ def test_a_full_disk_is_said_clearly(run: RunFolder) -> None:
         (folder / "state.txt").write_text("half")
         Path("/dev/full").write_text("the rest")
 
-    said = r"step-000020 cannot be written: no space is left on the disk; make room, .*\n.*are intact.*--resume auto"
+    said = r"step-000020 cannot be written: no space is left on the disk; make room, or choose another place"
     with pytest.raises(UserError, match=said):
         run.save(20, fill_up)
     assert steps(run) == ["step-000010"]
