@@ -97,7 +97,7 @@ def join(environment: Mapping[str, str], *, mixed_precision: str) -> Accelerator
     Raises UserError unless it is one of as many processes as the launcher started.
     """
     asked = asked_for(environment)
-    device = torch.accelerator.current_accelerator()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     AcceleratorState._reset_state()  # a program may train twice, in another precision
     with _hidden(_USE_SHARDS):
         accelerator = Accelerator(
