@@ -32,6 +32,7 @@ def save_nested(path: Path, tree: Any) -> None:
 
     tree_json = json.dumps(describe(tree))
     safetensors.torch.save_file(tensors, str(path), metadata={"tree": tree_json})
+    tensors.clear()  # `describe` refers to itself, and so keeps them until the garbage is collected
 
 
 def tensors_of(tree: Any) -> Iterator[Tensor]:
