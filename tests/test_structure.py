@@ -30,7 +30,7 @@ HOUSE = {
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",
     "training": "places shell stopping processes nested ahead ema sharding guard in_backward importance step_numbers "
-    "pace screen trackers records learning_rate optimizers batches encode speed objective kinds trained_on "
+    "pace screen trackers records learning_rate optimizers moving batches encode speed objective kinds trained_on "
     "before_after watching keeping trainer report start run memory doctor",
 }
 DOORS = ("", "cli")

@@ -2,15 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
 from pixart_ft.runs.log import RunLog
+from pixart_ft.training.step_numbers import StepNumbers
 from pixart_ft.training.trackers import show_sheet
 
 QUARTILES = 4
@@ -67,6 +69,19 @@ class Skipped:
     draws: list[int]
     pictures: list[str]
     layer: str | None
+
+    @classmethod
+    def of(cls, met: StepNumbers, draws: range, name_of: Callable[[int], str], weights: Iterable[str]) -> Self:
+        """From what a step met: its draw indices, the name of a draw's picture, the trained weights by name."""
+        losses = torch.cat([each.terms["loss"] for each in met.micro_batches]).tolist()
+        bad = [draw for draw, loss in zip(draws, losses, strict=True) if not math.isfinite(loss)]
+        layers = [name for name, good in zip(weights, met.norms.isfinite().tolist(), strict=True) if not good]
+        return cls(
+            what="loss" if bad else "gradient",
+            draws=bad or [*draws],
+            pictures=[name_of(draw) for draw in bad or draws],
+            layer=layers[-1] if layers else None,
+        )
 
     def __str__(self) -> str:
         shown = ", ".join(self.pictures[:_SHOWN]) + (", ..." if len(self.pictures) > _SHOWN else "")

@@ -34,12 +34,13 @@ from pixart_ft.training.guard import clip_gradients, guarded_step
 from pixart_ft.training.importance import Importance
 from pixart_ft.training.in_backward import InBackward
 from pixart_ft.training.learning_rate import LearningRate
+from pixart_ft.training.moving import Moving
 from pixart_ft.training.nested import load_nested, save_nested, tensors_of
-from pixart_ft.training.optimizers import found_by, load_optimizer
+from pixart_ft.training.optimizers import found_by
 from pixart_ft.training.pace import Pace
 from pixart_ft.training.records import LossWindow, Progress, Records, Skipped
 from pixart_ft.training.screen import Screen
-from pixart_ft.training.sharding import Whole, gathered, like, moments_like, prepared
+from pixart_ft.training.sharding import Whole, gathered, prepared
 from pixart_ft.training.step_numbers import StepNumbers, Underway
 from pixart_ft.training.stopping import AllFailed, AllStopped, StopRequest
 from pixart_ft.training.watching import Watch
@@ -325,19 +326,11 @@ class Trainer:
 
     def _tell_of_skipped(self, met: StepNumbers) -> None:
         """Into the log, and as a warning."""
-        losses = torch.cat([each.terms["loss"] for each in met.micro_batches]).tolist()
-        all_draws = range(met.step * self.global_batch, (met.step + 1) * self.global_batch)
-        draws = [draw for draw, loss in zip(all_draws, losses, strict=True) if not math.isfinite(loss)]
-        layers = [name for name, good in zip(self.trained, met.norms.isfinite().tolist(), strict=True) if not good]
-        skipped = Skipped(
-            what="loss" if draws else "gradient",
-            draws=draws or [*all_draws],
-            pictures=[self.data.name_of(self.laws.seed, draw) for draw in draws or all_draws],
-            layer=layers[-1] if layers else None,
-        )
+        draws = range(met.step * self.global_batch, (met.step + 1) * self.global_batch)
+        skipped = Skipped.of(met, draws, partial(self.data.name_of, self.laws.seed), self.trained)
         # a gradient scaler begins too high on purpose, and comes down by steps that overflow
         expected = self.accelerator.scaler is not None and skipped.what == "gradient"
-        self.records.skipped(Progress(met.step + 1, all_draws.stop), skipped, warn=not expected)
+        self.records.skipped(Progress(met.step + 1, draws.stop), skipped, warn=not expected)
 
     def _diverged(self, what: str) -> AllFailed:
         scaled = ", or use train.mixed_precision bf16 with --accept-changes" if self.accelerator.scaler else ""
@@ -450,12 +443,7 @@ class Trainer:
             "compared_since": self.watch.since,
             "history": None if self.importance is None else self.importance.state_dict(self.step),
         }
-        return {
-            "trained": {name: p.detach() for name, p in self.trained.items()},
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "progress": progress,
-        }
+        return {**Moving(self.trained, self.ema, self.optimizer).state(), "progress": progress}
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint that `RunFolder` calls complete.
@@ -468,20 +456,7 @@ class Trainer:
                 f"{folder} was written with {progress['global_batch']} pictures per step, this run has "
                 f"{self.global_batch}: keep train.batch_size x train.accumulation x processes the same to resume"
             )
-        saved = load_nested(folder / "trained.safetensors")
-        shapes = {name: p.shape for name, p in self.trained.items()}
-        if {name: value.shape for name, value in saved.items()} != shapes:
-            raise UserError(f"{folder} holds other trained weights than this run's adapter: check the section adapter")
-        average = load_nested(folder / "ema.safetensors")
-        if not all_finite([*saved.values(), *average["shadows"].values()]):
-            raise UserError(f"{folder} holds weights that are not finite: give an earlier checkpoint, or begin again")
-        with torch.no_grad():
-            for name, p in self.trained.items():
-                p.copy_(like(p, saved[name]))
-        own = self.ema.shadows
-        shadows = {name: like(own[name], x) if name in own else x for name, x in average["shadows"].items()}
-        self.ema.load_state_dict(average | {"shadows": shadows})
-        load_optimizer(self.optimizer, moments_like(self.optimizer, load_nested(folder / "optimizer.safetensors")))
+        Moving(self.trained, self.ema, self.optimizer).load(folder)
         if self.accelerator.scaler is not None and progress["scaler"]:
             self.accelerator.scaler.load_state_dict(progress["scaler"])
         self.step = self._saved_at = progress["step"]
