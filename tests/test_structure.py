@@ -29,8 +29,8 @@ HOUSE = {
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",
-    "training": "places shell stopping processes nested ahead ema sharding guard in_backward importance step_numbers "
-    "pace screen trackers records learning_rate optimizers moving batches encode speed objective kinds trained_on "
+    "training": "places shell stopping processes nested ahead ema sharding importance step_numbers "
+    "pace screen trackers records learning_rate optimizers guard in_backward moving batches encode speed objective kinds trained_on "
     "before_after watching keeping trainer report start run memory doctor",
 }
 DOORS = ("", "cli")

@@ -20,7 +20,7 @@ from pixart_ft.config.train import LAST_LAYER
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_folder
 from pixart_ft.model.base import Base
-from pixart_ft.model.weights import all_finite, readable
+from pixart_ft.model.weights import all_finite, plain_name, readable
 from pixart_ft.runs.metadata import METADATA, NULL_CAPTION, AdapterMetadata
 
 LARGEST_SHARD = "5GB"
@@ -117,7 +117,7 @@ def _plain(transformer: nn.Module, name: str) -> tuple[str, _MeanRows | None]:
         return name, None
     (rows,) = transformer.get_submodule(parts).children()
     assert isinstance(rows, _MeanRows)
-    return parts.replace(".parametrizations.", "."), rows
+    return plain_name(name), rows
 
 
 def save_model(

@@ -256,7 +256,9 @@ class Train(Section):
     ema_width: float = Field(0.1, ge=0.01, le=0.28, description="spread of the power profile, share of the steps done")
     ema_on_cpu: bool = Field(False, description="keep the average in the computer's memory")
     checkpoint_every: Every = Field(250, description="steps between checkpoints; 0 = only the last")
-    keep_checkpoints: int = Field(2, ge=1, le=10_000, description="newest checkpoints kept")
+    keep_checkpoints: int = Field(
+        2, ge=1, le=10_000, description="newest checkpoints kept; of kind full also models of sample steps"
+    )
     give_up_after: int | None = Field(
         None,
         ge=1,

@@ -106,6 +106,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
         raise UserError(f"adapter: cannot read {path} ({error}); copy the adapter again") from error
 
 
+def plain_name(name: str) -> str:
+    """The name that a parameter has where none is parametrized: "a.parametrizations.weight.original" is a.weight."""
+    return name.replace(".parametrizations.", ".").removesuffix(".original")
+
+
 def is_known(flag: Tensor) -> bool:
     """Whether reading it makes nobody wait for a device."""
     return flag.device.type == "cpu"

@@ -24,9 +24,10 @@ from pixart_ft.model.attention import xformers_fault
 from pixart_ft.model.base import Base
 from pixart_ft.model.text import prepare_text, token_ids
 from pixart_ft.training import memory
-from pixart_ft.training.encode import read_rows
+from pixart_ft.training.encode import read_prior, read_rows
 from pixart_ft.training.memory import Case, Need
 from pixart_ft.training.places import check_training
+from pixart_ft.training.processes import asked_for
 from pixart_ft.training.start import dry_run, look, with_precision
 
 CUDA_ITSELF = 2**29  # bytes of a GPU that its driver and kernels take, about
@@ -59,7 +60,11 @@ def examine(config: PlanConfig | None, card: int | None) -> None:
         with mistakes.noted():
             _say(_of_data(settled, card) if has_data else {"pictures": "none were given (--data.folder)"})
         with mistakes.noted():
-            _weigh(settled, base, card)
+            case = _case(settled, base, card)
+            with mistakes.noted():
+                _weigh(case, card)
+            with mistakes.noted():
+                _measure_disk(case)
     mistakes.raise_if_any()
 
 
@@ -173,7 +178,8 @@ def _of_data(config: TrainConfig, card: int | None) -> dict[str, str]:
 def _longest(config: TrainConfig, base: Base) -> int | None:
     """The tokens of the longest caption, where pictures and tokenizer are at hand."""
     try:
-        captions = [row.caption for rows in read_rows(config) for row in rows] if config.data.folder else []
+        sets = [*read_rows(config), read_prior(config)] if config.data.folder else []
+        captions = [row.caption for rows in sets for row in rows]
         tokenizer = loading.load_tokenizer(base, here_only=True)
     except UserError:
         return None
@@ -184,14 +190,18 @@ def _longest(config: TrainConfig, base: Base) -> int | None:
 # Memory
 
 
-def _weigh(config: TrainConfig, base: Base, card: int | None) -> None:
+def _case(config: TrainConfig, base: Base, card: int | None) -> Case:
+    return Case.of(config, base, tokens=_longest(config, base), on_gpu=card is not None or torch.cuda.is_available())
+
+
+def _weigh(case: Case, card: int | None) -> None:
     """Print what each stage needs; UserError with what would help where one does not fit."""
-    case = Case.of(config, base, tokens=_longest(config, base), on_gpu=card is not None or torch.cuda.is_available())
     room, where = _room(card)
-    print(f"\nmemory             predicted, a stage after the other, in {where}")
+    alone = "" if asked_for(os.environ) == 1 else ", for one process without shards"
+    print(f"\nmemory             predicted, a stage after the other, in {where}{alone}")
     needs = {}
     for stage, need_of in _STAGES.items():
-        if stage == _SAMPLES and not config.validation.prompts:
+        if stage == _SAMPLES and not case.config.validation.prompts:
             continue
         if (need := need_of(case)) is not None:
             needs[stage] = need
@@ -203,6 +213,18 @@ def _weigh(config: TrainConfig, base: Base, card: int | None) -> None:
         return
     told = "; ".join(f"{stage} needs {_gib(need.bytes)}" for stage, need in lacking.items())
     raise UserError("\n".join([f"it is not likely to fit into {_gib(room)}: {told}", *_remedies(case, lacking, room)]))
+
+
+def _measure_disk(case: Case) -> None:
+    """Print what the run's folder will hold; UserError where the disk has less."""
+    need, folder = memory.on_disk(case), case.config.run.folder
+    free = _free(folder)
+    print(f"disk               {_gib(need.bytes)} in {folder}, of {_gib(free)} free: {_parts(need)}".rstrip(": "))
+    if need.bytes > free:
+        raise UserError(
+            f"{folder} will hold up to {_gib(need.bytes)} and its disk has {_gib(free)} free: another run.folder, a "
+            "smaller train.keep_checkpoints or a larger validation.samples_every helps"
+        )
 
 
 _CAPTIONS, _PICTURES, _TRAINING, _SAMPLES = "captions by T5", "pictures by VAE", "training", "sample grid"

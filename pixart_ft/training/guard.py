@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pixart_ft.model.weights import is_known
+from pixart_ft.training.optimizers import COUNTED
 from pixart_ft.training.sharding import norms_of
 
 _MOST_COPIED = 2**28  # bytes, of a step that may have to be undone: an adapter's
@@ -32,11 +33,13 @@ def guarded_step(optimizer: torch.optim.Optimizer, taken: Tensor) -> None:
     On another device than the CPU the host does not wait for `taken`. torch's fused optimizers skip by themselves
     when they are told. Around any other the weights with a gradient and their state are copied and put back where they
     should not have changed; only a count that it keeps on the host, such as Adam's of its steps, then goes on. Where
-    these copies would be large, which such an optimizer is often chosen to avoid, the host waits instead.
+    these copies would be large, which such an optimizer is often chosen to avoid, or what it remembers lies elsewhere
+    too, the host waits instead.
     """
     skips_by_itself = getattr(optimizer, "_step_supports_amp_scaling", False)
     changing = [] if skips_by_itself else _changing(optimizer, taken.device)
-    if is_known(taken) or sum(x.numel() * x.element_size() for x in changing) > _MOST_COPIED:
+    too_large = sum(x.numel() * x.element_size() for x in changing) > _MOST_COPIED
+    if is_known(taken) or too_large or (not skips_by_itself and _remembers_elsewhere(optimizer)):
         if taken:
             optimizer.step()
     elif skips_by_itself:
@@ -53,6 +56,11 @@ def guarded_step(optimizer: torch.optim.Optimizer, taken: Tensor) -> None:
         optimizer.step()
         for now, then in before:
             torch.where(taken, now, then, out=now)
+
+
+def _remembers_elsewhere(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it keeps more than counts and its state on the device: averages in its groups, or pages of memory."""
+    return bool(COUNTED & optimizer.param_groups[0].keys()) or getattr(optimizer, "is_paged", False)
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:

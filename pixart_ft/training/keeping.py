@@ -39,6 +39,7 @@ class Keeper:
     metadata: AdapterMetadata
     null_caption: Tensor
     samples_every: int  # steps between sample grids; 0: none
+    most: int  # models of sample steps that stay, the newest, the last among them; adapters, which are small, all stay
     last_step: int  # whose weights are the result, and not kept beside it
 
     def on_the_way(self, progress: Progress) -> None:
@@ -48,9 +49,10 @@ class Keeper:
         """
         lowest = lowest_step(self.folder.log.comparable())
         folder = self.folder.kept_at(self.kind.what, progress.step)
-        if 0 < progress.step < self.last_step and self._is_kept(progress.step, lowest) and not folder.is_dir():
+        oldest = progress.step - self.most * self.samples_every if self.kind.what == "model" else 0
+        if 0 < progress.step < self.last_step and self._is_kept(progress.step, lowest, oldest) and not folder.is_dir():
             self._save(folder, progress)
-        self.folder.drop_kept(self.kind.what, lambda step: not self._is_kept(step, lowest))
+        self.folder.drop_kept(self.kind.what, lambda step: not self._is_kept(step, lowest, oldest))
 
     def at_the_end(self, progress: Progress) -> None:
         """Save the averaged weights where the run has them, such as `final/adapter`, and then the last, its `_raw`."""
@@ -59,12 +61,12 @@ class Keeper:
         if self.ema.is_on:
             self._save(beside, progress, raw=True)
 
-    def _is_kept(self, step: int, lowest: int | None) -> bool:
-        is_sampled = self.samples_every > 0 and step % self.samples_every == 0
+    def _is_kept(self, step: int, lowest: int | None, oldest: int) -> bool:
+        is_sampled = self.samples_every > 0 and step % self.samples_every == 0 and step > oldest
         return is_sampled or step == lowest
 
     def _save(self, folder: Path, progress: Progress, *, raw: bool = False) -> None:
-        weights: Weights = "ema" if self.ema.is_on and not raw else "raw"
-        described = replace(self.metadata, weights=weights, step=progress.step, samples_seen=progress.samples)
         state = None if raw else self.ema.weights
+        weights: Weights = "raw" if state is None else "ema"
+        described = replace(self.metadata, weights=weights, step=progress.step, samples_seen=progress.samples)
         self.kind.save(folder, self.transformer, described, self.null_caption, state)

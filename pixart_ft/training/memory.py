@@ -29,7 +29,7 @@ from pixart_ft.model.network import network_output
 from pixart_ft.model.quantized import bytes_saved
 from pixart_ft.model.repeated import checkpoint_blocks
 from pixart_ft.training.encode import compute_dtype, text_dtype
-from pixart_ft.training.kinds import Kind, kind_of, stand_in, weights_dtype
+from pixart_ft.training.kinds import Kind, count, kind_of, stand_in, weights_dtype
 from pixart_ft.training.objective import build_objective
 from pixart_ft.training.optimizers import CHUNK, build_optimizer
 from pixart_ft.training.start import resolution_of
@@ -75,6 +75,12 @@ class Case:
         objective, _ = build_objective(config, base)
         kind = stand_in(kind_of(config, base, objective), base)
         return cls(config, base, resolution_of(config, base), kind, tokens or config.data.max_tokens, on_gpu)
+
+    def counts(self) -> tuple[int, int]:
+        """Of the weights that are trained, and of all of the network's."""
+        network = loading.skeleton(self.base)
+        whole = sum(p.numel() for p in network.parameters())
+        return count(self.kind.trained(network)), whole
 
 
 def captions(case: Case) -> Need | None:
@@ -126,6 +132,20 @@ def samples(case: Case) -> Need:
         "VAE": drawn.parts["weights"],
     }
     return Need({"weights": weights, **parts, "activations": max(most - weights, drawn.parts["activations"])})
+
+
+def on_disk(case: Case) -> Need:
+    """What the run's folder will hold at most, beside its log and pictures."""
+    choice, every = case.config.train, case.config.validation.samples_every
+    trained, weights = case.counts()
+    state = trained * _width(case) + _optimizer_bytes(case, trained)[0] + _average_bytes(case, trained, anywhere=True)
+    grids = choice.steps // every if every else 0
+    if case.kind.what == "model":
+        grids = min(grids, choice.keep_checkpoints)
+    results = grids + 1 + (2 if _average_bytes(case, trained, anywhere=True) else 1)  # the lowest, and the last
+    one = 4 * (weights if case.kind.what == "model" else trained)
+    # a new one is written before the oldest goes
+    return Need({"checkpoints": (choice.keep_checkpoints + 1) * state, f"{case.kind.what}s": results * one})
 
 
 # Calls without values
@@ -339,9 +359,9 @@ def _width(case: Case) -> int:
     return 2 if case.config.optim.stochastic_rounding else 4
 
 
-def _average_bytes(case: Case, trained: int) -> int:
+def _average_bytes(case: Case, trained: int, *, anywhere: bool = False) -> int:
     choice = case.config.train
-    elsewhere = choice.ema_on_cpu and case.on_gpu
+    elsewhere = choice.ema_on_cpu and case.on_gpu and not anywhere
     is_on = choice.ema_decay and case.config.optim.optimizer != "schedule_free"
     return 4 * trained if is_on and not elsewhere else 0
 

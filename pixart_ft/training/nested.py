@@ -16,11 +16,21 @@ def save_nested(path: Path, tree: Any) -> None:
     The shape of the tree is kept as JSON in the file's header; keys may be strings or integers.
     """
     tensors: dict[str, Tensor] = {}
+    written: set[int] = set()  # storages
+
+    def alone(tensor: Tensor) -> Tensor:
+        """On the CPU, with a storage of its own, as the file's writer wants it; copied only where it is not so."""
+        found = tensor.detach().cpu().contiguous()
+        storage = found.untyped_storage()
+        if storage.nbytes() != found.numel() * found.element_size() or storage.data_ptr() in written:
+            found = found.clone()
+        written.add(found.untyped_storage().data_ptr())
+        return found
 
     def describe(node: Any) -> Any:
         if isinstance(node, Tensor):
             name = f"{len(tensors):06d}"
-            tensors[name] = node.detach().to("cpu", copy=True).contiguous()
+            tensors[name] = alone(node)
             return {"tensor": name}
         if isinstance(node, dict):
             assert all(type(key) in (str, int) for key in node), "keys must be strings or integers"

@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 
 from pixart_ft.config.train import Group, Optim
 from pixart_ft.errors import Mistakes
+from pixart_ft.model.weights import plain_name
 from pixart_ft.randomness import generator
 
 # What optimizers count in their groups as they go; all else there are settings.
-_COUNTED = {"k", "d", "d_max", "d_hat", "d_numerator", "d_denom", "weight_sum", "lr_max", "scheduled_lr", "train_mode"}
+COUNTED = {"k", "d", "d_max", "d_hat", "d_numerator", "d_denom", "weight_sum", "lr_max", "scheduled_lr", "train_mode"}
 _ROUNDED = "rounded"  # of a weight: how often
 CHUNK = 2**26  # weights that are float32 at a time while a bfloat16 network is stepped: 256 MiB
 _MATRIX = re.compile(r"transformer_blocks\..*weight$")  # of a hidden layer: what Muon is for, if it has two dimensions
@@ -42,7 +43,7 @@ def build_optimizer(choice: Optim, trained: Mapping[str, Parameter], seed: int) 
 
 def check_trained(choice: Optim, trained: Mapping[str, Parameter]) -> None:
     """Raise UserError where a pattern of `groups` finds no weight of its own among these, or Muon no matrix."""
-    names, mistakes = list(trained), Mistakes()
+    names, mistakes = [plain_name(name) for name in trained], Mistakes()
     found = {_place(name, choice.groups) for name in names}
     idle = [repr(group.pattern) for number, group in enumerate(choice.groups) if number not in found]
     if idle:
@@ -58,7 +59,7 @@ def check_trained(choice: Optim, trained: Mapping[str, Parameter]) -> None:
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Go on from a saved state: what was counted and remembered is the state's, the settings are the optimizer's."""
     groups = [
-        before | {key: value for key, value in now.items() if key not in {"params", *_COUNTED}}
+        before | {key: value for key, value in now.items() if key not in {"params", *COUNTED}}
         for before, now in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**saved, "param_groups": groups})
@@ -124,7 +125,7 @@ class Rounded(Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One step, a part of the weights at a time: float32 copies of all would cost what bfloat16 saves."""
-        gradients = {p: p.grad for p in self._names if p.grad is not None}
+        gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
         for parameter in gradients:
             parameter.grad = None
         for part in _chunks(gradients):
@@ -183,7 +184,8 @@ def _chunks(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
 
 def _place(name: str, groups: Sequence[Group]) -> int | None:
     """The number of the group that a weight falls to."""
-    return next((number for number, group in enumerate(groups) if fnmatchcase(name, group.pattern)), None)
+    plain = plain_name(name)
+    return next((number for number, group in enumerate(groups) if fnmatchcase(plain, group.pattern)), None)
 
 
 def _grouped(choice: Optim, trained: Mapping[str, Parameter]) -> list[dict[str, Any]]:

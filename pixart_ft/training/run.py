@@ -16,7 +16,8 @@ from diffusers import PixArtTransformer2DModel
 from pixart_ft.config.reading import flat, to_yaml
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import picture_digests
-from pixart_ft.files import sha256, versions, write_text
+from pixart_ft.errors import UserError
+from pixart_ft.files import remove_folder, sha256, versions, write_text
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.text import TEXT_PREPARATION, prepare_text
@@ -150,6 +151,7 @@ def _run(
         metadata=metadata,
         null_caption=encoded.null_caption,
         samples_every=config.validation.samples_every,
+        most=config.train.keep_checkpoints,
         last_step=plan.steps,
     )
     trainer = Trainer(
@@ -195,7 +197,12 @@ def _run(
     if source is not None:
         trainer.save()  # else a run that is resumed before its first checkpoint would begin without these weights
     accelerator.wait_for_everyone()
-    begin_trackers(accelerator, config.logging.trackers, config.run.name, folder.path, flat(config))
+    try:
+        begin_trackers(accelerator, config.logging.trackers, config.run.name, folder.path, flat(config))
+    except UserError:
+        if resume is None and accelerator.is_main_process:
+            remove_folder(folder.path)  # else the next try would find a run there
+        raise
     trainer.run()
     if accelerator.is_main_process:
         finish(folder, kind.what, trainer, config.validation.prompts, {LEARNED: start.rows, HELD_OUT: held_rows})

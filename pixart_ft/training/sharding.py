@@ -46,14 +46,19 @@ def prepared(
     return model, stepped
 
 
-def gathered(tree: Any) -> Any:
-    """The same tree of dicts, lists and tensors with the shards put together, on the CPU. All processes call it."""
+def gathered(tree: Any, *, kept: bool = True) -> Any:
+    """The same tree of dicts, lists and tensors with the shards put together, on the CPU. All processes call it.
+
+    Those that do not keep them have empty tensors in their place: the machine's memory holds one whole state, not one
+    for each of its processes.
+    """
     if isinstance(tree, DTensor):
-        return tree.full_tensor().detach().cpu()
+        whole = tree.full_tensor().detach()
+        return whole.cpu() if kept else whole.new_empty(0)
     if isinstance(tree, dict):
-        return {key: gathered(value) for key, value in tree.items()}
+        return {key: gathered(value, kept=kept) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(gathered(value) for value in tree)
+        return type(tree)(gathered(value, kept=kept) for value in tree)
     return tree
 
 

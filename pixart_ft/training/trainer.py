@@ -416,7 +416,7 @@ class Trainer:
             return
         self._read_numbers()
         self._check_finite()
-        state, refused = gathered(self._state()), None
+        state, refused = gathered(self._state(), kept=self.accelerator.is_main_process), None
         if self.accelerator.is_main_process:
             try:
                 self.folder.save(self.step, partial(self._write_state, state), keep=self.plan.keep_checkpoints)

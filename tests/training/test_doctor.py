@@ -1,11 +1,16 @@
 """The doctor, by what it prints. Oracle: expected output."""
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from pixart_ft import cli
+from pixart_ft.config.train import load_config
+from pixart_ft.model.base import Base
+from pixart_ft.training import doctor
 
 MACHINE = ("python", "processor", "precision", "bitsandbytes", "xformers", "compiler", "disk")
 
@@ -52,6 +57,37 @@ def test_one_that_does_not_says_what_would(capsys: pytest.CaptureFixture[str], p
     assert "training needs" in err
     fitting = [remedy for remedy in err.splitlines() if " fits " in remedy]
     assert any("--train.batch_size 1 --train.accumulation 64" in remedy for remedy in fitting)
+
+
+def test_the_longest_caption_may_be_of_the_prior(plan: list[str], pictures: Path, tiny: Path, tmp_path: Path) -> None:
+    prior = tmp_path / "prior"
+    shutil.copytree(pictures, prior)
+    lines = (prior / "metadata.jsonl").read_text().splitlines()
+    long = json.loads(lines[0]) | {"text": "a red circle " * 9}
+    (prior / "metadata.jsonl").write_text("\n".join([json.dumps(long), *lines[1:]]))
+    own = {"model": {"base": tiny}, "data": {"folder": pictures, "resolution": 64}}
+    alone, both = (load_config(own, {"data.prior": more} if more else {}) for more in (None, prior))
+    base = Base.read(tiny)
+    few, many = (doctor._longest(config, base) for config in (alone, both))
+    assert few is not None and many is not None and many >= few + 9
+
+
+def test_a_disk_that_is_too_small_is_told_of(
+    capsys: pytest.CaptureFixture[str], plan: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = printed(capsys, plan)
+    assert "free: checkpoints" in found["disk"] or "free" in found["disk"]
+    monkeypatch.setattr(doctor, "_free", lambda place: 1000)
+    _, err = printed(capsys, plan, code=2)
+    assert "its disk has" in err and "train.keep_checkpoints" in err
+
+
+def test_processes_are_named(
+    capsys: pytest.CaptureFixture[str], plan: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    found, _ = printed(capsys, [*plan, "--card", "8"])
+    assert found["memory"].endswith("for one process without shards")
 
 
 def test_pictures_may_come_later_and_every_mistake_is_told(capsys: pytest.CaptureFixture[str], plan: list[str]) -> None:

@@ -1,5 +1,6 @@
 """A step by a gradient that is not finite. Oracles: a run that never took the step; torch's own clipping."""
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,17 @@ OPTIMIZERS: dict[str, Callable[[list[Parameter]], torch.optim.Optimizer]] = {
     "fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    # what these average or sum lies in their groups, on the host
+    "prodigy": lambda p: importlib.import_module("prodigyopt").Prodigy(p, d0=0.1),
+    "schedule_free": lambda p: _training(importlib.import_module("schedulefree").AdamWScheduleFree(p, lr=0.1)),
 }
+PACKAGES = {"prodigy": "prodigyopt", "schedule_free": "schedulefree"}
+
+
+def _training(optimizer: Any) -> torch.optim.Optimizer:
+    optimizer.train()
+    found: torch.optim.Optimizer = optimizer
+    return found
 
 
 def parameters() -> list[Parameter]:
@@ -28,6 +39,8 @@ def parameters() -> list[Parameter]:
 
 def trained(name: str, gradients: list[float]) -> tuple[list[Parameter], dict[str, Any]]:
     """Weights and state after steps by these gradients, the same number everywhere."""
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
     given = parameters()
     optimizer = OPTIMIZERS[name](given)
     for gradient in gradients:

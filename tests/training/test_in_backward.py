@@ -57,6 +57,28 @@ def test_it_steps_as_after_the_backward_pass_with_one_gradient_at_a_time(name: s
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def test_each_step_is_shown_its_weight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all of them a step of P weights would look at P * P. The groups are whole again after it."""
+    trained = dict(network().named_parameters())
+    choice = Optim.model_validate({"groups": ({"pattern": "*bias", "weight_decay": 0.0},)})
+    optimizer = build_optimizer(choice, trained, 0)
+    InBackward(optimizer, list(trained.values()))
+    shown: list[list[Tensor]] = []
+    step = optimizer.step
+
+    def watched() -> None:
+        shown.append([p for group in optimizer.param_groups for p in group["params"]])
+        step()
+
+    monkeypatch.setattr(optimizer, "step", watched)
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    sum((p.sum() for p in trained.values()), torch.zeros(())).backward()
+    assert sorted(len(one) for one in shown) == [1] * len(trained)
+    assert {id(p) for one in shown for p in one} == {id(p) for p in trained.values()}
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2]
+    assert all(not torch.equal(p, before[name]) for name, p in trained.items())
+
+
 def test_a_weight_whose_gradient_is_not_finite_stays() -> None:
     layers = network()
     trained = dict(layers.named_parameters())

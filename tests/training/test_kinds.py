@@ -26,6 +26,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import fingerprint, load_transformer
 from pixart_ft.model.quantized import check_quantization, quantize
+from pixart_ft.runs.folder import RunFolder
 from pixart_ft.sampling.text_to_image import TextToImage, abilities_of
 from pixart_ft.training import run as run_module
 from pixart_ft.training.nested import load_nested
@@ -349,3 +350,12 @@ def test_a_base_of_few_bits_says_what_it_needs(options: Options, monkeypatch: py
         load_config({"adapter": {"kind": "full"}, "model": {"quantization": "nf4"}, "data": {"folder": "x"}})
     with pytest.raises(UserError, match="no DoRA on weights of 8 bits"):
         load_config({"adapter": {"dora": True}, "model": {"quantization": "int8"}, "data": {"folder": "x"}})
+
+
+def test_of_models_on_the_way_the_newest_stay_and_the_lowest(options: Options) -> None:
+    """Each has the size of the network: as many as there are checkpoints, the result among them."""
+    own = {"validation.samples_every": 1, "validation.every": 1, "train.keep_checkpoints": 3}
+    run = train(options | KINDS["part"] | own)
+    losses = held_out(run)
+    lowest = min(range(1, len(losses)), key=losses.__getitem__)
+    assert RunFolder(run).kept_steps("model") == sorted({6, 7, lowest} - {8})

@@ -12,6 +12,7 @@ from pixart_ft.adapters.lora import load_adapter
 from pixart_ft.errors import UserError
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
+from pixart_ft.runs.metadata import read_metadata
 from pixart_ft.training.nested import load_nested
 from tests.helpers.runs import STATE_FILES, STEPS, Options, cut_off, short_run, train
 
@@ -57,6 +58,7 @@ def test_what_is_measured_drawn_and_kept_is_schedule_free_s_average(options: Opt
     cut_off(5, options, run__folder=tmp_path / "cut")
     assert last_state(train(options, run__folder=tmp_path / "cut", resume="auto")) == last_state(straight)
     assert not (straight / "final" / "adapter_raw").exists()
+    assert read_metadata(straight / "final" / "adapter").weights == "ema"  # an average, of which there is no other
     checkpoint = straight / "checkpoints" / f"step-{STEPS:06d}"
     trained = load_nested(checkpoint / "trained.safetensors")
     state = load_nested(checkpoint / "optimizer.safetensors")["state"]

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -177,7 +178,7 @@ def test_after_a_break_the_settings_are_new_and_what_was_counted_is_old() -> Non
         load_optimizer(new.optimizer, old.optimizer.state_dict())
         was, now = old.optimizer.param_groups[0], new.optimizer.param_groups[0]
         assert (now["weight_decay"], now["betas"]) == (0.3, (0.9, 0.9))
-        counted = {key: value for key, value in was.items() if key in optimizers._COUNTED}
+        counted = {key: value for key, value in was.items() if key in optimizers.COUNTED}
         assert {key: now[key] for key in counted} == counted and (name == "adamw" or counted["k"] == 3)
 
 
@@ -410,3 +411,15 @@ def test_a_large_network_is_stepped_part_by_part_to_the_same_end(monkeypatch: py
     assert_same(parts.optimizer.state_dict(), whole.optimizer.state_dict())
     moments: Mapping[Any, Any] = parts.optimizer.state
     assert all(x["exp_avg"].dtype == torch.float32 for x in moments.values())
+
+
+def test_a_pattern_means_a_weight_by_its_plain_name_where_some_rows_of_it_are_trained() -> None:
+    """Where the variance stands still, full fine-tuning has the last layer's rows of the mean as parameters."""
+    layer = nn.Sequential(OrderedDict(proj_out=nn.Linear(2, 2)))
+    trained = {f"proj_out.parametrizations.{part}.original": p for part, p in layer.proj_out.named_parameters()}
+    groups = ({"pattern": "proj_out.weight", "learning_rate": 3e-3}, {"pattern": "*.bias", "weight_decay": 0.0})
+    found = build_optimizer(chosen("adamw", weight_decay=0.2, groups=groups), trained, 0).param_groups
+    assert [(group["lr"], group["weight_decay"], group["params"][0].ndim) for group in found] == [
+        (3e-3, 0.2, 2),
+        (1e-2, 0.0, 1),
+    ]

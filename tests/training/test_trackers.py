@@ -13,10 +13,11 @@ from PIL import Image
 from pixart_ft.config.train import Tracker, load_config
 from pixart_ft.errors import UserError
 from pixart_ft.runs.log import RunLog
-from pixart_ft.training import places
+from pixart_ft.training import places, run
 from pixart_ft.training.places import check_trackers
 from pixart_ft.training.records import Progress, Records
 from pixart_ft.training.trackers import begin_trackers
+from tests.helpers.runs import short_run, train
 
 
 def tracked(name: Tracker, folder: Path) -> Accelerator:
@@ -65,3 +66,18 @@ def test_the_former_key_is_refused_with_the_new_one() -> None:
         load_config({"data": {"folder": "x"}, "logging": {"tensorboard": False}})
     with pytest.raises(UserError, match=r"logging\.tensorboard is now logging\.trackers"):
         load_config({"data": {"folder": "x"}}, {"logging.tensorboard": "false"})
+
+
+def test_one_that_refuses_leaves_no_run_behind(
+    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as for want of an account: else the same command would be told that the run exists."""
+    options = short_run(tiny, pictures, tmp_path / "run", tmp_path / "cache")
+
+    def refuse(*names: object) -> None:
+        raise UserError("logging.trackers: wandb cannot begin: no account")
+
+    monkeypatch.setattr(run, "begin_trackers", refuse)
+    with pytest.raises(UserError, match="no account"):
+        train(options, train__steps=1)
+    assert not options["run.folder"].exists()
