@@ -30,8 +30,8 @@ HOUSE = {
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",
     "training": "places shell stopping processes nested ahead ema sharding importance step_numbers "
-    "pace screen trackers records learning_rate optimizers guard in_backward moving batches encode speed objective kinds trained_on "
-    "before_after watching keeping trainer report start run memory doctor",
+    "pace screen trackers records learning_rate optimizers guard in_backward moving batches encode speed objective "
+    "kinds trained_on before_after watching keeping trainer report start run memory doctor",
 }
 DOORS = ("", "cli")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}

@@ -114,10 +114,9 @@ def _run(
         kind.start_from(transformer, source, fingerprint)
         warn_of_relearning(source.metadata, objective, config.diffusion.time_conditioning)
     engine = speed.set_up(config, transformer, encoded, accelerator, folder.path / "environment.json")
-    transformer.to(accelerator.device).train()
-    whole, network = None, transformer
-    if accelerator.num_processes > 1 and shards_asked_for(os.environ):
-        network = in_shards(transformer, accelerator)
+    transformer.train()
+    divided = accelerator.num_processes > 1 and shards_asked_for(os.environ)
+    network = in_shards(transformer, accelerator) if divided else transformer.to(accelerator.device)
     speed.set_up_blocks(config, network, accelerator)
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     if config.optim.stochastic_rounding:
@@ -125,9 +124,11 @@ def _run(
             parameter.data = parameter.data.bfloat16()
     optimizer = build_optimizer(config.optim, trained, config.run.seed)
     average = ema = _average(config, trained, optimizer)
-    if network is not transformer:
-        ema = _average(config, {name: p for name, p in transformer.named_parameters() if p.requires_grad}, optimizer)
-        whole = Whole(transformer, ema, network, average)
+    whole = None
+    if divided:
+        piece = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+        ema = _average(config, piece, optimizer) if accelerator.is_main_process else Ema.off()
+        whole = Whole(accelerator, transformer, ema, network, average)
 
     abilities = abilities_after(objective, base, resolution)
     metadata = AdapterMetadata(

@@ -5,7 +5,8 @@ shards, so that any number of processes reads it.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +24,17 @@ from pixart_ft.training.ema import Ema
 
 
 def in_shards(transformer: PixArtTransformer2DModel, accelerator: Accelerator) -> PixArtTransformer2DModel:
-    """A copy of the network over all processes: each block a unit, and what is left of the network another.
+    """The network over all processes: each block a unit, and what is left of the network another.
 
-    Weights stay in the precision they have; what is computed is what one process computes, to rounding.
+    It comes from the computer's memory and goes to the devices a unit at a time, so that none ever holds all of it. In
+    the first process it is a copy, see `Whole`. Weights stay in the precision they have; what is computed is what one
+    process computes, to rounding.
+
+    With accumulation each micro-batch's gradient is divided as it comes: that is k times the traffic, and no device
+    holds a whole gradient.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    sharded = copy.deepcopy(transformer)
+    sharded = copy.deepcopy(transformer) if accelerator.is_main_process else transformer
     for module in sharded.modules():
         if isinstance(module, BasicTransformerBlock):
             fully_shard(module, mesh=mesh)
@@ -92,22 +98,43 @@ def norms_of(gradients: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Whole:
-    """The network in one piece and its average, beside the shards, for what the first process does alone.
+    """The network in one piece and its average, in the computer's memory of the first process.
 
-    transformer, ema   in one piece: measured, drawn with and saved
+    That one measures, draws and saves alone, and has it on its device meanwhile. The others have nothing here: their
+    `transformer` is what they train, and their `ema` is off.
+
+    transformer, ema   in one piece
     shards, average    what is trained
     """
 
+    accelerator: Accelerator
     transformer: PixArtTransformer2DModel
     ema: Ema
     shards: PixArtTransformer2DModel
     average: Ema
 
+    @contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """Within, the piece is up to date and on the device. All processes call it."""
+        self._refresh()
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        self.transformer.to(self.accelerator.device)
+        try:
+            yield
+        finally:
+            self.transformer.to("cpu")
+
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Bring the piece up to date. All processes call it."""
-        places = dict(self.transformer.named_parameters())
+    def _refresh(self) -> None:
+        kept = self.accelerator.is_main_process
+        places = dict(self.transformer.named_parameters()) if kept else {}
         for name, parameter in self.shards.named_parameters():
             if parameter.requires_grad:
-                places[name].copy_(gathered(parameter))
-        self.ema.load_state_dict(gathered(self.average.state_dict()))
+                value = gathered(parameter, kept=kept)
+                if kept:
+                    places[name].copy_(value)
+        state = gathered(self.average.state_dict(), kept=kept)
+        if kept:
+            self.ema.load_state_dict(state)

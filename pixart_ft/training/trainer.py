@@ -10,7 +10,7 @@ trained on, and what a step met is read when the next one is under way.
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -386,11 +386,9 @@ class Trainer:
         )
         if not (measuring or drawing):  # at most steps: no log is read, and no process waits for the others
             return
-        if self.whole is not None:
-            self.whole.refresh()
-        # before a network call, so never in the middle of a change of weights
-        hook = self.watch.transformer.register_forward_pre_hook(stop_if_asked)
-        try:
+        at_hand = nullcontext() if self.whole is None else self.whole.at_hand()
+        # the hook is asked before a network call, so never in the middle of a change of weights
+        with at_hand, suppress(_Stopped), self.watch.transformer.register_forward_pre_hook(stop_if_asked):
             if last and self.accelerator.is_main_process:
                 self.export(self.progress)
             if begin or last or (measuring and not self.records.has_held_out(self.step)):
@@ -402,10 +400,6 @@ class Trainer:
             if self.accelerator.is_main_process:
                 with attempted("the adapter of this step"):
                     self.keep_adapter(self.progress)
-        except _Stopped:
-            pass
-        finally:
-            hook.remove()
         self._stopping = self._anywhere(self._stop.asked)
 
     # State

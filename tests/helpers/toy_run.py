@@ -100,10 +100,11 @@ def toy_trainer(
     if choice is not None:
         optimizer = build_optimizer(choice, trained, LAWS.seed)
         ema = OwnAverage(trained, optimizer) if choice.optimizer == "schedule_free" else ema
+    piece = Ema(dict(in_one.named_parameters()), 0.9) if accelerator.is_main_process else Ema.off()
     return Trainer(
         accelerator=accelerator,
         transformer=network,
-        whole=Whole(in_one, Ema(dict(in_one.named_parameters()), 0.9), network, ema) if shards else None,
+        whole=Whole(accelerator, in_one, piece, network, ema) if shards else None,
         objective=Objective(NoiseSchedule.linear(3, beta_start=0.1, beta_end=0.5), "epsilon", "hybrid"),
         data=toy_set(data),
         optimizer=optimizer,

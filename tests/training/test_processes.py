@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from pixart_ft.cli import main
 from pixart_ft.errors import UserError
-from pixart_ft.training.nested import load_nested
+from pixart_ft.training.nested import load_nested, tensors_of
 from pixart_ft.training.processes import ENDED, EXIT_ENDED, Together, asked_for, join, shards_asked_for
 from pixart_ft.training.sharding import gathered
 from pixart_ft.training.stopping import AllStopped
@@ -111,6 +111,18 @@ def assert_equal_to_rounding(one: Path, other: Path) -> None:
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-6)
 
 
+def assert_keeps_its_share(trainer: Trainer, rank: int) -> None:
+    """About half of what is trained; the whole network, its average and a gathered state are the first process's."""
+    own = sum(p.to_local().numel() for p in trainer.trained.values() if isinstance(p, DTensor))
+    every = sum(p.numel() for p in trainer.trained.values())
+    assert abs(own / every - 0.5) < 0.1
+    assert trainer.whole is not None
+    assert trainer.whole.ema.is_on == (rank == 0)
+    assert (trainer.whole.transformer is trainer.transformer) == (rank == 1)
+    held = list(tensors_of(gathered(trainer._state()["trained"], kept=rank == 0)))
+    assert sum(x.numel() for x in held) == (every if rank == 0 else 0)
+
+
 FULL: Options = {"adapter.kind": "full", "optim.learning_rate": 1e-3}
 
 
@@ -141,6 +153,8 @@ def test_any_number_of_processes_continues_a_run(shards: bool, kind: Options, op
             units = sum(isinstance(module, FSDPModule) for module in self.transformer.modules())
             assert units == (3 if shards else 0)  # two blocks, and what is left
             torch.testing.assert_close(gathered(self._state()), saved, rtol=0, atol=0)
+            if shards:
+                assert_keeps_its_share(self, rank)
             whole_run(self)
 
         Trainer.run = checked  # type: ignore[method-assign]  # in this process alone
