@@ -5,7 +5,6 @@ import importlib.metadata
 import importlib.util
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -415,8 +414,8 @@ def test_a_large_network_is_stepped_part_by_part_to_the_same_end(monkeypatch: py
 
 def test_a_pattern_means_a_weight_by_its_plain_name_where_some_rows_of_it_are_trained() -> None:
     """Where the variance stands still, full fine-tuning has the last layer's rows of the mean as parameters."""
-    layer = nn.Sequential(OrderedDict(proj_out=nn.Linear(2, 2)))
-    trained = {f"proj_out.parametrizations.{part}.original": p for part, p in layer.proj_out.named_parameters()}
+    layer = nn.Linear(2, 2)
+    trained = {f"proj_out.parametrizations.{part}.original": p for part, p in layer.named_parameters()}
     groups = ({"pattern": "proj_out.weight", "learning_rate": 3e-3}, {"pattern": "*.bias", "weight_decay": 0.0})
     found = build_optimizer(chosen("adamw", weight_decay=0.2, groups=groups), trained, 0).param_groups
     assert [(group["lr"], group["weight_decay"], group["params"][0].ndim) for group in found] == [
