@@ -1,4 +1,4 @@
-"""The command line: `pixart-ft train`, `doctor` and `generate`. Parse, build, call.
+"""The command line: `pixart-ft train`, `doctor`, `generate` and the others. Parse, build, call.
 
 Every key of a configuration is an option, `--optim.learning_rate 2e-4` or `--optim.learning_rate=2e-4`;
 dashes and underscores are the same, and a key that is true or false needs no value to be true. Torch is imported only
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from pixart_ft.config.export import ConvertConfig
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.key_types import expected, is_empty, is_pair
 from pixart_ft.config.reading import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
@@ -40,10 +41,11 @@ class Command:
     summary: str
     usage: str
     config: type[Config]
-    prompts: str  # the key that --prompt fills
+    prompts: str  # the key that --prompt fills, "" for none
     options: Mapping[str, str]  # name -> description; each takes a value
     run: Callable[[Any, Mapping[str, str]], object]  # of the configuration, and the options and switches given
     switches: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> description; these take no value
+    argument: str = ""  # the key that a first word without dashes fills
 
 
 def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
@@ -79,6 +81,12 @@ def _doctor(config: PlanConfig, options: Mapping[str, str]) -> None:
 
     given = any(getattr(config, section).model_fields_set for section in PlanConfig.model_fields)
     examine(config if given else None, None if card is None else round(card * 2**30))
+
+
+def _convert(config: ConvertConfig, options: Mapping[str, str]) -> None:
+    from pixart_ft.model.convert import convert
+
+    print("\n".join(convert(config)))
 
 
 def _print_plan(facts: Sequence[str], config: Config) -> None:
@@ -127,6 +135,15 @@ COMMANDS = {
         },
         _generate,
         DRY_RUN,
+    ),
+    "convert": Command(
+        "turn a model in the authors' own layout into a diffusers folder, or back",
+        "pixart-ft convert FILE --out FOLDER [--key value ...]",
+        ConvertConfig,
+        "",
+        {"config": "YAML file with the keys below"},
+        _convert,
+        argument="file",
     ),
 }
 
@@ -182,6 +199,8 @@ def _run(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(unknown_word(name, "command", COMMANDS))
     command = COMMANDS[name]
+    if command.argument and rest and not rest[0].startswith("-"):
+        rest.insert(0, f"--{command.argument}")
     kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in keys(command.config).items()}
     flags = [name for name, kind in kinds.items() if bool in kind]
     pairs = [name for name, field in keys(command.config).items() if is_pair(field)]

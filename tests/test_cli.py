@@ -219,7 +219,7 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
 
 
 def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert problems(capsys, "trian") == ["unknown command 'trian'; choose train, doctor or generate"]
+    assert problems(capsys, "trian") == ["unknown command 'trian'; choose train, doctor, generate or convert"]
     assert "shipped name: cosine_512, dreambooth, full_1024" in problems(capsys, "train", "--config", "nope")[0]
     both = problems(capsys, "generate", "--prompt", "a", "--prompts", "[b]")
     assert both == ["configuration: --prompt and --prompts exclude each other; give one"]
@@ -322,6 +322,7 @@ def test_what_the_system_refuses_is_one_message_in_every_command() -> None:
 
 
 TAKES_EMPTY = {"prompt", "prompts", "validation.prompts", "negative_prompt"}
+NEEDED = {"train": {"config": "quickstart"}, "convert": {"file": "a", "out": "b"}}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -330,10 +331,10 @@ def test_an_empty_value_is_a_mistake_for_every_option(
     command: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An unset shell variable is neither the default, nor the current folder, nor the lack of the option."""
-    needed = ["--config", "quickstart"] if command == "train" else ["--prompt", "a"]
+    needed = NEEDED.get(command, {"prompt": "a"})
     options = {*keys(cli.COMMANDS[command].config), *cli.COMMANDS[command].options} - TAKES_EMPTY
     for option in options:
-        others = [] if option == "config" else needed
+        others = [f"--{name}={given}" for name, given in needed.items() if name != option]
         (problem,) = problems(capsys, command, *others, f"--{option}={value}")
         assert f"{option.replace('_', '-')} is empty" in problem.replace("_", "-"), option
 

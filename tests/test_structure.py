@@ -19,12 +19,12 @@ PACKAGE = ROOT / "pixart_ft"
 HOUSE = {
     "": "errors files randomness",
     "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow likelihood",
-    "config": "text yaml_text key_types reading samplers optimizers train generate",
+    "config": "text yaml_text key_types reading samplers optimizers train generate export",
     "pictures": "lettering recipes own sheets",
     "schedulers": "stored base discrete sigma sde stock",
     "runs": "lock log folder metadata results",
     "model": "place faults weights vae text attention repeated engine adapter_switch network shared_calls base "
-    "loading text_encoder quantized",
+    "loading saving original convert text_encoder quantized",
     "adapters": "files targets lora full",
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",

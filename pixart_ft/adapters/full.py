@@ -2,16 +2,13 @@
 
 import difflib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
-from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -20,17 +17,9 @@ from pixart_ft.config.train import LAST_LAYER
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_folder
 from pixart_ft.model.base import Base
-from pixart_ft.model.weights import all_finite, plain_name, readable
+from pixart_ft.model.saving import write_pipeline
+from pixart_ft.model.weights import all_finite, plain_name
 from pixart_ft.runs.metadata import METADATA, NULL_CAPTION, AdapterMetadata
-
-LARGEST_SHARD = "5GB"
-_WEIGHTS = "diffusion_pytorch_model{suffix}.safetensors"
-# The parts beside the transformer, as the index of a pipeline names their classes.
-_OTHERS = {
-    "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "T5Tokenizer"],
-}
 
 
 def weights_meant(transformer: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -141,36 +130,10 @@ def save_model(
     # told of other noise by the base's own clock, the network still keeps that clock
     clock = base.schedule_config if metadata.time_conditioning == "snr_matched" else metadata.schedule
     scheduler = DPMSolverMultistepScheduler(**clock, prediction_type=metadata.prediction_type)
-    others = [part for part in _OTHERS if part == "vae" or base.text_encoder is not None] if whole else []
 
     def write(aside: Path) -> None:
-        transformer.save_config(str(aside / "transformer"))
-        save_torch_state_dict(
-            weights, str(aside / "transformer"), filename_pattern=_WEIGHTS, max_shard_size=LARGEST_SHARD
-        )
-        scheduler.save_pretrained(str(aside / "scheduler"))
-        if others:
-            source = _at_hand(base.whole, others)
-            for part in others:
-                shutil.copytree(source / part, aside / part)
-        index = {
-            "_class_name": "PixArtSigmaPipeline",
-            "_diffusers_version": diffusers.__version__,
-            "scheduler": ["diffusers", type(scheduler).__name__],
-            "transformer": ["diffusers", type(transformer).__name__],
-            **{part: kind if part in others else [None, None] for part, kind in _OTHERS.items()},
-        }
-        for name, content in (("model_index.json", index), (METADATA, asdict(metadata))):
-            (aside / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_pipeline(aside, transformer, weights, scheduler, base if whole else None)
+        (aside / METADATA).write_text(json.dumps(asdict(metadata), indent=2) + "\n", encoding="utf-8")
         save_file({"null_caption": null_caption.detach().cpu().contiguous()}, str(aside / NULL_CAPTION))
 
     write_folder(folder, write)
-
-
-def _at_hand(base: Base, parts: Sequence[str]) -> Path:
-    """The folder that these parts of a base are in, downloaded if it is the Hub's."""
-    if base.commit is None:
-        return Path(base.place)
-    with readable(base.place, ", ".join(parts)):
-        patterns = [f"{part}/*" for part in parts]
-        return Path(snapshot_download(base.place, revision=base.commit, allow_patterns=patterns))

@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL, PixArtSigmaPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pixart_ft.adapters import full
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.adapters.lora import load_adapter, merge
 from pixart_ft.cli import main
@@ -23,6 +22,7 @@ from pixart_ft.config.reading import to_yaml
 from pixart_ft.config.train import load_config
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.errors import UserError
+from pixart_ft.model import saving
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import fingerprint, load_transformer
 from pixart_ft.model.quantized import check_quantization, quantize
@@ -216,7 +216,7 @@ def test_a_trained_model_is_a_base_for_every_command(model: Path, options: Optio
 def test_a_model_says_where_its_other_parts_are_or_has_them(
     options: Options, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(full, "LARGEST_SHARD", "100KB")
+    monkeypatch.setattr(saving, "LARGEST_SHARD", "100KB")
     asked = options | KINDS["full"] | {"train.steps": 1, "model.base": base}
     run, whole = train(asked), train(asked, adapter__whole=True, run__folder=tmp_path / "whole")
     assert len(list((run / "final" / "model" / "transformer").glob("*-of-*.safetensors"))) > 2
