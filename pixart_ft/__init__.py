@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pixart_ft.config.generate import GenerateConfig
+    from pixart_ft.config.push import PushConfig
     from pixart_ft.config.train import TrainConfig, load_config
     from pixart_ft.errors import UserError
     from pixart_ft.files import __version__ as __version__
@@ -13,16 +14,19 @@ if TYPE_CHECKING:
     from pixart_ft.sampling.pipeline import PixArtPipeline
     from pixart_ft.sampling.settings import Settings
     from pixart_ft.sampling.text_to_image import TextToImage
+    from pixart_ft.sharing.push import push
     from pixart_ft.training.run import run_training
 
 __all__ = [
     "GenerateConfig",
     "PixArtPipeline",
+    "PushConfig",
     "Settings",
     "TextToImage",
     "TrainConfig",
     "UserError",
     "load_config",
+    "push",
     "read_recipe",
     "run_generation",
     "run_training",
@@ -31,12 +35,14 @@ __all__ = [
 _HOMES = {  # imported when first asked for, since most bring torch along
     "GenerateConfig": "config.generate",
     "PixArtPipeline": "sampling.pipeline",
+    "PushConfig": "config.push",
     "Settings": "sampling.settings",
     "TextToImage": "sampling.text_to_image",
     "TrainConfig": "config.train",
     "UserError": "errors",
     "__version__": "files",
     "load_config": "config.train",
+    "push": "sharing.push",
     "read_recipe": "pictures.recipes",
     "run_generation": "sampling.command",
     "run_training": "training.run",

@@ -20,6 +20,7 @@ from typing import Any, get_args
 from pixart_ft.config.export import ConvertConfig
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.key_types import expected, is_empty, is_pair
+from pixart_ft.config.push import PushConfig
 from pixart_ft.config.reading import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
 from pixart_ft.config.text import is_text, no_text, visible
 from pixart_ft.config.train import PlanConfig, TrainConfig
@@ -89,6 +90,15 @@ def _convert(config: ConvertConfig, options: Mapping[str, str]) -> None:
     print("\n".join(convert(config)))
 
 
+def _push(config: PushConfig, options: Mapping[str, str]) -> None:
+    from pixart_ft.sharing.push import dry_run, push
+
+    if "dry_run" in options:
+        print("\n".join(dry_run(config)))
+    else:
+        push(config)
+
+
 def _print_plan(facts: Sequence[str], config: Config) -> None:
     """What a dry run found, as comments, and the configuration: one YAML file together. [] prints none."""
     if facts:
@@ -144,6 +154,16 @@ COMMANDS = {
         {"config": "YAML file with the keys below"},
         _convert,
         argument="file",
+    ),
+    "push": Command(
+        "put what a run trained on the Hub",
+        "pixart-ft push RUN --repo OWNER/NAME [--key value ...]",
+        PushConfig,
+        "",
+        {"config": "YAML file with the keys below"},
+        _push,
+        {"dry_run": "show what would be there, with its card, and ask nobody"},
+        argument="run",
     ),
 }
 

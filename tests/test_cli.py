@@ -53,7 +53,7 @@ def test_the_bare_command_lists_the_commands(capsys: pytest.CaptureFixture[str])
     for arguments in ([], ["--help"], ["-h"]):
         assert cli.main(arguments) == 0
         out = capsys.readouterr().out
-        assert all(f"pixart-ft {name}" in out for name in ("train", "doctor", "generate"))
+        assert all(f"pixart-ft {name}" in out for name in ("train", "doctor", "generate", "push"))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
 
 
 def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert problems(capsys, "trian") == ["unknown command 'trian'; choose train, doctor, generate or convert"]
+    assert problems(capsys, "trian") == ["unknown command 'trian'; choose train, doctor, generate, convert or push"]
     assert "shipped name: cosine_512, dreambooth, full_1024" in problems(capsys, "train", "--config", "nope")[0]
     both = problems(capsys, "generate", "--prompt", "a", "--prompts", "[b]")
     assert both == ["configuration: --prompt and --prompts exclude each other; give one"]
@@ -322,7 +322,11 @@ def test_what_the_system_refuses_is_one_message_in_every_command() -> None:
 
 
 TAKES_EMPTY = {"prompt", "prompts", "validation.prompts", "negative_prompt"}
-NEEDED = {"train": {"config": "quickstart"}, "convert": {"file": "a", "out": "b"}}
+NEEDED = {
+    "train": {"config": "quickstart"},
+    "convert": {"file": "a", "out": "b"},
+    "push": {"run": "a", "repo": "b/c"},
+}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -75,7 +75,14 @@ def shell_lines(path: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     "path",
-    ["README.md", "docs/your_pictures.md", "docs/samplers.md", "configs/lora_512.yaml", "configs/dreambooth.yaml"],
+    [
+        "README.md",
+        "docs/your_pictures.md",
+        "docs/samplers.md",
+        "docs/hub.md",
+        "configs/lora_512.yaml",
+        "configs/dreambooth.yaml",
+    ],
 )
 def test_every_command_in_the_guides_is_understood(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line reads each; nothing is run, since the pictures and the model are the reader's."""

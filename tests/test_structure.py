@@ -19,10 +19,11 @@ PACKAGE = ROOT / "pixart_ft"
 HOUSE = {
     "": "errors files randomness",
     "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow likelihood",
-    "config": "text yaml_text key_types reading samplers optimizers train generate export",
+    "config": "text yaml_text key_types reading samplers optimizers hub train generate export push",
     "pictures": "lettering recipes own sheets",
     "schedulers": "stored base discrete sigma sde stock",
-    "runs": "lock log folder metadata results",
+    "runs": "lock log folder metadata hub results",
+    "sharing": "card push",
     "model": "place faults weights vae text attention repeated engine adapter_switch network shared_calls base "
     "loading saving original convert text_encoder quantized",
     "adapters": "files targets lora full",

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from pixart_ft.config.hub import Hub, Publication
 from pixart_ft.config.optimizers import OptimizerName, takes
 from pixart_ft.config.reading import Config, Section, load
 from pixart_ft.config.samplers import Sampler
@@ -307,6 +308,7 @@ class TrainConfig(Config):
     train: Train = Train()
     validation: Validation = Validation()
     logging: Logging = Logging()
+    hub: Hub = Hub()
 
     may_be_empty = ("validation.prompts",)
     shipped = True
@@ -352,6 +354,7 @@ class TrainConfig(Config):
         ("optim.decay", "optim.optimizer", lambda optimizer: takes(optimizer, "decay")),
         ("optim.in_backward", "optim.optimizer", lambda optimizer: takes(optimizer, "in_backward")),
         ("optim.stochastic_rounding", "optim.optimizer", lambda optimizer: takes(optimizer, "stochastic_rounding")),
+        *((f"hub.{key}", "hub.repo", lambda repo: repo is not None) for key in Publication.model_fields),
     )
     rules = (
         (

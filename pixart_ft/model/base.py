@@ -22,6 +22,7 @@ from pixart_ft.model.faults import fit_faults, index_faults, transformer_faults,
 from pixart_ft.model.place import resolve_base
 from pixart_ft.model.vae import LatentScale, latent_scale_faults
 from pixart_ft.model.weights import readable
+from pixart_ft.runs.hub import HubModel
 from pixart_ft.runs.metadata import METADATA, AdapterMetadata, read_metadata
 from pixart_ft.schedulers.stored import process_of
 
@@ -39,9 +40,9 @@ class Base:
     """A PixArt-Sigma as it describes itself; `loading` loads its weights.
 
     name                              as it was given: "demo", a folder, or a Hub id
-    place                             the folder or Hub id that this means
+    place                             the folder or Hub id that this means; of a run's result on the Hub: a folder
     revision                          asked for of a Hub model; None: its newest
-    commit                            the one that its index is of, and every other file with it; None: a folder
+    commit                            the one that its index is of, and every other file with it; None: not the Hub's
     transformer, vae, text_encoder    the configurations of its parts; None: its index says that it has no such part
     schedule, prediction_type         the noise schedule it was trained with and what it predicts
     schedule_config                   that schedule in the words of a diffusers scheduler config
@@ -69,16 +70,16 @@ class Base:
         Warns of one that was trained at a part of the timesteps. Raises UserError with every fault: files that are
         absent or damaged, else what makes it no PixArt-Sigma.
         """
-        place = resolve_base(str(name), weights)
-        is_folder = Path(place).is_dir()
-        if revision is not None and is_folder:
+        place, commit = resolve_base(str(name), weights), None
+        if (model := None if Path(place).is_dir() else HubModel.named(place)) is not None:
+            name, revision = model.id, _one_of(model.revision, revision)
+            place, commit = _on_the_hub(model.id, revision)
+        elif revision is not None:
             raise UserError(
                 f"model.revision {revision!r} chooses among the versions of a Hub model, and {place} is a folder; "
-                "remove it"
+                "remove it (an adapter's stands in its name, --lora owner/name@revision)"
             )
-        file = _file(place, _INDEX, revision)
-        commit = None if is_folder else file.parent.name  # the Hub's cache has a folder for each commit
-        index = _read(file)
+        index = _read(_file(place, _INDEX, commit))
         _refuse(place, index_faults(index.get("_class_name")))
         metadata = read_metadata(Path(place)) if (Path(place) / METADATA).is_file() else None
         parts: dict[str, dict[str, Any]] = {}
@@ -181,6 +182,22 @@ def _trained_with(
         )
     words = {key: process[key] for key in DIFFUSERS_KEYS if key in process}
     return NoiseSchedule.from_diffusers_config(words), prediction_type, words
+
+
+def _one_of(named: str | None, revision: str | None) -> str | None:
+    """The revision that a name has, or that was asked for beside it."""
+    if named and revision and named != revision:
+        raise UserError(f"model.revision is {revision!r}, and model.base names the revision {named!r}; give one")
+    return named or revision
+
+
+def _on_the_hub(name: str, revision: str | None) -> tuple[str, str]:
+    """Where the files of a Hub model are, which for a run's result is here, all of them, and the commit they are of."""
+    commit = _file(name, _INDEX, revision).parent.name  # the Hub's cache has a folder for each commit
+    with readable(name, METADATA):
+        if not HubModel(name, commit).has(METADATA):
+            return name, commit
+        return str(HubModel(name, commit).fetch("model.base")), commit
 
 
 def _read_part(place: str, part: str, commit: str | None) -> dict[str, Any]:

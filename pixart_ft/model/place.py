@@ -1,11 +1,11 @@
 """Which folder or Hub id the name of a base means. No torch: a wrong name is known in an instant."""
 
-import re
 from pathlib import Path
 
 from pixart_ft.config.train import Weights
 from pixart_ft.errors import UserError
 from pixart_ft.runs.folder import RunFolder
+from pixart_ft.runs.hub import HubModel
 from pixart_ft.runs.metadata import METADATA, read_metadata
 from pixart_ft.runs.results import at_step, final, find
 
@@ -13,7 +13,7 @@ DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 
 
 def resolve_base(name: str, weights: Weights = "ema") -> str:
-    """The folder or Hub id behind `model.base`: "demo", an existing diffusers folder, or "owner/name".
+    """The folder or Hub id behind `model.base`: "demo", an existing diffusers folder, or "owner/name[@revision]".
 
     A run that trained the whole network, and RUN@STEP, mean the model there; `weights` as of `find`. Raises UserError
     for anything else. A Hub id is taken at its word; reading from it asks the Hub.
@@ -33,7 +33,7 @@ def resolve_base(name: str, weights: Weights = "ema") -> str:
         return str(folder)
     if name == "demo":
         raise UserError(f"model.base: this installation lacks the demo ({folder}); reinstall pixart_ft")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if HubModel.named(name) is None:
         raise UserError(f"model.base: there is no folder {name!r}; {remedy}")
     return name
 

@@ -58,8 +58,8 @@ def write_pipeline(
 
 def _at_hand(base: Base, parts: Sequence[str]) -> Path:
     """The folder that these parts of a base are in, downloaded if it is the Hub's."""
-    if base.commit is None:
-        return Path(base.place)
+    if (folder := Path(base.place)).is_dir():
+        return folder
     with readable(base.place, ", ".join(parts)):
         patterns = [f"{part}/*" for part in parts]
         return Path(snapshot_download(base.place, revision=base.commit, allow_patterns=patterns))

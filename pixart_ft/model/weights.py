@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pixart_ft.errors import UserError
 from pixart_ft.files import sha256
+from pixart_ft.runs.hub import meaning
 from pixart_ft.runs.metadata import NULL_CAPTION
 
 # A file of weights: its variant stands before or after the number of its shard.
@@ -61,8 +62,7 @@ def readable(base: str, part: str) -> Iterator[None]:
             )
         if part == "tokenizer":
             remedy += "; a tokenizer without tokenizer.json needs the packages sentencepiece and protobuf"
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.base: cannot load {part} of {base}; {remedy}. Reason: {first_line}") from error
+        raise UserError(f"model.base: cannot load {part} of {base}; {remedy}. Reason: {meaning(error)}") from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from pixart_ft.files import explained, probe, remove_folder, sha256, sweep, writ
 from pixart_ft.runs.lock import LOCK_NAME
 from pixart_ft.runs.log import RunLog
 
+TRAINED_ON = "run.json"  # in a checkpoint: what the run is trained on
 _MANIFEST = "manifest.json"
 
 
@@ -43,11 +44,11 @@ class RunFolder:
 
     def samples_at(self, step: int) -> Path:
         """The folder of the pictures drawn after `step` optimizer steps."""
-        return self.samples / _step_name(step)
+        return self.samples / step_name(step)
 
     def kept_at(self, what: str, step: int) -> Path:
         """The folder of the adapter, or the model, kept after `step` optimizer steps."""
-        return self.path / f"{what}s" / _step_name(step)
+        return self.path / f"{what}s" / step_name(step)
 
     def kept_steps(self, what: str) -> list[int]:
         """The steps of those kept on the way, first to last."""
@@ -122,7 +123,7 @@ class RunFolder:
         when the disk is full; earlier checkpoints are then as they were.
         """
         assert keep >= 1
-        folder = self.checkpoints / _step_name(step)
+        folder = self.checkpoints / step_name(step)
 
         def write_and_describe(aside: Path) -> None:
             write(aside)
@@ -183,7 +184,8 @@ class RunFolder:
         return sorted(_numbered(self.checkpoints), reverse=True)
 
 
-def _step_name(step: int) -> str:
+def step_name(step: int) -> str:
+    """What is named by an optimizer step."""
     return f"step-{step:06d}"
 
 

@@ -1,4 +1,4 @@
-"""Where a path leads to what a run trained: a folder of it, the last of a run, or what RUN@STEP kept. No torch.
+"""Where a name leads to what a run trained: a folder, the last of a run, what RUN@STEP kept, a Hub id. No torch.
 
 A run leaves an adapter, final/adapter and adapters/step-000030, or a whole model, final/model and models/step-000030.
 """
@@ -11,6 +11,7 @@ from typing import Literal, Self
 from pixart_ft.config.train import Weights
 from pixart_ft.errors import UserError
 from pixart_ft.runs.folder import RunFolder
+from pixart_ft.runs.hub import HubModel
 from pixart_ft.runs.metadata import METADATA, AdapterMetadata, MetadataOf, read_metadata
 
 What = Literal["adapter", "model"]
@@ -40,7 +41,7 @@ class Model:
 
     @classmethod
     def read(cls, path: str | Path, *, weights: Weights = "ema") -> Self:
-        """The model behind a folder, a run or RUN@STEP; UserError if there is none, or it is none of a run's."""
+        """The model behind a folder, a run, RUN@STEP or a Hub id; UserError if there is none, or it is no run's."""
         folder = find(path, "model", weights, read_metadata)
         metadata = read_metadata(folder)
         if metadata.kind != "full":
@@ -49,10 +50,11 @@ class Model:
 
 
 def find(path: str | Path, what: What, weights: Weights, metadata_of: MetadataOf) -> Path:
-    """The folder behind a folder of it, a run's, or RUN@STEP.
+    """The folder behind a folder of it, a run's, RUN@STEP, or a Hub id, whose files are then brought here.
 
     `weights` chooses between a run's averaged and last weights; a run without an average has only the last ones, and a
-    step of a run with one only the average. Raises UserError, with the nearest name, where there is none.
+    step of a run with one only the average. A name in a folder that is here is no Hub id. Raises UserError, with the
+    nearest name, where there is none.
     """
     if not str(path).strip():
         raise UserError(f"{_KEYS[what]}: its folder is an empty text; give {_a(what)} folder or a run folder")
@@ -64,6 +66,8 @@ def find(path: str | Path, what: What, weights: Weights, metadata_of: MetadataOf
     if (at := at_step(path)) is not None:
         return _at_step(*at, what, weights, metadata_of)
     _refuse_inside_of_run(path, what)
+    if (model := HubModel.named(path)) is not None and not Path(model.id).parent.is_dir():
+        return find(model.fetch(_KEYS[what], top=what == "adapter"), what, weights, metadata_of)
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
     hint = f"did you mean {path.with_name(near[0])}?" if near else f"give {_a(what)} folder or a run folder"

@@ -12,6 +12,7 @@ from pixart_ft.data.datasets import check_folder, picture_folder
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.model.place import resolve_base
 from pixart_ft.runs.folder import RunFolder
+from pixart_ft.runs.hub import check_base, check_can_push
 from pixart_ft.runs.results import Model
 
 
@@ -27,7 +28,10 @@ def check_training(
     mistakes = Mistakes()
     source: Adapter | Model | None = None
     with mistakes.noted():
-        resolve_base(config.model.base)
+        place = resolve_base(config.model.base)
+        if config.hub.repo is not None:
+            is_folder = config.model.base != "demo" and Path(place).is_dir()
+            check_base(config.hub.base, str(Path(place).absolute()) if is_folder else config.model.base, "hub.base")
     for name, part in (
         (config.data.folder, "train"),
         (config.data.prior, "train"),
@@ -44,6 +48,9 @@ def check_training(
         check_installed(config.optim.optimizer)
     with mistakes.noted():
         check_trackers(config.logging.trackers)
+    if config.hub.repo is not None:
+        with mistakes.noted():
+            check_can_push(config.hub.repo, "hub.repo")
     if init_from is not None:
         with mistakes.noted():
             source = Model.read(init_from) if config.adapter.kind == "full" else Adapter.read(init_from)

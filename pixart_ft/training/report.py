@@ -1,10 +1,13 @@
 """What a finished run shows: the before/after sheet, the loss curves, and a summary on the terminal."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from pixart_ft.config.hub import Hub
+from pixart_ft.config.push import PushConfig
 from pixart_ft.data.datasets import Row
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation.held_out import Estimate
@@ -12,6 +15,7 @@ from pixart_ft.files import write_file
 from pixart_ft.pictures.sheets import loss_curve, term_curves
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.runs.results import What, final
+from pixart_ft.sharing.push import push
 from pixart_ft.training.before_after import before_after
 from pixart_ft.training.keeping import lowest_step
 from pixart_ft.training.records import Progress
@@ -79,6 +83,17 @@ def commands(folder: RunFolder, what: What, last_step: int, prompts: Sequence[st
             f"of steps {', '.join(map(str, steps))} ({size / 1e6:.0f} MB), as {folder.path}@{steps[0]}"
         )
     return found
+
+
+def publish(run: Path, hub: Hub) -> None:
+    """Push the result where the configuration says; what stands in the way of that is a warning, the run is done."""
+    if hub.repo is None:
+        return
+    try:
+        push(PushConfig(run=str(run), **hub.model_dump()))
+    except Exception as error:  # of any kind: it must not look as if the training had failed
+        later = pasteable("push", run, "--repo", hub.repo)
+        warnings.warn(f"hub.repo: {error}. The result is in {run}; to push it later: {later}", stacklevel=2)
 
 
 def _first_seeds(folder: RunFolder, step: int, prompts: Sequence[str]) -> list[Image.Image]:

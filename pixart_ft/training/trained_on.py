@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pixart_ft.adapters.targets import named
+from pixart_ft.config.hub import Hub
 from pixart_ft.config.reading import default, flat, keys
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import TRANSFORM, Row
@@ -25,12 +26,10 @@ from pixart_ft.files import read_object, sha256
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.text import TEXT_PREPARATION, prepare_text
-from pixart_ft.runs.folder import RunFolder, step_of
+from pixart_ft.runs.folder import TRAINED_ON, RunFolder, step_of
 from pixart_ft.training.encode import text_encoder_id, vae_id
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import variance_stands_still
-
-_FILE = "run.json"
 
 # Settings that a resumed run may change. First those that only name what is compared by content,
 _BY_CONTENT = {
@@ -66,6 +65,7 @@ _UNSAID = {
     "logging.every",
     "logging.trackers",
     "adapter.whole",
+    *(f"hub.{key}" for key in Hub.model_fields),
 }
 # and what may be turned while a run goes on, which is said aloud.
 _SAID = {
@@ -116,14 +116,14 @@ class TrainedOn:
 
     def write(self, checkpoint: Path) -> None:
         """Into the folder of a checkpoint that is being written."""
-        (checkpoint / _FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        (checkpoint / TRAINED_ON).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, checkpoint: Path) -> "TrainedOn":
         """From a whole checkpoint; nothing is known of one that an earlier version wrote."""
-        if not (checkpoint / _FILE).is_file():
+        if not (checkpoint / TRAINED_ON).is_file():
             return cls({}, {})
-        content = read_object(checkpoint / _FILE, "--resume", "give an earlier checkpoint")
+        content = read_object(checkpoint / TRAINED_ON, "--resume", "give an earlier checkpoint")
         settings = {_as_named_now(key): value for key, value in content["settings"].items()}
         return cls({name: Part(**part) for name, part in content["parts"].items()}, settings)
 

@@ -14,7 +14,7 @@ import pytest
 
 from pixart_ft.cli import main
 from tests.helpers.adapters import make_adapter
-from tests.helpers.hub import hub
+from tests.helpers.hub import NAME, hub
 from tests.helpers.reads import reads_below
 from tests.helpers.runs import command, short_run
 
@@ -86,7 +86,8 @@ print(base.commit)
 
 @pytest.mark.slow  # a process of its own, since huggingface_hub reads its address and whether it is offline once
 def test_a_hub_base_is_of_one_commit_and_asked_for_once(tiny: Path, tmp_path: Path) -> None:
-    with hub(tiny) as server:
+    with hub() as server:
+        server.add(NAME, tiny).moves = True
         given = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path)}
         for offline in ("0", "1"):
             own = os.environ | given | {"HF_HUB_OFFLINE": offline}

@@ -1,0 +1,1 @@
+"""A result on the Hub: its card, and what is pushed."""
