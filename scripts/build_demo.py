@@ -52,7 +52,7 @@ from demo_pictures import (
     styled_emoji,
     synonyms,
 )
-from demo_vae import VaeTraining, measure, normalise_latents, to_pixels, turn_hue
+from demo_vae import VaeTraining, main_hue, measure, normalise_latents, to_pixels, turn_hue
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from PIL import Image
 from transformers import T5EncoderModel, T5Tokenizer
@@ -64,6 +64,7 @@ from pixart_ft.sampling.text_to_image import TextToImage
 SIZE = 256
 STAGES = ("vae", "measure", "base", "write", "trials")
 VAE_HELD_OUT_SHARE = 0.06  # of the things, in no style seen by the VAE: its figures are of them
+COLOURS = {"red": 0, "orange": 30, "yellow": 55, "green": 120, "cyan": 185, "blue": 230, "purple": 275, "pink": 325}
 TURNS = (70.0, 160.0, 250.0)  # degrees of hue by which the figures' turned pictures are turned
 
 
@@ -132,6 +133,20 @@ def write_vae_sheet(path: Path, vae: AutoencoderKL, sets: Mapping[str, np.ndarra
     grid(rows, row_labels=labels, cell=96).save(path, optimize=True)
 
 
+def write_colour_sheet(path: Path, vae: AutoencoderKL, pictures: np.ndarray, seed: int = 0) -> None:
+    """Two pictures of every colour of COLOURS through the VAE, numbered, in a random order; the answers beside it."""
+    plain = [(picture, hue) for picture in pictures if (hue := main_hue(picture)) is not None]
+    generator = np.random.default_rng(seed)
+    chosen = [plain[i] for i in generator.permutation(len(plain))[: 2 * len(COLOURS)]]
+    names = [name for name in COLOURS for _ in range(2)]
+    turned = [turn_hue(picture, COLOURS[name] - hue) for name, (picture, hue) in zip(names, chosen, strict=True)]
+    order = generator.permutation(len(names))
+    shown = reconstructed(vae, np.stack([turned[i] for i in order]))
+    rows = [shown[start : start + 8] for start in range(0, len(shown), 8)]
+    grid(rows, captions=[[str(8 * r + c + 1) for c in range(len(row))] for r, row in enumerate(rows)]).save(path)
+    path.with_suffix(".json").write_text(json.dumps([names[i] for i in order]) + "\n")
+
+
 def write_base_sheet(path: Path, model: Path, names: Sequence[str]) -> None:
     """Generated pictures (seed 0, DDIM 50 steps, guidance 4) of each name: bare, then in each style."""
     text_to_image = TextToImage.load(model)
@@ -180,6 +195,7 @@ class Build:
         unseen = {name: pictures[: self.args.pictures] for name, pictures in self._seen_and_unseen()[1].items()}
         print_figures(vae, unseen)
         write_vae_sheet(self.work / "vae.png", vae, unseen)
+        write_colour_sheet(self.work / "vae_colours.png", vae, np.concatenate(list(unseen.values())))
 
     def _trained_vae(self) -> AutoencoderKL:
         """The averaged VAE with normalised latents; kept, so that every later stage has the same."""
@@ -271,7 +287,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, default=Path("docs/pictures/demo.png"), help="the base's pictures")
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument(
-        "--vae", type=Path, help="a trained VAE, such as scripts/demo_vae_trained, in place of that stage"
+        "--vae", type=Path, help="a trained VAE, such as pixart_ft/demo/model/vae, in place of that stage"
     )
     parser.add_argument("--pictures", type=int, default=1000, help="at most so many of each set are measured")
     parser.add_argument("--base-steps", type=int, default=10000)

@@ -28,7 +28,7 @@ class Course:
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = list(zip((muon, adamw), rates, strict=True))
         if file.is_file():
             state = torch.load(file, weights_only=True)
-            network.load_state_dict(state.get("weights") or state["vae"])  # as earlier versions named it
+            network.load_state_dict(state["weights"])
             self.average, self.step = state["average"], state["step"]
             for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)

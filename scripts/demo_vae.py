@@ -176,6 +176,21 @@ def measure(vae: AutoencoderKL, pictures: np.ndarray, degrees: float = 0.0) -> t
     return float(np.mean(decibels)), wrong / max(count, 1)
 
 
+def main_hue(picture: np.ndarray) -> float | None:
+    """The hue in degrees that nine tenths of the coloured pixels of (H, W, 3) are within 20 of; None without one.
+
+    They must be bright, since a dark orange is a brown, and at least a tenth of the picture.
+    """
+    rgb = torch.from_numpy(picture.copy()).float() / 255
+    coloured = rgb[(rgb.amax(-1) - rgb.amin(-1)) >= SATURATED]
+    if len(coloured) < 0.1 * picture[..., 0].size or coloured.amax(-1).mean() < 0.75:
+        return None
+    hues = hue_degrees(coloured).deg2rad()
+    middle = torch.atan2(hues.sin().mean(), hues.cos().mean()).rad2deg().item()
+    apart = (hues.rad2deg() - middle + 180) % 360 - 180
+    return middle if (apart.abs() <= 20).float().mean() >= 0.9 else None
+
+
 class VaeTraining:
     """The VAE, its average and optimizers; `run` trains them, resuming from a checkpoint in `folder`."""
 

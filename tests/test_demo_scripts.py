@@ -17,7 +17,7 @@ from demo_captions import Example, captions_of, examples, held_out
 from demo_course import Course
 from demo_muon import BatchedMuon
 from demo_pictures import SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, Emoji, fine_tuning_split
-from demo_vae import build_vae, hue_degrees, measure, normalise_latents, reconstruction_loss, turn_hue
+from demo_vae import build_vae, hue_degrees, main_hue, measure, normalise_latents, reconstruction_loss, turn_hue
 from PIL import Image
 
 
@@ -62,6 +62,20 @@ def test_the_hue_error_is_the_angle_between_saturated_colours(degrees: float) ->
     assert error == pytest.approx(min(degrees, 360 - degrees), abs=0.5)  # colours are rounded to 1/255
     decibels, error = measure(Turned(0.0), picture[None])
     assert error < 1e-3 and decibels > 100
+
+
+def test_a_picture_has_one_hue_or_none() -> None:
+    """The middle lies between 350 and 10 degrees, the mean of the numbers does not."""
+
+    def painted(*hues: float, value: float = 1.0) -> np.ndarray:
+        picture = np.full((8, 8, 3), 255, np.uint8)
+        for row, hue in enumerate(hues):
+            picture[row] = 255 * np.array(colorsys.hsv_to_rgb(hue / 360, 1, value))
+        return picture
+
+    found = main_hue(painted(350, 10))
+    assert found is not None and min(found % 360, 360 - found % 360) < 1
+    assert main_hue(painted(40, 200)) is main_hue(painted(30, value=0.5)) is main_hue(painted()) is None
 
 
 def test_a_lost_colour_costs_more_than_a_lost_brightness() -> None:
