@@ -550,7 +550,7 @@ def test_a_warm_up_never_blocks_a_short_try(steps: int, used: int) -> None:
     assert rate.warmup_steps == used
     shown = [f"optim.warmup_steps 20 would not end within train.steps {steps}: {used} are used, a tenth of them"]
     assert [str(warning.message) for warning in told] == ([] if used == 20 else shown)
-    assert rate.at(0) == 3e-3 / max(1, used)
+    assert rate.at(0) == config.optim.learning_rate / max(1, used)
 
 
 def kept(run: Path) -> dict[str, bytes]:
