@@ -1,4 +1,4 @@
-"""The configurations of `pixart-ft convert` and `pixart-ft export`. No torch here: help is instant."""
+"""The configuration of `pixart-ft convert`. No torch here: help is instant."""
 
 from pydantic import Field
 
