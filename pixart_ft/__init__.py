@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pixart_ft.adapters.pipelines import fuse, load_lora, set_scale, unload
     from pixart_ft.config.generate import GenerateConfig
     from pixart_ft.config.push import PushConfig
     from pixart_ft.config.train import TrainConfig, load_config
@@ -25,11 +26,15 @@ __all__ = [
     "TextToImage",
     "TrainConfig",
     "UserError",
+    "fuse",
     "load_config",
+    "load_lora",
     "push",
     "read_recipe",
     "run_generation",
     "run_training",
+    "set_scale",
+    "unload",
 ]
 
 _HOMES = {  # imported when first asked for, since most bring torch along
@@ -41,11 +46,15 @@ _HOMES = {  # imported when first asked for, since most bring torch along
     "TrainConfig": "config.train",
     "UserError": "errors",
     "__version__": "files",
+    "fuse": "adapters.pipelines",
     "load_config": "config.train",
+    "load_lora": "adapters.pipelines",
     "push": "sharing.push",
     "read_recipe": "pictures.recipes",
     "run_generation": "sampling.command",
     "run_training": "training.run",
+    "set_scale": "adapters.pipelines",
+    "unload": "adapters.pipelines",
 }
 
 

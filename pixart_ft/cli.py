@@ -31,7 +31,7 @@ from pixart_ft.files import reason_of, versions
 WIDTH = 110
 SWITCHES = {"help": "this text"}
 DRY_RUN = {"dry_run": "check all but the weights, print what would run and its configuration as YAML, write nothing"}
-REPEATABLE = {"prompt"}
+REPEATABLE = {"prompt", "lora", "lora_scale"}
 MAY_BE_EMPTY = {"prompt"}  # of the commands' own options, those for which an empty text means something
 
 
@@ -67,13 +67,13 @@ def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
 def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
     from pixart_ft.sampling.places import check_generation  # without torch: a wrong path is known at once
 
-    adapter = check_generation(config)
+    adapters = check_generation(config)
     from pixart_ft.sampling.command import dry_run, generate
 
     if "dry_run" in options:
-        _print_plan(dry_run(config, adapter), config)
+        _print_plan(dry_run(config, adapters), config)
     else:
-        generate(config, adapter, Path(options["from"]) if "from" in options else None)
+        generate(config, adapters, Path(options["from"]) if "from" in options else None)
 
 
 def _doctor(config: PlanConfig, options: Mapping[str, str]) -> None:
@@ -311,7 +311,11 @@ def _prints(text: str) -> bool:
 
 def _config(command: Command, given: Mapping[str, list[str]], problems: list[str]) -> Config:
     """The configuration that the command line describes; every mistake of line and file in one report."""
-    overrides: dict[str, str | list[str]] = {k: v[-1] for k, v in given.items() if k in keys(command.config)}
+    overrides: dict[str, str | list[str]] = {
+        key: values if len(values) > 1 and key in REPEATABLE else values[-1]
+        for key, values in given.items()
+        if key in keys(command.config)
+    }
     if "prompt" in given:
         overrides[command.prompts] = given["prompt"]
     for one, other in (("prompt", command.prompts), ("resume", "init_from"), ("config", "from")):

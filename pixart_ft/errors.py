@@ -1,7 +1,7 @@
 """The one exception that stands for a user's mistake, and failures that must not end a run."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -10,6 +10,14 @@ class UserError(ValueError):
 
     The command line prints the message alone and exits with code 2.
     """
+
+
+def insist(faults: Sequence[str], *, strict: bool) -> None:
+    """Raise UserError with these faults; where it was asked not to be strict, warn of each and go on."""
+    if faults and strict:
+        raise UserError("\n".join(faults))
+    for fault in faults:
+        warnings.warn(f"let pass: {fault}", stacklevel=4)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from pixart_ft.adapters.acting import load_adapter
 from pixart_ft.adapters.files import Adapter
-from pixart_ft.adapters.lora import load_adapter
 from pixart_ft.config.train import TrainConfig, load_config
 from pixart_ft.diffusion.likelihood import Bound
 from pixart_ft.diffusion.schedules import NoiseSchedule

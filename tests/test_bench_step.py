@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
+from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import LoraSettings
-from pixart_ft.adapters.lora import attach
 from pixart_ft.model.attention import Kernels, use_kernels
 from pixart_ft.model.network import network_output
 

@@ -109,7 +109,7 @@ def test_prompts_may_be_given_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     config = understood(monkeypatch, "generate", *arguments)
     assert config.prompts == ("a cat: on a mat", "no")
-    assert (config.lora, config.lora_scale, config.seed) == (Path("run"), -0.5, 3)
+    assert (config.lora, config.lora_scale, config.seed) == ((Path("run"),), (-0.5,), 3)
 
 
 def test_prompts_of_the_sample_grid_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from transformers import T5EncoderModel
 
-from pixart_ft.adapters.lora import merge
+from pixart_ft.adapters.acting import merge
 from pixart_ft.data import datasets
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.model.place import DEMO_FOLDER

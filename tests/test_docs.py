@@ -9,6 +9,7 @@ import pytest
 
 from pixart_ft import cli
 from pixart_ft.config.samplers import EVERY_SAMPLER, SAMPLERS, STOCK_SAMPLERS
+from tests.helpers.adapters import make_adapter
 
 ROOT = Path(__file__).parent.parent
 CITED = re.compile(r"[A-Z]\w+ (?:et al\.|& [A-Z]\w+) \(?(?:19|20)\d\d[a-z]?")
@@ -80,6 +81,7 @@ def shell_lines(path: Path) -> list[list[str]]:
         "docs/your_pictures.md",
         "docs/samplers.md",
         "docs/hub.md",
+        "docs/where_adapters_load.md",
         "configs/lora_512.yaml",
         "configs/dreambooth.yaml",
     ],
@@ -97,3 +99,15 @@ def test_every_command_in_the_guides_is_understood(path: str, monkeypatch: pytes
         assert cli.main([name, *words]) == 0, words
         assert received, words
         assert program == "pixart-ft" or (ROOT / program).is_file()
+
+
+def test_the_blocks_on_where_an_adapter_loads_run(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Word for word, but for the embedded model, whose place a small one takes."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "where_adapters_load.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    for seed, name in enumerate(("my_style", "my_dog")):
+        make_adapter(tiny, tmp_path / "runs" / name / "final" / "adapter", seed=seed)
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block.replace('"demo"', "base"), "where_adapters_load.md", "exec"), {"base": str(tiny)})
+    assert (tmp_path / "fused" / "model_index.json").is_file()

@@ -22,11 +22,11 @@ HOUSE = {
     "config": "text yaml_text key_types reading samplers optimizers hub train generate export push",
     "pictures": "lettering recipes own sheets",
     "schedulers": "stored base discrete sigma sde stock",
-    "runs": "lock log folder metadata hub results",
+    "runs": "manifest lock log folder metadata hub results",
     "sharing": "card push",
     "model": "place faults weights vae text attention repeated engine adapter_switch network shared_calls base "
     "loading saving original convert text_encoder quantized",
-    "adapters": "files targets lora full",
+    "adapters": "files targets attach weights acting pipelines full",
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",

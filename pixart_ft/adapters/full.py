@@ -19,6 +19,7 @@ from pixart_ft.files import write_folder
 from pixart_ft.model.base import Base
 from pixart_ft.model.saving import write_pipeline
 from pixart_ft.model.weights import all_finite, plain_name
+from pixart_ft.runs.manifest import write_manifest
 from pixart_ft.runs.metadata import METADATA, NULL_CAPTION, AdapterMetadata
 
 
@@ -135,5 +136,6 @@ def save_model(
         write_pipeline(aside, transformer, weights, scheduler, base if whole else None)
         (aside / METADATA).write_text(json.dumps(asdict(metadata), indent=2) + "\n", encoding="utf-8")
         save_file({"null_caption": null_caption.detach().cpu().contiguous()}, str(aside / NULL_CAPTION))
+        write_manifest(aside)
 
     write_folder(folder, write)

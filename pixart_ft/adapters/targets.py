@@ -7,6 +7,7 @@ from torch import nn
 
 from pixart_ft.config.train import LAST_LAYER, TARGETS
 from pixart_ft.errors import UserError
+from pixart_ft.model.adapter_switch import is_of_adapter
 
 
 def named(targets: Sequence[str], *, last_layer: bool) -> tuple[str, ...]:
@@ -21,9 +22,10 @@ def named(targets: Sequence[str], *, last_layer: bool) -> tuple[str, ...]:
     return tuple(layers)
 
 
-def check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
+def check_targets(transformer: nn.Module, targets: Sequence[str] | str) -> None:
     """Raise UserError naming each of `adapter.targets` that matches no layer of `transformer`, with the nearest."""
     layers = _layers(transformer)
+    targets = [] if isinstance(targets, str) else targets  # a pattern of peft's own, which it judges
     faults = []
     for target in targets:
         if not any(_is_meant(name, target) for name in layers):
@@ -34,7 +36,7 @@ def check_targets(transformer: nn.Module, targets: tuple[str, ...]) -> None:
         raise UserError("adapter.targets: " + "; ".join(faults))
 
 
-def check_rank(transformer: nn.Module, rank: int, targets: tuple[str, ...]) -> None:
+def check_rank(transformer: nn.Module, rank: int, targets: Sequence[str]) -> None:
     """Raise UserError unless `adapter.rank` is at most the smaller side of every adapted layer: more adds only cost."""
     sides = {
         min(module.weight.shape[0], module.weight[0].numel()): name
@@ -47,7 +49,12 @@ def check_rank(transformer: nn.Module, rank: int, targets: tuple[str, ...]) -> N
 
 
 def _layers(transformer: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    return {name: layer for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    """Those of the base, under the names that they have without any adapter."""
+    return {
+        name.removesuffix(".base_layer"): layer
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not is_of_adapter(name)
+    }
 
 
 def _is_meant(name: str, target: str) -> bool:

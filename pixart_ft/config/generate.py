@@ -5,6 +5,7 @@ Which sampler uses which key is read from the table in `samplers.py`. No torch h
 
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
@@ -52,13 +53,19 @@ class GenerateConfig(Config):
         description=f'"demo", a diffusers folder, or a Hub id; null = what the adapter was trained on, else {HUB_BASE}',
     )
     revision: str | None = Field(None, description="branch, tag or commit of a Hub base; null = its newest")
-    lora: Folder | None = Field(None, description="adapter folder, run folder, or RUN@STEP; null = the base alone")
-    lora_scale: float = Field(1.0, ge=-100, le=100, description="strength of the adapter; 1 = as trained")
+    lora: tuple[Folder, ...] | None = Field(
+        None,
+        min_length=1,
+        description="adapter or run folder, RUN@STEP, or a Hub id; again for more, which add up; null = the base alone",
+    )
+    lora_scale: tuple[Annotated[float, Field(ge=-100, le=100)], ...] = Field(
+        (1.0,), min_length=1, description="strength of the adapters, one for all or one for each; 1 = as trained"
+    )
     lora_interval: tuple[Timestep, ...] | None = Field(
         None,
         min_length=2,
         max_length=2,
-        description="the two network timesteps between which the adapter acts; null = where it was trained, "
+        description="the two network timesteps between which the adapters act; null = where each was trained, "
         "0 1000 = everywhere",
     )
     weights: Weights = Field("ema", description="averaged or last weights of the run")
@@ -174,6 +181,11 @@ class GenerateConfig(Config):
             ("weights", "lora", "model"),
             lambda weights, lora, model: weights != "ema" and lora is None and model is None,
             "weights is {}, unused while lora is {} and model is {}; change one",
+        ),
+        (
+            ("lora_scale", "lora"),
+            lambda scales, lora: lora is not None and len(scales) not in (1, len(lora)),
+            "lora_scale is {} for the adapters {}; give one number for each, or one for all",
         ),
         (
             ("prompts", "prompts_file"),

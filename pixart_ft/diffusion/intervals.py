@@ -45,9 +45,13 @@ def guidance_interval_faults(interval: Interval | None, calls: Sequence[float] |
     ]
 
 
-def adapter_interval_faults(interval: Interval, calls: Sequence[float] | None, remedy: str) -> list[str]:
-    """What keeps an adapter from acting at any of the calls, as for guidance, and what to do."""
-    return [f"the adapter acts at {shown(interval)} alone, which {idle}; {remedy}" for idle in _idle(interval, calls)]
+def adapter_interval_faults(intervals: Sequence[Interval], calls: Sequence[float] | None, remedy: str) -> list[str]:
+    """What keeps adapters from acting at any of the calls, as for guidance, and what to do."""
+    return [
+        f"the adapter acts at {shown(interval)} alone, which {idle}; {remedy}"
+        for interval in dict.fromkeys(intervals)
+        for idle in _idle(interval, calls)
+    ]
 
 
 def _end_faults(key: str, interval: Interval, last: int, most: int) -> list[str]:

@@ -1,5 +1,6 @@
-"""The switch of an adapter that acts in an interval of timesteps: the bare base elsewhere, whoever calls it."""
+"""The switch of adapters that act in intervals of timesteps: the bare base elsewhere, whoever calls it."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,24 +9,34 @@ from torch import Tensor, nn
 
 from pixart_ft.diffusion.intervals import WHOLE, Interval, holds, shown
 
-# peft's names of what is trained, and of what a LoRA that starts from the weights began as, see `adapters.lora`.
-ADAPTER_NAMES = ("default", "beginning")
+# peft's names: of what is trained, or loaded first; of what a LoRA that starts from the weights began as; and of those
+# that are loaded beside the first. See `adapters.attach`.
+FIRST, BEGINNING = "default", "beginning"
+_OF_ADAPTER = re.compile(rf"\.({FIRST}|{BEGINNING}|beside\d+)(\.|$)")
+
+
+def beside(number: int) -> str:
+    """peft's name of an adapter beside the first."""
+    return f"beside{number}"
 
 
 def is_of_adapter(name: str) -> bool:
     """Whether a parameter of this name is an adapter's, and not the base's own."""
-    return any(f".{adapter}." in f"{name}." for adapter in ADAPTER_NAMES)
+    return _OF_ADAPTER.search(name) is not None
 
 
 class AdapterSwitch:
-    """Turns the adapter's layers of a transformer off for each call at a timestep outside `interval`, and on after it.
+    """Lets each adapter of a transformer act in calls at the timesteps of its interval alone.
 
     It stands before the network itself, so that every sampler, pipeline and likelihood meets the same one.
+
+    intervals   by peft's name of the adapter
+    acting      those that act in the present call
     """
 
-    def __init__(self, transformer: nn.Module) -> None:
-        self.interval: Interval = WHOLE
-        self.off = False  # for the present call
+    def __init__(self, transformer: nn.Module, intervals: Mapping[str, Interval]) -> None:
+        self.intervals = dict(intervals)
+        self.acting = tuple(self.intervals)
         self._layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
         self._hooks = (
             transformer.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -38,37 +49,40 @@ class AdapterSwitch:
             hook.remove()
 
     def _before(self, transformer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        self._turn(off=False)  # where Ctrl-C ended the call before, no hook came after it
+        self._turn(tuple(self.intervals))  # where Ctrl-C ended the call before, no hook came after it
         # in training every t is drawn from the interval, and a look at it would make the host wait for the device
-        if self.interval == WHOLE or transformer.training:
+        if transformer.training or all(interval == WHOLE for interval in self.intervals.values()):
             return
-        timestep: Tensor = kwargs["timestep"] if "timestep" in kwargs else args[2]
-        inside = {holds(self.interval, one) for one in timestep.flatten().tolist()}
-        if len(inside) > 1:
+        timesteps: Tensor = kwargs["timestep"] if "timestep" in kwargs else args[2]
+        told = timesteps.flatten().tolist()
+        inside = {name: {holds(interval, one) for one in told} for name, interval in self.intervals.items()}
+        if split := [shown(self.intervals[name]) for name, sides in inside.items() if len(sides) > 1]:
             raise ValueError(
-                f"one call of the network has timesteps inside and outside of {shown(self.interval)}, where its "
-                "adapter acts; call it for each side"
+                f"one call of the network has timesteps inside and outside of {', '.join(split)}, where its adapter "
+                "acts; call it for each side"
             )
-        self._turn(off=inside == {False})
+        self._turn(tuple(name for name, sides in inside.items() if sides != {False}))
 
     def _after(self, *_: object) -> None:
-        self._turn(off=False)
+        self._turn(tuple(self.intervals))
 
-    def _turn(self, *, off: bool) -> None:
-        if off == self.off:
+    def _turn(self, acting: tuple[str, ...]) -> None:
+        if acting == self.acting:
             return
-        self.off = off
+        self.acting = acting
         for layer in self._layers:
-            layer._disable_adapters = off  # peft's `enable_adapters` would ask for gradients as well
+            layer._disable_adapters = not acting  # peft's `enable_adapters` would ask for gradients as well
+            if len(self.intervals) > 1:
+                layer._active_adapter = list(acting)
 
 
-def adapter_is_off(transformer: nn.Module) -> bool:
-    """Whether the present call of a network does without its adapter."""
+def acting_adapters(transformer: nn.Module) -> tuple[str, ...]:
+    """The adapters of a network that act in the present call, by peft's names."""
     switch = getattr(transformer, "adapter_switch", None)
-    return switch is not None and switch.off
+    return () if switch is None else switch.acting
 
 
-def adapter_interval(transformer: nn.Module) -> Interval:
-    """The timesteps at which a network's adapter acts; all of them where it has none."""
+def adapter_intervals(transformer: nn.Module) -> tuple[Interval, ...]:
+    """The timesteps at which each of a network's adapters acts."""
     switch = getattr(transformer, "adapter_switch", None)
-    return WHOLE if switch is None else switch.interval
+    return () if switch is None else tuple(switch.intervals.values())

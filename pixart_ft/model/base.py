@@ -23,6 +23,7 @@ from pixart_ft.model.place import resolve_base
 from pixart_ft.model.vae import LatentScale, latent_scale_faults
 from pixart_ft.model.weights import readable
 from pixart_ft.runs.hub import HubModel
+from pixart_ft.runs.manifest import check_whole
 from pixart_ft.runs.metadata import METADATA, AdapterMetadata, read_metadata
 from pixart_ft.schedulers.stored import process_of
 
@@ -81,7 +82,10 @@ class Base:
             )
         index = _read(_file(place, _INDEX, commit))
         _refuse(place, index_faults(index.get("_class_name")))
-        metadata = read_metadata(Path(place)) if (Path(place) / METADATA).is_file() else None
+        metadata = None
+        if (Path(place) / METADATA).is_file():
+            check_whole(Path(place), "model.base", hashed="*.json")
+            metadata = read_metadata(Path(place))
         parts: dict[str, dict[str, Any]] = {}
         mistakes, source = Mistakes(), None
         lent = metadata is not None and index.get("vae") == [None, None]

@@ -18,6 +18,7 @@ from pixart_ft.model.adapter_switch import is_of_adapter
 from pixart_ft.model.base import Base
 from pixart_ft.model.vae import safe_dtype
 from pixart_ft.model.weights import check_keys, quiet, readable, variant
+from pixart_ft.runs.manifest import check_whole
 
 # Buffers that older checkpoints hold and this class recomputes.
 _HARMLESS_KEYS = {"pos_embed.pos_embed"}
@@ -45,6 +46,8 @@ def load_transformer(base: Base, *, dtype: torch.dtype) -> PixArtTransformer2DMo
             f"model.dtype: the transformer's weights are float32 or bfloat16, not {dtype}; "
             "for float16 arithmetic use float32 weights under autocast (train.mixed_precision fp16)"
         )
+    if base.metadata is not None:
+        check_whole(Path(base.place), "model.base", hashed="transformer/*")
     transformer: PixArtTransformer2DModel = _load(PixArtTransformer2DModel, base, "transformer", torch_dtype=dtype)
     return transformer
 

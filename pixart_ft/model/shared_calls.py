@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import PatchEmbed, get_2d_sincos_pos_embed
 from torch import Tensor, nn
 
-from pixart_ft.model.adapter_switch import adapter_is_off
+from pixart_ft.model.adapter_switch import acting_adapters
 from pixart_ft.model.attention import Kernel, KernelAttention, by_shape
 from pixart_ft.model.network import network_output
 
@@ -21,15 +21,15 @@ Network = Callable[[Tensor, Tensor], Tensor]
 
 
 class _Once(nn.Module):
-    """A layer on the text, run at the first call with each number of rows, and each state of the adapter."""
+    """A layer on the text, run at the first call with each number of rows, and each set of adapters that act."""
 
-    def __init__(self, layer: nn.Module, is_off: Callable[[], bool]) -> None:
+    def __init__(self, layer: nn.Module, acting: Callable[[], tuple[str, ...]]) -> None:
         super().__init__()
-        self.layer, self.is_off = layer, is_off
-        self.found: dict[tuple[int, bool], Tensor] = {}
+        self.layer, self.acting = layer, acting
+        self.found: dict[tuple[int, tuple[str, ...]], Tensor] = {}
 
     def forward(self, text: Tensor) -> Tensor:
-        key = len(text), self.is_off()
+        key = len(text), self.acting()
         if key not in self.found:
             self.found[key] = self.layer(text)
         return self.found[key]
@@ -38,14 +38,14 @@ class _Once(nn.Module):
 class _TextAttention(KernelAttention):
     """Cross-attention whose keys and values are made at the first call with each of these too."""
 
-    def __init__(self, kernel: Kernel, is_off: Callable[[], bool]) -> None:
+    def __init__(self, kernel: Kernel, acting: Callable[[], tuple[str, ...]]) -> None:
         super().__init__(kernel)
-        self.is_off = is_off
-        self.found: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self.acting = acting
+        self.found: dict[tuple[int, tuple[str, ...]], tuple[Tensor, Tensor]] = {}
 
     @torch.compiler.disable  # a compiled block asks for what was found, and is not compiled anew for it
     def keys_and_values(self, attn: Attention, context: Tensor) -> tuple[Tensor, Tensor]:
-        key = len(context), self.is_off()
+        key = len(context), self.acting()
         if key not in self.found:
             self.found[key] = super().keys_and_values(attn, context)
         return self.found[key]
@@ -68,14 +68,14 @@ def prepared(transformer: nn.Module, embeds: Tensor, mask: Tensor, size: tuple[i
     patches, projection, processors = transformer.pos_embed, transformer.caption_projection, transformer.attn_processors
     own = patches.height, patches.width, patches.pos_embed
     patch = patches.patch_size
-    is_off = partial(adapter_is_off, transformer)
+    acting = partial(acting_adapters, transformer)
     try:
         _set_positions(patches, size[0] // patch, size[1] // patch)
-        transformer.caption_projection = None if projection is None else _Once(projection, is_off)
+        transformer.caption_projection = None if projection is None else _Once(projection, acting)
         kernels = {name: getattr(processor, "kernel", by_shape) for name, processor in processors.items()}
         transformer.set_attn_processor(
             {
-                name: _TextAttention(kernel, is_off) if ".attn2." in name else KernelAttention(kernel)
+                name: _TextAttention(kernel, acting) if ".attn2." in name else KernelAttention(kernel)
                 for name, kernel in kernels.items()
             }
         )

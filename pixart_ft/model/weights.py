@@ -88,12 +88,17 @@ def all_finite(values: Iterable[object]) -> bool:
     return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
 
 
-def read_null_caption(folder: Path) -> Tensor:
-    """The embedding (1, D) that stands for no caption, from the folder of what a run trained."""
+def read_null_caption(folder: Path, width: int | None) -> Tensor:
+    """The embedding (1, D) that stands for no caption, from the folder of what a run trained; D is the network's."""
     path = folder / NULL_CAPTION
     found = read_tensors(path)[0].get("null_caption")
-    if found is None or found.ndim != 2 or not all_finite([found]):
+    if found is None or found.ndim != 2 or not found.is_floating_point() or not all_finite([found]):
         raise UserError(f"adapter: cannot read {path}: it holds no null_caption; copy the adapter again")
+    if found.shape != (1, width or found.shape[1]):
+        raise UserError(
+            f"adapter: {path} holds a null_caption of shape {tuple(found.shape)}, and this base takes (1, {width}); "
+            "copy the adapter again"
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """Recipes: what a picture was drawn by, in its PNG file; for this package, for other programs, and to draw it again."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,8 @@ def parameters(recipe: Mapping[str, Any]) -> str:
 
     The prompt, the negative one, and a line of `Name: value`; a value with a comma or a colon is in quotation marks.
     """
-    adapter = recipe.get("adapter") or {}
-    limits = adapter.get("interval")
+    adapters = _adapters(recipe)
+    limits = [one.get("interval") for one in adapters]
     size = f"{recipe['width']}x{recipe['height']}" if recipe.get("width") and recipe.get("height") else None
     facts = {
         "Steps": recipe.get("steps"),
@@ -61,9 +61,9 @@ def parameters(recipe: Mapping[str, Any]) -> str:
         "Size": size,
         "Model hash": recipe.get("fingerprint"),
         "Model": recipe.get("model"),
-        "Lora": adapter.get("path"),
-        "Lora scale": adapter.get("scale"),
-        "Lora interval": None if limits in (None, list(WHOLE)) else shown(limits),
+        "Lora": _listed(one.get("path") for one in adapters),
+        "Lora scale": _listed(one.get("scale") for one in adapters),
+        "Lora interval": _listed(shown(limit) for limit in limits if limit not in (None, list(WHOLE))),
         "Denoising strength": recipe.get("strength") if recipe.get("image") else None,
         "Version": "pixart_ft " + recipe["versions"]["pixart_ft"] if "versions" in recipe else None,
     }
@@ -106,13 +106,16 @@ def config_of(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
         values["device"] = "cpu"
     if "weights" in recipe and "model" not in given:  # of the run that trained the model
         values["weights"] = recipe["weights"]
-    adapter = recipe.get("adapter")
-    if isinstance(adapter, dict):
-        values |= {"lora": adapter.get("path"), "lora_scale": adapter.get("scale")}
+    if adapters := _adapters(recipe):
+        told = {"lora": "path", "lora_scale": "scale"}
+        values |= {key: _alone([adapter.get(name) for adapter in adapters]) for key, name in told.items()}
         if "lora" not in given:  # which weights of it, and where it acted, is nothing to another
-            values["lora_interval"] = adapter.get("interval")
-            metadata = adapter.get("metadata")
-            values["weights"] = metadata.get("weights") if isinstance(metadata, dict) else None
+            intervals = [adapter.get("interval") for adapter in adapters]
+            weights = [_inside(adapter, ("metadata", "weights")) for adapter in adapters]
+            values["lora_interval"] = intervals[0] if intervals == intervals[:1] * len(intervals) else None
+            values["weights"] = weights[0] if weights == weights[:1] * len(weights) else "ema"
+        elif len(adapters) > 1:
+            values.pop("lora_scale")  # of others, or of another number of them
     options = recipe.get("options")
     if isinstance(options, dict) and not {"sampler", "compare"} & set(given):
         values |= {key: options[key] for key in OPTIONS if options.get(key) is not None}
@@ -131,11 +134,13 @@ def changes(recipe: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found = []
     for what, name, mark in (
         ("the base's weights", ("model",), ("fingerprint",)),
-        ("the adapter's weights", ("adapter", "path"), ("adapter", "sha256")),
         ("the start picture", ("image",), ("image_sha256",)),
     ):
         if _inside(recipe, name) == _inside(now, name) and _inside(recipe, mark) != _inside(now, mark):
             found.append(what)
+    marks = {adapter.get("path"): adapter.get("sha256") for adapter in _adapters(now)}
+    if any(marks.get(one.get("path"), one.get("sha256")) != one.get("sha256") for one in _adapters(recipe)):
+        found.append("the adapter's weights")
     versions = _inside(now, ("versions",)) or {}
     found += [
         f"{name} ({version}, now {versions[name]})"
@@ -143,6 +148,23 @@ def changes(recipe: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if versions.get(name, version) != version
     ]
     return found
+
+
+def _adapters(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a recipe says of each adapter: it holds one as it is, several as a list."""
+    found = recipe.get("adapter")
+    return [one for one in (found if isinstance(found, list) else [found]) if isinstance(one, Mapping)]
+
+
+def _alone(values: list[Any]) -> Any:
+    """A list of one as that one."""
+    return values[0] if len(values) == 1 else values
+
+
+def _listed(values: Iterable[Any]) -> Any:
+    """The values, for one line of text; None where there is none."""
+    found = list(values)
+    return found[0] if len(found) == 1 else ", ".join(map(str, found)) or None
 
 
 def _inside(recipe: Any, names: Collection[str]) -> Any:

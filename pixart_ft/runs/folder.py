@@ -9,7 +9,6 @@ runs/NAME/
     final/                  the result
 """
 
-import json
 import re
 import warnings
 from collections.abc import Callable
@@ -21,9 +20,9 @@ from pixart_ft.errors import UserError
 from pixart_ft.files import explained, probe, remove_folder, sha256, sweep, write_folder
 from pixart_ft.runs.lock import LOCK_NAME
 from pixart_ft.runs.log import RunLog
+from pixart_ft.runs.manifest import MANIFEST, fault_of, write_manifest
 
 TRAINED_ON = "run.json"  # in a checkpoint: what the run is trained on
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -127,10 +126,10 @@ class RunFolder:
 
         def write_and_describe(aside: Path) -> None:
             write(aside)
-            _write_manifest(aside)
+            write_manifest(aside)
 
         write_folder(folder, write_and_describe)
-        earlier = [old for old_step, old in self._by_step() if old_step < step and _fault(old, sizes_only=True) is None]
+        earlier = [old for old_step, old in self._by_step() if old_step < step and fault_of(old, hashed="") is None]
         kept = {folder, *earlier[: keep - 1]}
         for _, old in self._by_step():
             if old not in kept:
@@ -144,7 +143,7 @@ class RunFolder:
     def newest(self) -> Path | None:
         """The latest whole checkpoint, or None; broken ones are passed over with a warning."""
         for _, folder in self._by_step():
-            fault = _fault(folder)
+            fault = fault_of(folder)
             if fault is None:
                 return folder
             warnings.warn(f"passed over a broken checkpoint: {fault}", stacklevel=2)
@@ -174,7 +173,7 @@ class RunFolder:
             )
         if not folder.is_dir():
             raise UserError(f"--resume {resume}: there is no such folder; give auto for the newest checkpoint")
-        fault = _fault(folder)
+        fault = fault_of(folder)
         if fault is not None:
             raise UserError(f"--resume {resume}: the checkpoint is broken: {fault}; give auto for the newest whole one")
         return folder
@@ -203,29 +202,4 @@ def step_of(path: Path) -> int | None:
 
 def content_of(checkpoint: Path) -> str:
     """Names a whole checkpoint by all that it holds."""
-    return sha256(checkpoint / _MANIFEST)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(folder)): [path.stat().st_size, sha256(path)] for path in files}
-    (folder / _MANIFEST).write_text(json.dumps(entries, indent=1), encoding="utf-8")
-
-
-def _fault(folder: Path, *, sizes_only: bool = False) -> str | None:
-    """What is wrong with a checkpoint, naming the file, or None."""
-    manifest = folder / _MANIFEST
-    try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))
-        entries = {name: (size, digest) for name, (size, digest) in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return f"{manifest} is missing or unreadable"
-    for name, (size, digest) in entries.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != size:
-            return f"{path} has {path.stat().st_size} bytes instead of {size}"
-        if not sizes_only and sha256(path) != digest:
-            return f"the contents of {path} have changed"
-    return None
+    return sha256(checkpoint / MANIFEST)

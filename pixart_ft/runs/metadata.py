@@ -1,18 +1,53 @@
 """What a run says of what it trained, beside the weights: the content of pixart_ft.json. No torch."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar, Literal, TypeVar
 
-from pixart_ft.config.train import Kind, Weights
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from pixart_ft.config.train import LARGEST_RANK, Kind, Scale, Weights
 from pixart_ft.diffusion.intervals import WHOLE, Interval
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
 
 METADATA, NULL_CAPTION = "pixart_ft.json", "null_caption.safetensors"
+
+# What the files beside the weights may say: everything else in them is a UserError.
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+Text = Annotated[str, Field(min_length=1)]
+Rank = Annotated[int, Field(ge=1, le=LARGEST_RANK)]
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """`schedules.DIFFUSERS_KEYS`, each of them absent or of this kind."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    num_train_timesteps: Annotated[int, Field(ge=1, le=2**17)] | None = None
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_start: Annotated[float, Field(gt=0, lt=1)] = 1e-4
+    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    trained_betas: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
+    rescale_betas_zero_snr: bool = False
+
+
+def _of_schedule(value: Mapping[str, object]) -> Mapping[str, object]:
+    found = TypeAdapter(_Schedule).validate_json(json.dumps(value))
+    betas = found.trained_betas
+    if betas and ((found.num_train_timesteps or len(betas)) != len(betas) or 1 in betas[:-1]):
+        raise ValueError("trained_betas are one for each timestep, and only the last may be 1")
+    return value
+
+
+def _of_interval(value: Interval) -> Interval:
+    if not 0 <= value[0] <= value[1] <= 1e6:
+        raise ValueError("the first end comes before the last, and neither is negative")
+    return value
 
 
 @dataclass(frozen=True)
@@ -36,21 +71,23 @@ class AdapterMetadata:
     kind               of what was trained, as adapter.kind
     """
 
-    base: str
-    base_fingerprint: str
-    prediction_type: "PredictionType"
-    schedule: Mapping[str, object]
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    base: Text
+    base_fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
+    prediction_type: PredictionType
+    schedule: Annotated[Mapping[str, object], AfterValidator(_of_schedule)]
     variance: VarianceState
-    rank: int | None
-    alpha: float | None
-    max_tokens: int
-    text_preparation: str
+    rank: Rank | None
+    alpha: Scale | None
+    max_tokens: Annotated[int, Field(ge=1, le=4096)]
+    text_preparation: Text
     weights: Weights
-    samples_seen: int
-    revision: str | None = None
-    time_conditioning: "TimeConditioning" = "index"
-    step: int | None = None
-    interval: Interval = WHOLE
+    samples_seen: Annotated[int, Field(ge=0, lt=2**63)]
+    revision: Text | None = None
+    time_conditioning: TimeConditioning = "index"
+    step: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    interval: Annotated[Interval, AfterValidator(_of_interval)] = WHOLE
     kind: Kind = "lora"
 
     @property
@@ -63,72 +100,27 @@ class AdapterMetadata:
 def read_metadata(folder: Path) -> AdapterMetadata:
     """The content of a folder's pixart_ft.json; UserError if it is damaged or of another version."""
     path = folder / METADATA
-    content = read_object(path, "adapter", "copy the adapter again")
-    known = {field.name for field in fields(AdapterMetadata)}
-    required = {field.name for field in fields(AdapterMetadata) if field.default is MISSING}
-    strange = (content.keys() - known) | (required - content.keys())
-    if strange:
-        raise UserError(f"adapter: {path} is of another version of pixart_ft (fields {some(strange)}); train again")
-    check_types(path, content, _METADATA_TYPES)
-    return AdapterMetadata(**content | {"interval": tuple(content.get("interval") or WHOLE)})
+    return checked(AdapterMetadata, path, read_object(path, "adapter", "copy the adapter again"))
 
 
 MetadataOf = Callable[[Path], AdapterMetadata]  # of a folder
+AnyContent = TypeVar("AnyContent")
 
 
-def check_types(path: Path, content: Mapping[str, object], types: Mapping[str, Callable[[Any], bool]]) -> None:
-    """Raise UserError naming each of the keys whose value cannot be; one that may be absent has been looked for."""
-    wrong = [
-        f"{key} is {json.dumps(content.get(key))[:60]}"
-        for key, is_right in types.items()
-        if not is_right(content.get(key))
-    ]
-    if wrong:
-        raise UserError(f"adapter: cannot read {path}: {', '.join(wrong)}; copy the adapter again")
+def checked(kind: type[AnyContent], path: Path, content: Mapping[str, object]) -> AnyContent:
+    """What a JSON file holds, as `kind`. Raises UserError naming every key that is strange, and every value."""
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(content))  # JSON: a list fills a tuple
+    except ValidationError as error:
+        found = [(".".join(part for part in one["loc"] if isinstance(part, str)), one) for one in error.errors()]
+    other = ("missing", "unexpected_keyword_argument")
+    if strange := [key for key, one in found if one["type"] in other and isinstance(one["loc"][-1], str)]:
+        raise UserError(f"adapter: {path} is of another version of pixart_ft (fields {some(strange)}); train again")
+    wrong = [f"{key or 'it'} is {json.dumps(one['input'], default=str)[:60]} ({one['msg']})" for key, one in found]
+    raise UserError(f"adapter: cannot read {path}: {', '.join(wrong)}; copy the adapter again")
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def is_count(value: object, least: int = 0) -> bool:
-    return type(value) is int and least <= value < 2**63
-
-
-def is_number(value: object, least: float, most: float) -> bool:
-    return type(value) in (int, float) and least <= value <= most  # type: ignore[operator]
-
-
-def is_interval(value: object) -> bool:
-    ends = value if isinstance(value, list) and len(value) == 2 else [2, 1]
-    return all(is_number(end, 0, 1e6) for end in ends) and ends[0] <= ends[1]
-
-
-def is_names(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(is_text, value))
-
-
-_METADATA_TYPES: dict[str, Callable[[Any], bool]] = {
-    "base": is_text,
-    "base_fingerprint": is_text,
-    "prediction_type": ("epsilon", "v_prediction", "sample", "posterior_mean").__contains__,
-    "schedule": lambda value: isinstance(value, dict),
-    "variance": ("trained", "stale", "none").__contains__,
-    "rank": lambda value: value is None or is_count(value, 1),
-    "alpha": lambda value: value is None or is_number(value, 0, 1e6),
-    "max_tokens": lambda value: is_count(value, 1),
-    "text_preparation": is_text,
-    "weights": ("ema", "raw").__contains__,
-    "samples_seen": is_count,
-    "step": lambda value: value is None or is_count(value),
-    "revision": lambda value: value is None or is_text(value),
-    "time_conditioning": (None, "index", "snr_matched").__contains__,
-    "interval": lambda value: value is None or is_interval(value),
-    "kind": (None, "lora", "peft", "full").__contains__,
-}
-
-
-def some(names: Any) -> str:
+def some(names: Iterable[str]) -> str:
     """The first three names, for messages."""
     names = sorted(names)
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

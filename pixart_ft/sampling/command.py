@@ -23,7 +23,7 @@ from pixart_ft.pictures.sheets import grid, picture_name, save_png
 from pixart_ft.sampling.comparison import Cells, comparison_sheets, run_comparison, settled_cells
 from pixart_ft.sampling.places import check_generation
 from pixart_ft.sampling.settings import Abilities, Settings, settled, size_of
-from pixart_ft.sampling.text_to_image import TextToImage, abilities_of
+from pixart_ft.sampling.text_to_image import TextToImage, abilities_of, names_of
 
 GRID_PIXELS = 8192  # longest side of grid.png, labels not counted
 LEAST_CELL = 32  # pixels; rows and columns that would need smaller ones are left out
@@ -40,13 +40,13 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     return generate(config, check_generation(config), again)
 
 
-def generate(config: GenerateConfig, adapter: Adapter | None, again: Path | None = None) -> list[Path]:
-    """As `run_generation`, once `check_generation` has found the adapter."""
+def generate(config: GenerateConfig, adapters: Sequence[Adapter], again: Path | None = None) -> list[Path]:
+    """As `run_generation`, once `check_generation` has found the adapters."""
     started = time.perf_counter()
-    prompts, base, settings, cells = _look(config, adapter)
+    prompts, base, settings, cells = _look(config, adapters)
     if config.aspect_ratio is not None:
         print(f"aspect_ratio {config.aspect_ratio}: {settings.width} x {settings.height} pixels")
-    model = _load_model(config, base, adapter, prompts)
+    model = _load_model(config, base, adapters, prompts)
     if config.compare:
         return run_comparison(config, model, prompts, cells)
     seeds = range(config.seed, config.seed + config.images_per_prompt)
@@ -74,9 +74,9 @@ def generate(config: GenerateConfig, adapter: Adapter | None, again: Path | None
     return list(jobs)
 
 
-def dry_run(config: GenerateConfig, adapter: Adapter | None) -> list[str]:
+def dry_run(config: GenerateConfig, adapters: Sequence[Adapter]) -> list[str]:
     """What `generate` would draw; raises UserError as it does before it loads a weight. Writes nothing."""
-    prompts, base, settings, cells = _look(config, adapter)
+    prompts, base, settings, cells = _look(config, adapters)
     device = _device(config.device)
     dtype = str(_dtype(config.dtype, device)).removeprefix("torch.")
     if config.compare:
@@ -85,18 +85,18 @@ def dry_run(config: GenerateConfig, adapter: Adapter | None) -> list[str]:
         drawn = f"{len(prompts) * config.images_per_prompt:,}, of {settings.steps} {settings.sampler} steps each"
     return [
         f"device             {device}, weights {dtype}",
-        f"model              {base.name}" + ("" if config.lora is None else f", with the adapter {config.lora}"),
+        f"model              {base.name}" + "".join(f", with the adapter {adapter.name}" for adapter in adapters),
         f"pictures           {drawn}, {settings.width} x {settings.height} pixels",
         f"folder             {config.out}",
     ]
 
 
-def _look(config: GenerateConfig, adapter: Adapter | None) -> tuple[list[str], Base, Settings, Cells]:
+def _look(config: GenerateConfig, adapters: Sequence[Adapter]) -> tuple[list[str], Base, Settings, Cells]:
     """Prompts, base, how to sample, the cells of a comparison: all that can be refused before weights are loaded."""
     prompts = _prompts(config)
-    base = _base(config, adapter)
-    abilities = abilities_of(base, adapter)
-    name = None if adapter is None else adapter.name
+    base = _base(config, adapters)
+    abilities = abilities_of(base, adapters)
+    name = names_of(adapter.name for adapter in adapters)
     settings = settled(_settings(config, abilities), abilities, name)
     cells = settled_cells(config, settings, abilities, name) if config.compare else {}
     device = _device(config.device)
@@ -109,12 +109,12 @@ def _look(config: GenerateConfig, adapter: Adapter | None) -> tuple[list[str], B
     return prompts, base, settings, cells
 
 
-def _load_model(config: GenerateConfig, base: Base, adapter: Adapter | None, prompts: Sequence[str]) -> TextToImage:
-    """The base and adapter that a configuration asks for, all texts encoded and the text encoder freed."""
+def _load_model(config: GenerateConfig, base: Base, adapters: Sequence[Adapter], prompts: Sequence[str]) -> TextToImage:
+    """The base and adapters that a configuration asks for, all texts encoded and the text encoder freed."""
     device = _device(config.device)
     model = TextToImage.of(
         base,
-        adapter,
+        adapters,
         config.lora_scale,
         dtype=_dtype(config.dtype, device),
         device=device,
@@ -147,14 +147,14 @@ def _cost(settings: Settings, calls: int | None, on_average: float | None) -> st
     return f"each batch: {settings.steps} {settings.sampler} steps, {calls} network calls{both}"
 
 
-def _base(config: GenerateConfig, adapter: Adapter | None) -> Base:
-    """The base asked for; without one, what the adapter was trained on; without either, the Hub's.
+def _base(config: GenerateConfig, adapters: Sequence[Adapter]) -> Base:
+    """The base asked for; without one, what the first adapter was trained on; without either, the Hub's.
 
     One of the Hub that the adapter was trained on comes in the revision of its training, unless another is asked for.
     """
-    if config.model is not None or adapter is None:
+    if config.model is not None or not adapters:
         return Base.read(config.model or HUB_BASE, config.revision, config.weights)
-    trained_on = adapter.metadata
+    trained_on = adapters[0].metadata
     moves = config.revision is None and not Path(trained_on.base).is_dir()
     return Base.read(trained_on.base, trained_on.revision if moves else config.revision)
 

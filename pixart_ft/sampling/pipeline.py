@@ -19,14 +19,14 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_
 from PIL import Image
 from torch import Tensor
 
-from pixart_ft.adapters.files import Adapter
-from pixart_ft.adapters.lora import load_adapter, warn_of_other_process
+from pixart_ft.adapters.acting import loaded
+from pixart_ft.adapters.pipelines import fuse, load_lora, set_adapters, set_scale, unload
 from pixart_ft.config.train import Weights
 from pixart_ft.data.datasets import picture_pixels
 from pixart_ft.diffusion.intervals import Interval
 from pixart_ft.diffusion.names import unknown_word
 from pixart_ft.errors import UserError
-from pixart_ft.model.adapter_switch import adapter_interval
+from pixart_ft.model.adapter_switch import adapter_intervals
 from pixart_ft.model.attention import check_text
 from pixart_ft.model.text import encode_captions, pad_text
 from pixart_ft.model.vae import decode_to_pixels, encode_pixels, latent_scale_faults, safe_dtype, to_pictures, to_unit
@@ -78,7 +78,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
         if hasattr(self.transformer, "adapter_switch"):
             raise UserError(
                 f"adapter: {save_directory} is not written: the folder of a pipeline cannot hold an adapter; keep the "
-                "adapter's folder beside the base, or merge it (pixart_ft.adapters.lora.merge)"
+                "adapter's folder beside the base, or add it to the weights (fuse)"
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -93,17 +93,35 @@ class PixArtPipeline(PixArtSigmaPipeline):
     def load_lora(
         self,
         path: str | Path,
-        *,
         scale: float = 1.0,
+        name: str | None = None,
+        *,
+        strict: bool = True,
         weights: Weights = "ema",
         interval: Interval | None = None,
+    ) -> str:
+        """Load an adapter of this package; `pixart_ft.load_lora` says what each argument is."""
+        return load_lora(self, path, scale, name, strict=strict, weights=weights, interval=interval)
+
+    def load_lora_weights(self, pretrained_model_name_or_path: str | Path, adapter_name: str | None = None) -> None:
+        """`load_lora`, as diffusers' other pipelines call it."""
+        self.load_lora(pretrained_model_name_or_path, name=adapter_name)
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
     ) -> None:
-        """Attach an adapter of this package; arguments and errors as of `Adapter.read` and `lora.load_adapter`."""
-        if hasattr(self.transformer, "adapter_switch"):
-            raise UserError("adapter: this pipeline has one already; load the pipeline anew for another")
-        adapter = Adapter.read(path, weights=weights, interval=interval)
-        load_adapter(self.transformer, adapter, scale=scale)
-        warn_of_other_process(adapter.metadata, self.scheduler)
+        """Let these adapters act, at these scales, and the others not; as diffusers' other pipelines call it."""
+        set_adapters(self, adapter_names, 1.0 if adapter_weights is None else adapter_weights)
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """`fuse`, each adapter's scale times `lora_scale`; as diffusers' other pipelines call it."""
+        for name, one in loaded(self.transformer).items():
+            set_scale(self, one.scale * lora_scale, name)
+        fuse(self)
+
+    def unload_lora_weights(self) -> None:
+        """`unload`, as diffusers' other pipelines call it."""
+        unload(self)
 
     @torch.no_grad()
     def __call__(
@@ -191,7 +209,7 @@ class PixArtPipeline(PixArtSigmaPipeline):
         if image is not None:
             begin_late(scheduler, strength)
         last, guided = scheduler.config.num_train_timesteps - 1, guidance.interval if guidance.on else None
-        _refuse(interval_faults(guided, adapter_interval(self.transformer), calls_to_come(scheduler), last))
+        _refuse(interval_faults(guided, adapter_intervals(self.transformer), calls_to_come(scheduler), last))
 
         texts = self._texts(prompt, prompt_embeds, prompt_attention_mask, "prompt", max_sequence_length)
         nulls = texts

@@ -9,21 +9,21 @@ from pixart_ft.model.place import resolve_base
 from pixart_ft.runs.metadata import METADATA
 
 
-def check_generation(config: GenerateConfig) -> Adapter | None:
-    """Raise one UserError with every path of a generation that leads nowhere; returns its adapter."""
-    mistakes, adapter = Mistakes(), None
+def check_generation(config: GenerateConfig) -> list[Adapter]:
+    """Raise one UserError with every path of a generation that leads nowhere; returns its adapters."""
+    mistakes, adapters = Mistakes(), []
     if config.model is not None:
         with mistakes.noted():
-            place = resolve_base(config.model, config.weights)
-            if config.weights != "ema" and config.lora is None and not (Path(place) / METADATA).is_file():
+            base = resolve_base(config.model, config.weights)
+            if config.weights != "ema" and config.lora is None and not (Path(base) / METADATA).is_file():
                 mistakes.add(f"weights: {config.model} is no run, with averaged and last weights; remove it")
-    if config.lora is not None:
+    ends = config.lora_interval
+    for place in config.lora or ():
         with mistakes.noted():
-            ends = config.lora_interval
             interval = None if ends is None else (ends[0], ends[1])
-            adapter = Adapter.read(config.lora, weights=config.weights, interval=interval)
+            adapters.append(Adapter.read(place, weights=config.weights, interval=interval))
     for key, file in (("image", config.image), ("prompts_file", config.prompts_file)):
         if file is not None and not file.is_file():
             mistakes.add(f"{key}: there is no file {file}")
     mistakes.raise_if_any()
-    return adapter
+    return adapters

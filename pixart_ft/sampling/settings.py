@@ -13,7 +13,7 @@ from PIL import Image
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import Section
 from pixart_ft.config.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS
-from pixart_ft.diffusion.intervals import WHOLE, Interval, adapter_interval_faults, guidance_interval_faults
+from pixart_ft.diffusion.intervals import Interval, adapter_interval_faults, guidance_interval_faults
 from pixart_ft.diffusion.names import PredictionType, ScheduleChoice, TimeConditioning, VarianceState, unknown_word
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.errors import UserError
@@ -63,7 +63,7 @@ class Abilities:
 
     schedule, prediction_type, variance   what it was trained on, to predict, and the state of its learned variance
     size, unit                            the side of its pictures, and what sides must be multiples of, pixels
-    interval                              the timesteps that its adapter acts at
+    intervals                             the timesteps that each of its adapters acts at
     """
 
     schedule: NoiseSchedule
@@ -71,7 +71,7 @@ class Abilities:
     variance: VarianceState
     size: int
     unit: int
-    interval: Interval = WHOLE
+    intervals: tuple[Interval, ...] = ()
 
 
 def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler | StockScheduler:
@@ -138,7 +138,7 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
             options = {key: scheduler.config[key] for key in EVERY_SAMPLER[settings.sampler].options}
             guided = settings.guidance_interval if settings.guidance > 1 else None
             last = model.schedule.num_steps - 1
-            faults += interval_faults(guided, model.interval, calls_to_come(scheduler), last)
+            faults += interval_faults(guided, model.intervals, calls_to_come(scheduler), last)
         except ValueError as error:
             named = str(error).startswith(f"sampler {settings.sampler} ")
             faults.append(str(error) if named else f"sampler {settings.sampler}: {error}")
@@ -183,11 +183,11 @@ def image_faults(strength: float, tolerance: object) -> list[str]:
 
 
 def interval_faults(
-    guidance: Interval | None, adapter: Interval, calls: Sequence[float] | None, last: int
+    guidance: Interval | None, adapters: Sequence[Interval], calls: Sequence[float] | None, last: int
 ) -> list[str]:
-    """What keeps guidance, and an adapter, from acting where they should; arguments as in `intervals`."""
+    """What keeps guidance, and adapters, from acting where they should; arguments as in `intervals`."""
     remedy = "give another lora_interval, more steps or more strength"
-    return [*guidance_interval_faults(guidance, calls, last), *adapter_interval_faults(adapter, calls, remedy)]
+    return [*guidance_interval_faults(guidance, calls, last), *adapter_interval_faults(adapters, calls, remedy)]
 
 
 def calls_to_come(scheduler: Any) -> list[float] | None:

@@ -3,8 +3,8 @@
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from pixart_ft.adapters.acting import Attached, limit_adapter, load_adapter, loaded, scale_adapter
 from pixart_ft.adapters.files import Adapter, acting_interval
-from pixart_ft.adapters.lora import Attached, limit_adapter, load_adapter, scale_adapter
 from pixart_ft.config.train import Attention, Weights
 from pixart_ft.data.datasets import load_picture, picture_pixels
 from pixart_ft.diffusion.intervals import WHOLE, Interval, shown
@@ -31,6 +31,7 @@ from pixart_ft.model.text import pad_text
 from pixart_ft.model.text_encoder import TextEncoder
 from pixart_ft.model.vae import decode_to_pictures, encode_pixels
 from pixart_ft.model.weights import read_null_caption
+from pixart_ft.runs.metadata import AdapterMetadata
 from pixart_ft.sampling.loop import Guidance, invert_latents, sample_latents
 from pixart_ft.sampling.settings import (
     Abilities,
@@ -43,18 +44,57 @@ from pixart_ft.sampling.settings import (
 )
 from pixart_ft.schedulers import RespacedDDIMScheduler
 
+NULL_ROUNDING = 2**-5  # of a null caption from a text encoder in bfloat16, some layers deep
 
-def abilities_of(base: Base, adapter: Adapter | None = None) -> Abilities:
-    """What a base, with an adapter, can draw."""
-    schedule, prediction_type, variance, interval = base.schedule, base.prediction_type, base.variance, WHOLE
-    metadata = base.metadata if adapter is None else adapter.metadata
-    if metadata is not None:
-        trained_on = NoiseSchedule.from_diffusers_config(metadata.schedule)
-        schedule = conditioned(trained_on, schedule, metadata.time_conditioning)
-        prediction_type, variance = metadata.prediction_type, metadata.variance
-    if adapter is not None:
-        interval = adapter.interval
-    return Abilities(schedule, prediction_type, variance, base.native_size, base.size_unit, interval)
+
+def abilities_of(base: Base, adapters: Sequence[Adapter] = ()) -> Abilities:
+    """What a base, with adapters, can draw. Raises UserError for adapters that were trained on different processes."""
+    schedule, prediction_type, variance = base.schedule, base.prediction_type, base.variance
+    if metadata := adapters[0].metadata if adapters else base.metadata:
+        schedule, prediction_type, variance = _process_of(metadata, base), metadata.prediction_type, metadata.variance
+    for other in adapters[1:]:
+        about, process = other.metadata, _process_of(other.metadata, base)
+        same = {
+            "base": about.base_fingerprint == adapters[0].metadata.base_fingerprint,
+            "prediction type": about.prediction_type == prediction_type,
+            "schedule": torch.equal(process.alpha_bar, schedule.alpha_bar),
+            "conditioning on the timestep": torch.equal(process.timesteps, schedule.timesteps),
+        }
+        if apart := [what for what, is_same in same.items() if not is_same]:
+            raise UserError(f"lora: {adapters[0].name} and {other.name} were trained on another {', '.join(apart)}")
+        variance = variance if about.variance == "trained" else about.variance
+    intervals = tuple(adapter.interval for adapter in adapters)
+    return Abilities(schedule, prediction_type, variance, base.native_size, base.size_unit, intervals)
+
+
+def names_of(paths: Iterable[str]) -> str | None:
+    """The adapters of a model, for messages; None: it has none."""
+    return ", ".join(paths) or None
+
+
+def scales_of(adapters: Sequence[object], scales: Sequence[float]) -> list[float]:
+    """A scale for each adapter, of one for all or one for each. Raises UserError for any other number of them."""
+    if len(scales) not in (1, len(adapters)):
+        raise UserError(
+            f"lora_scale: {len(scales)} numbers for {len(adapters)} adapters; give one for each, or one for all"
+        )
+    return list(scales) * (len(adapters) if len(scales) == 1 else 1)
+
+
+def _process_of(metadata: AdapterMetadata, base: Base) -> NoiseSchedule:
+    """The schedule that a network of this base was trained with, and what it is told of it."""
+    schedule = NoiseSchedule.from_diffusers_config(metadata.schedule)
+    return conditioned(schedule, base.schedule, metadata.time_conditioning)
+
+
+def _check_nulls(adapters: Sequence[Adapter], nulls: Sequence[Tensor]) -> None:
+    """Raise UserError where adapters were trained with null captions that differ by more than rounding."""
+    for adapter, null in zip(adapters[1:], nulls[1:], strict=True):
+        if (null - nulls[0]).abs().max() > NULL_ROUNDING * nulls[0].abs().max():
+            raise UserError(
+                f"lora: {adapters[0].name} and {adapter.name} were trained with different null captions, so with other "
+                "text encoders"
+            )
 
 
 @dataclass(eq=False, repr=False)
@@ -67,7 +107,6 @@ class TextToImage:
     abilities: Abilities
     base: Base
     fingerprint: str  # of the base's transformer
-    adapter: Attached | None
     dtype: torch.dtype
     attention: Attention = "by_shape"
     compiled: bool = False
@@ -78,8 +117,8 @@ class TextToImage:
         cls,
         base: str | Path = "demo",
         *,
-        lora: str | Path | None = None,
-        lora_scale: float = 1.0,
+        lora: str | Path | Sequence[str | Path] | None = None,
+        lora_scale: float | Sequence[float] = 1.0,
         lora_interval: Interval | None = None,
         weights: Weights = "ema",
         revision: str | None = None,
@@ -89,13 +128,14 @@ class TextToImage:
         attention: Attention = "by_shape",
         compile: bool = False,
     ) -> Self:
-        """Load base and adapter.
+        """Load base and adapters.
 
         base: "demo", a diffusers folder, a Hub id, or a run that trained the whole network.
-        lora: an adapter folder or a run folder; lora_scale multiplies its effect, 1 as trained; weights
-            chooses between the averaged and the last weights of a run.
-        lora_interval: the network's timesteps that the adapter acts at, both ends included; (0, 1000) is all, None
-            where it was trained.
+        lora: an adapter folder or a run folder, or several, whose updates add up; lora_scale multiplies its effect, 1
+            as trained, one number for all or one for each; weights chooses between the averaged and the last weights
+            of a run.
+        lora_interval: the network's timesteps that the adapters act at, both ends included; (0, 1000) is all, None
+            where each was trained.
         dtype: float32, bfloat16, or float16, under which the transformer's weights stay float32.
         prompts: all that will be drawn, negative ones too: they are encoded first, and the text encoder, larger than
             the transformer, is freed before that is loaded.
@@ -105,12 +145,13 @@ class TextToImage:
         Raises UserError when a part is missing, or the adapter is for another base or lacks a key.
         """
         read = Base.read(base, revision, weights)
-        adapter = None if lora is None else Adapter.read(lora, weights=weights, interval=lora_interval)
+        names = [] if lora is None else [lora] if isinstance(lora, str | Path) else list(lora)
+        adapters = [Adapter.read(name, weights=weights, interval=lora_interval) for name in names]
         check_engine(attention, compile, torch.device(device), dtype)
         return cls.of(
             read,
-            adapter,
-            lora_scale,
+            adapters,
+            [lora_scale] if isinstance(lora_scale, int | float) else lora_scale,
             dtype=dtype,
             device=device,
             prompts=prompts,
@@ -122,8 +163,8 @@ class TextToImage:
     def of(
         cls,
         base: Base,
-        adapter: Adapter | None,
-        lora_scale: float,
+        adapters: Sequence[Adapter],
+        scales: Sequence[float],
         *,
         dtype: torch.dtype,
         device: torch.device | str,
@@ -131,20 +172,23 @@ class TextToImage:
         attention: Attention = "by_shape",
         compiled: bool = False,
     ) -> Self:
-        """As `load`, of a base and an adapter that are read, once `check_engine` has found no fault."""
-        abilities = abilities_of(base, adapter)
-        metadata = base.metadata if adapter is None else adapter.metadata
-        max_tokens = 300 if metadata is None else metadata.max_tokens
-        text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=max_tokens)
+        """As `load`, of a base and adapters that are read, once `check_engine` has found no fault."""
+        each = scales_of(adapters, scales)
+        abilities = abilities_of(base, adapters)
+        longest = [adapter.metadata.max_tokens for adapter in adapters]
+        if not longest:
+            longest = [300 if base.metadata is None else base.metadata.max_tokens]
+        text = TextEncoder.load(base, dtype=dtype, device=device, max_tokens=min(longest))
         if prompts is not None:
             text.encode_and_free(prompts)
         held = torch.float32 if dtype == torch.float16 else dtype
         transformer = loading.load_transformer(base, dtype=held)
-        attached = None
-        if base.metadata is not None:
-            text.known[""] = read_null_caption(Path(base.place))
-        if adapter is not None:
-            attached, text.known[""] = load_adapter(transformer, adapter, scale=lora_scale)
+        nulls = [load_adapter(transformer, adapter, scale=one)[1] for adapter, one in zip(adapters, each, strict=True)]
+        if base.metadata is not None and not nulls:
+            nulls = [read_null_caption(Path(base.place), transformer.config.caption_channels)]
+        if nulls:
+            _check_nulls(adapters, nulls)
+            text.known[""] = nulls[0]
         if attention != "auto":
             use_kernels(transformer, Kernels(attention, attention))
         if compiled:
@@ -156,46 +200,53 @@ class TextToImage:
             abilities=abilities,
             base=base,
             fingerprint=loading.fingerprint(transformer),
-            adapter=attached,
             dtype=dtype,
             attention=attention,
             compiled=compiled,
         )
 
     def __repr__(self) -> str:
-        lora = "" if self.adapter is None else f", lora={self.adapter.path!r} at {self.adapter.scale:g}"
-        if self.adapter is not None and self.adapter.interval != WHOLE:
-            lora += f" in {shown(self.adapter.interval)}"
+        lora = "".join(
+            f", lora={one.path!r} at {one.scale:g}" + (f" in {shown(one.interval)}" if one.interval != WHOLE else "")
+            for one in self.adapters
+        )
         place = f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
         can = f"{self.abilities.size} px, predicts {self.abilities.prediction_type}, variance {self.abilities.variance}"
         return f"TextToImage({self.base.name!r}{lora}, {can}, {place})"
+
+    @property
+    def adapters(self) -> tuple[Attached, ...]:
+        """The adapters that are loaded, in their order."""
+        return tuple(loaded(self.transformer).values())
 
     @property
     def device(self) -> torch.device:
         """Where the transformer is."""
         return next(self.transformer.parameters()).device
 
-    def set_lora_scale(self, scale: float) -> None:
-        """Multiply the adapter's effect by `scale` from now on: 1 as trained, 0 the base alone.
+    def set_lora_scale(self, scale: float | Sequence[float]) -> None:
+        """Multiply the adapters' effect by `scale` from now on, one for all or one for each: 1 as trained, 0 nothing.
 
         Raises UserError if the model has no adapter.
         """
-        if self.adapter is None:
+        names = list(loaded(self.transformer))
+        if not names:
             raise UserError("lora_scale: this model has no adapter; load it with lora=")
-        scale_adapter(self.transformer, scale)
-        self.adapter = replace(self.adapter, scale=scale)
+        for name, one in zip(
+            names, scales_of(names, [scale] if isinstance(scale, int | float) else scale), strict=True
+        ):
+            scale_adapter(self.transformer, one, name)
 
     def set_lora_interval(self, interval: Interval | None) -> None:
-        """Let the adapter act at these of the network's timesteps from now on; as lora_interval of `load`.
+        """Let the adapters act at these of the network's timesteps from now on; as lora_interval of `load`.
 
         Raises UserError if the model has no adapter, and for an interval that there is not.
         """
-        if self.adapter is None:
+        if not self.adapters:
             raise UserError("lora_interval: this model has no adapter; load it with lora=")
-        interval = acting_interval(self.adapter.metadata, interval)
-        limit_adapter(self.transformer, interval)
-        self.adapter = replace(self.adapter, interval=interval)
-        self.abilities = replace(self.abilities, interval=interval)
+        for name, one in loaded(self.transformer).items():
+            limit_adapter(self.transformer, acting_interval(one.metadata, interval), name)
+        self.abilities = replace(self.abilities, intervals=tuple(one.interval for one in self.adapters))
 
     def generate(
         self,
@@ -252,7 +303,7 @@ class TextToImage:
 
     def settled(self, settings: Settings) -> Settings:
         """The settings with this model's own size and the sampler's own options; see `settings.settled`."""
-        return settled(settings, self.abilities, None if self.adapter is None else self.adapter.path)
+        return settled(settings, self.abilities, names_of(one.path for one in self.adapters))
 
     def draw(
         self,
@@ -347,13 +398,13 @@ class TextToImage:
 
     def circumstances(self, settings: Settings) -> dict[str, object]:
         """The part of a recipe that all pictures of these settings share."""
-        adapter = None if self.adapter is None else asdict(self.adapter)
+        adapters = [one.recipe for one in self.adapters]
         values = {
             **recipe_of(settings),
             "model": self.base.name,
             "revision": self.base.revision,
             "fingerprint": self.fingerprint,
-            "adapter": adapter,
+            "adapter": adapters if len(adapters) > 1 else next(iter(adapters), None),
             **({} if self.base.metadata is None else {"weights": self.base.metadata.weights}),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,

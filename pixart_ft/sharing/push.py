@@ -24,6 +24,7 @@ from pixart_ft.files import read_object
 from pixart_ft.pictures.recipes import read_recipe
 from pixart_ft.runs.folder import TRAINED_ON, RunFolder, step_name
 from pixart_ft.runs.hub import SAMPLES, HubModel, check_base, check_can_push, may_pass, reached
+from pixart_ft.runs.manifest import MANIFEST, check_whole, manifest_with
 from pixart_ft.runs.metadata import METADATA, AdapterMetadata, read_metadata
 from pixart_ft.runs.results import What, find
 from pixart_ft.sharing.card import Facts, Sample, card
@@ -89,8 +90,9 @@ def dry_run(config: PushConfig) -> list[str]:
 
 
 def pack(config: PushConfig) -> Parcel:
-    """All that goes to the Hub. Raises UserError where there is no result."""
+    """All that goes to the Hub. Raises UserError where there is no result, or it is no more as it was written."""
     what, folder, metadata = _result(config.run, config.weights)
+    check_whole(folder, what)
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()
     }
@@ -101,10 +103,13 @@ def pack(config: PushConfig) -> Parcel:
             "folder of this machine; say where the Hub has them (--base owner/name), or train with adapter.whole"
         )
     if told != metadata:
-        files[METADATA] = _json(asdict(told))
+        changed = {METADATA: _json(asdict(told))}
         if what == "adapter":
             about = read_object(folder / _MARKS[what], what, "copy the adapter again")
-            files[_MARKS[what]] = _json({**about, "base_model_name_or_path": told.base})
+            changed[_MARKS[what]] = _json({**about, "base_model_name_or_path": told.base})
+        if MANIFEST in files:
+            changed[MANIFEST] = manifest_with(folder, changed)
+        files |= changed
     run = next((RunFolder(place) for place in folder.parents if RunFolder(place).is_run), None)
     settings: dict[str, Any] = {}
     samples: list[Sample] = []

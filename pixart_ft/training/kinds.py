@@ -12,10 +12,12 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
+from pixart_ft.adapters.acting import limit_adapter
+from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import Adapter, LoraSettings, PeftSettings
 from pixart_ft.adapters.full import free, save_model, take_weights, whole_weights
-from pixart_ft.adapters.lora import attach, check_base, fill_adapter, limit_adapter, save_adapter
 from pixart_ft.adapters.targets import check_rank, check_targets, named
+from pixart_ft.adapters.weights import check_base, fill_adapter, save_adapter
 from pixart_ft.config.train import Quantization, TrainConfig
 from pixart_ft.diffusion.intervals import WHOLE, Interval
 from pixart_ft.errors import UserError

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from pixart_ft.config.train import Diffusion, TrainConfig, Validation
-from pixart_ft.diffusion.intervals import WHOLE, adapter_interval_faults, covers, end_faults, or_whole, shown
+from pixart_ft.diffusion.intervals import adapter_interval_faults, covers, end_faults, or_whole, shown
 from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.diffusion.weighting import logit_normal_timesteps
@@ -52,7 +52,7 @@ def build_objective(config: TrainConfig, base: Base) -> tuple[Objective, dict[st
     faults += range_faults
     if config.validation.prompts:
         abilities = abilities_after(objective, base)
-        abilities = replace(abilities, interval=WHOLE) if range_faults else abilities  # one mistake is told once
+        abilities = replace(abilities, intervals=()) if range_faults else abilities  # one mistake is told once
         faults += _sampling_faults(config.validation, objective, abilities)
     if faults:
         raise UserError("\n  - ".join([f"diffusion: these settings do not work with {config.model.base}:", *faults]))
@@ -77,7 +77,7 @@ def abilities_after(objective: Objective, base: Base, size: int | None = None) -
         "none" if base.variance == "none" else variance,
         base.native_size if size is None else size,
         base.size_unit,
-        objective.interval,
+        (objective.interval,),
     )
 
 
@@ -117,7 +117,7 @@ def _sampling_faults(choice: Validation, objective: Objective, abilities: Abilit
     try:
         calls = calls_to_come(scheduler_for(Settings.of(choice), abilities))
         remedy = "give another diffusion.timestep_range, more validation.steps or no validation.prompts"
-        faults = adapter_interval_faults(abilities.interval, calls, remedy)
+        faults = adapter_interval_faults(abilities.intervals, calls, remedy)
     except ValueError as error:
         faults = [str(error)]
     return [f"validation.sampler {choice.sampler} with validation.steps {choice.steps}: {fault}" for fault in faults]

@@ -144,7 +144,7 @@ def _run(
         text_preparation=TEXT_PREPARATION,
         weights="raw",
         samples_seen=0,
-        interval=abilities.interval,
+        interval=objective.interval,
         **kind.described(base),
     )
     keeper = Keeper(
@@ -253,7 +253,6 @@ def _sampler(
         abilities=abilities,
         base=base,
         fingerprint=fingerprint,
-        adapter=None,
         dtype=torch.float32 if config.train.mixed_precision == "no" else compute_dtype(config),
     )
     settings, seeds = model.settled(Settings.of(choice)), choice.seeds

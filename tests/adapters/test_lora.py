@@ -1,6 +1,7 @@
 """LoRA adapters. Oracles: W + scale alpha/rank B A by hand, plain peft, the stock pipeline after merging."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pixart_ft.adapters.acting import load_adapter, merge
+from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import Adapter, LoraSettings
-from pixart_ft.adapters.lora import attach, fill_adapter, load_adapter, merge, save_adapter
 from pixart_ft.adapters.targets import check_rank
+from pixart_ft.adapters.weights import fill_adapter, save_adapter
 from pixart_ft.config.train import Weights
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
@@ -80,6 +83,13 @@ def saved(tiny: Path, tmp_path: Path) -> Path:
     transformer = trained(tiny)
     save_adapter(tmp_path / "adapter", transformer, metadata(transformer), NULL)
     return tmp_path / "adapter"
+
+
+@pytest.fixture
+def older(saved: Path) -> Path:
+    """From before there were manifests: what is in its files counts as it stands."""
+    (saved / "manifest.json").unlink()
+    return saved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -193,6 +203,7 @@ def test_saving_twice_writes_the_same_bytes_and_leaves_nothing_else(tiny: Path, 
     assert sorted(before) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "manifest.json",
         "null_caption.safetensors",
         "pixart_ft.json",
     ]
@@ -243,30 +254,36 @@ def test_a_bfloat16_base_takes_the_adapter_too(tiny: Path, saved: Path) -> None:
 
 def drop_key(weights: dict[str, Tensor]) -> str:
     del weights[next(key for key in weights if "blocks.1.attn2.to_v.lora_B" in key)]
-    return r"1 in the model but not in the file: .*blocks\.1\.attn2\.to_v\.lora_B"
+    missing = r"1 in the model but not in the file: .*blocks\.1\.attn2\.to_v\.lora_B"
+    return rf"do not fit \(31 of 31 do, 32 are needed\):\n  - {missing}"
 
 
 def rename_key(weights: dict[str, Tensor]) -> str:
     key = next(iter(weights))
     weights["unet." + key] = weights.pop(key)
-    return r"1 in the file but not in the model: unet\.base_model(.|\n)*1 in the model but not"
+    near = re.escape(key.replace("unet.", ""))
+    return (
+        rf"31 of 32 do(.|\n)*1 in the file but not in the model: unet\.base_model(.|\n)*nearest to unet\.\S+ is {near}"
+    )
 
 
 def reshape_key(weights: dict[str, Tensor]) -> str:
     key = next(key for key in weights if "lora_A" in key)
     weights[key] = weights[key][:2].clone()
-    return r"1 of another shape \(another adapter\.rank\?\): base_model"
+    return r"1 weights in .* are of another rank than adapter_config\.json says: base_model.* is of rank 2, not 4"
 
 
 @pytest.mark.parametrize("spoil", [drop_key, rename_key, reshape_key])
 def test_every_key_must_land_and_every_place_be_filled(
-    tiny: Path, saved: Path, spoil: Callable[[dict[str, Tensor]], str]
+    tiny: Path, older: Path, spoil: Callable[[dict[str, Tensor]], str]
 ) -> None:
-    weights = load_file(saved / "adapter_model.safetensors")
+    weights = load_file(older / "adapter_model.safetensors")
     message = spoil(weights)
-    save_file(weights, saved / "adapter_model.safetensors")
+    save_file(weights, older / "adapter_model.safetensors")
+    transformer = base(tiny)
     with pytest.raises(UserError, match=message):
-        load_adapter(base(tiny), Adapter.read(saved))
+        load_adapter(transformer, Adapter.read(older))
+    assert not lora(transformer) and torch.equal(output(transformer), output(base(tiny)))  # nothing is left of it
 
 
 def test_fill_starts_a_new_adapter_from_old_weights(tiny: Path, saved: Path) -> None:
@@ -281,11 +298,11 @@ def test_fill_starts_a_new_adapter_from_old_weights(tiny: Path, saved: Path) -> 
         fill_adapter(wider, Adapter.read(saved), fingerprint(base(tiny)))
 
 
-def test_adapters_are_found_by_folder_and_by_run(tiny: Path, saved: Path, tmp_path: Path) -> None:
+def test_adapters_are_found_by_folder_and_by_run(tiny: Path, older: Path, tmp_path: Path) -> None:
     def folder(path: Path | str, weights: Weights = "ema") -> Path:
         return Adapter.read(path, weights=weights).folder
 
-    assert folder(saved) == folder(str(saved), "raw") == saved
+    assert folder(older) == folder(str(older), "raw") == older
     run = tmp_path / "runs" / "style"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("")
@@ -296,45 +313,45 @@ def test_adapters_are_found_by_folder_and_by_run(tiny: Path, saved: Path, tmp_pa
     with pytest.raises(UserError, match=r"there is no .*; give an adapter folder or a run folder"):
         Adapter.read(tmp_path / "no" / "where")
     with pytest.raises(UserError, match="neither an adapter folder nor a run folder"):
-        Adapter.read(saved / "adapter_model.safetensors")
+        Adapter.read(older / "adapter_model.safetensors")
 
-    shutil.copytree(saved, run / final("adapter")["ema"])
+    shutil.copytree(older, run / final("adapter")["ema"])
     assert folder(run) == folder(run, "raw") == run / "final" / "adapter"  # a run without average
-    content = json.loads((saved / "pixart_ft.json").read_text())
+    content = json.loads((older / "pixart_ft.json").read_text())
     (run / "final" / "adapter" / "pixart_ft.json").write_text(json.dumps(content | {"weights": "ema"}))
     with pytest.raises(UserError, match="kept only its averaged weights"):
         Adapter.read(run, weights="raw")
-    shutil.copytree(saved, run / final("adapter")["raw"])
+    shutil.copytree(older, run / final("adapter")["raw"])
     assert folder(run, "raw") == run / "final" / "adapter_raw"
     assert folder(run) == run / "final" / "adapter"
 
-    (saved / "pixart_ft.json").unlink()
+    (older / "pixart_ft.json").unlink()
     with pytest.raises(UserError, match=r"has no pixart_ft\.json, so it was not made here"):
-        Adapter.read(saved)
+        Adapter.read(older)
 
 
-def test_damaged_adapters_name_the_file(tiny: Path, saved: Path) -> None:
-    (saved / "adapter_model.safetensors").write_bytes(b"short")
+def test_damaged_adapters_name_the_file(tiny: Path, older: Path) -> None:
+    (older / "adapter_model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match=r"cannot read .*adapter_model\.safetensors"):
-        load_adapter(base(tiny), Adapter.read(saved))
-    content = json.loads((saved / "pixart_ft.json").read_text())
-    (saved / "pixart_ft.json").write_text(json.dumps(content | {"future": 1}))
+        load_adapter(base(tiny), Adapter.read(older))
+    content = json.loads((older / "pixart_ft.json").read_text())
+    (older / "pixart_ft.json").write_text(json.dumps(content | {"future": 1}))
     with pytest.raises(UserError, match=r"another version of pixart_ft \(fields future\)"):
-        read_metadata(saved)
+        read_metadata(older)
     del content["time_conditioning"]  # as files had it before there was a choice
-    (saved / "pixart_ft.json").write_text(json.dumps(content))
-    assert read_metadata(saved).time_conditioning == "index"
+    (older / "pixart_ft.json").write_text(json.dumps(content))
+    assert read_metadata(older).time_conditioning == "index"
     del content["schedule"]
-    (saved / "pixart_ft.json").write_text(json.dumps(content))
+    (older / "pixart_ft.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"another version of pixart_ft \(fields schedule\)"):
-        read_metadata(saved)
-    (saved / "pixart_ft.json").write_text("{")
+        read_metadata(older)
+    (older / "pixart_ft.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*pixart_ft\.json"):
-        load_adapter(base(tiny), Adapter.read(saved))
+        load_adapter(base(tiny), Adapter.read(older))
 
 
-def test_captions_prepared_in_another_way_are_refused(tiny: Path, saved: Path) -> None:
-    content = json.loads((saved / "pixart_ft.json").read_text())
-    (saved / "pixart_ft.json").write_text(json.dumps(content | {"text_preparation": "as it came"}))
+def test_captions_prepared_in_another_way_are_refused(tiny: Path, older: Path) -> None:
+    content = json.loads((older / "pixart_ft.json").read_text())
+    (older / "pixart_ft.json").write_text(json.dumps(content | {"text_preparation": "as it came"}))
     with pytest.raises(UserError, match="prepared by as it came"):
-        load_adapter(load_transformer(Base.read(tiny), dtype=torch.float32), Adapter.read(saved))
+        load_adapter(load_transformer(Base.read(tiny), dtype=torch.float32), Adapter.read(older))

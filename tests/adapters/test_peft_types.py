@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from pixart_ft.adapters.acting import load_adapter, merge, scale_adapter
+from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import DEFAULT_TARGETS, Adapter, LoraSettings, PeftSettings
-from pixart_ft.adapters.lora import attach, load_adapter, merge, save_adapter, scale_adapter
+from pixart_ft.adapters.weights import save_adapter
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import fingerprint, load_transformer
@@ -69,9 +71,9 @@ def test_the_beginning_of_any_type_follows_from_the_seed(tiny: Path) -> None:
 
 
 def test_what_changes_the_base_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pixart_ft.adapters import lora
+    from pixart_ft.adapters import attach as attaching
 
-    monkeypatch.setattr(lora, "_ELSEWHERE", {})
+    monkeypatch.setattr(attaching, "_ELSEWHERE", {})
     transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
     with pytest.raises(UserError, match=r"peft_type LORA: with these options it changes the base itself \(transformer"):
         attach(transformer, PeftSettings("LORA", ("to_q",), {"r": 4, "init_lora_weights": "pissa"}), seed=0)

@@ -10,9 +10,11 @@ from diffusers import PixArtTransformer2DModel
 from peft import PeftModel
 from torch import Tensor, nn
 
+from pixart_ft.adapters.acting import load_adapter
+from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import Adapter, LoraSettings
-from pixart_ft.adapters.lora import attach, load_adapter, save_adapter
 from pixart_ft.adapters.targets import named
+from pixart_ft.adapters.weights import save_adapter
 from pixart_ft.config.train import TARGETS, load_config
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base

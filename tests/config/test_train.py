@@ -199,7 +199,7 @@ def test_training_accepts_what_only_looks_odd() -> None:
         ({"prompts": ["a"], "compare_samplers": "[ddim]"}, r'compare_samplers is \["ddim"\], unused while compare is'),
         ({"prompts": ["a"], "compare": "true", "compare_steps": "[]"}, r"compare_steps is \[\]; expected .*not empty"),
         ({"prompts": ["a"], "compare": "true", "compare_samplers": "[a]"}, r'compare_samplers\[0\] is "a"; expected'),
-        ({"prompts": ["a"], "lora_scale": "0.5"}, "lora_scale is 0.5, unused while lora is null"),
+        ({"prompts": ["a"], "lora_scale": "0.5"}, r"lora_scale is \[0.5\], unused while lora is null"),
         ({"prompts": ["a"], "weights": "raw"}, 'weights is "raw", unused while lora is null and model is null'),
         (
             {"prompts": ["a"], "negative_prompt": "b", "guidance": "1"},

@@ -1,13 +1,18 @@
 """Adapters that change what a base draws. Shared."""
 
-from dataclasses import replace
+import json
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
 
+from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import LoraSettings
-from pixart_ft.adapters.lora import attach, save_adapter
+from pixart_ft.adapters.weights import save_adapter
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import fingerprint, load_text_encoder, load_transformer
 from pixart_ft.model.text import TEXT_PREPARATION, null_caption
@@ -38,6 +43,24 @@ def make_adapter(
     null = null_scale * null_caption(text_encoder, tokenizer)
     save_adapter(folder, transformer, replace(metadata, **changes), null)
     return folder
+
+
+def spoilt(adapter: Path, folder: Path, file: str, change: dict[str, Any]) -> Path:
+    """A copy of an adapter, as one from before there were manifests, with other values in one of its JSON files."""
+    if folder != adapter:
+        shutil.copytree(adapter, folder)
+        (folder / "manifest.json").unlink()
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | change))
+    return folder
+
+
+def save_peft(folder: Path, model: PeftModel, fingerprint: str, settings: LoraSettings) -> None:
+    """Save what plain peft trained, with what we want to know of it."""
+    model.save_pretrained(str(folder))
+    about = metadata_of(fingerprint, settings)
+    (folder / "pixart_ft.json").write_text(json.dumps(asdict(about)))
+    save_file({"null_caption": torch.zeros(1, 32)}, folder / "null_caption.safetensors")
 
 
 def metadata_of(fingerprint: str, settings: LoraSettings, base: str = "demo") -> AdapterMetadata:

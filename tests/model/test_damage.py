@@ -17,8 +17,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save
 
+from pixart_ft.adapters.acting import load_adapter
 from pixart_ft.adapters.files import Adapter
-from pixart_ft.adapters.lora import load_adapter
 from pixart_ft.data.cache import TensorStore, component_id
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.errors import UserError
@@ -196,7 +196,10 @@ def test_a_tokenizer_without_words_is_refused(base: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(base, tmp_path_factory.mktemp("adapters") / "adapter")
+    """One from before there were manifests, so that all that is read judges what it reads."""
+    folder = make_adapter(base, tmp_path_factory.mktemp("adapters") / "adapter")
+    (folder / "manifest.json").unlink()
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -217,7 +220,12 @@ def test_an_adapter_whose_words_are_of_other_types(adapter: Path, name: str) -> 
 
     retyped(adapter / name, lambda: (read_metadata(adapter), read_settings(adapter)))
     whole = (adapter / "adapter_config.json").read_text()
-    for wrong in ({"r": 3_000_000}, {"target_modules": "to_q"}, {"lora_alpha": float("nan")}, {"lora_dropout": 1.5}):
+    for wrong in (
+        {"r": 3_000_000},
+        {"target_modules": ["to_q", 7]},
+        {"lora_alpha": float("nan")},
+        {"lora_dropout": 1.5},
+    ):
         (adapter / "adapter_config.json").write_text(json.dumps(json.loads(whole) | wrong))
         with pytest.raises(
             UserError, match=r"adapter: cannot read .*adapter_config\.json: .* is .*; copy the adapter again"

@@ -9,8 +9,9 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
+from pixart_ft.adapters.acting import limit_adapter
+from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import LoraSettings
-from pixart_ft.adapters.lora import attach, limit_adapter
 from pixart_ft.errors import UserError
 from pixart_ft.model.attention import use_kernels
 from pixart_ft.model.base import Base

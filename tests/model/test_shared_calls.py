@@ -15,8 +15,9 @@ from diffusers import PixArtTransformer2DModel
 from diffusers.models import embeddings
 from torch import Tensor, nn
 
+from pixart_ft.adapters.acting import merge
+from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import DEFAULT_TARGETS, LoraSettings
-from pixart_ft.adapters.lora import attach, merge
 from pixart_ft.model import shared_calls as module
 from pixart_ft.model.attention import KERNELS, Kernels, use_kernels
 from pixart_ft.model.base import Base

@@ -16,6 +16,7 @@ from pixart_ft import cli
 from pixart_ft.errors import UserError
 from pixart_ft.pictures.recipes import config_of, parameters, read_recipe
 from pixart_ft.pictures.sheets import save_png
+from pixart_ft.sampling.text_to_image import TextToImage
 from tests.helpers.adapters import make_adapter
 
 
@@ -54,6 +55,42 @@ def test_a_picture_is_drawn_again_from_its_recipe(tiny: Path, adapter: Path, tmp
     (picture,) = (tmp_path / "a").glob("000-*.png")
     assert draw("--from", picture, "--out", tmp_path / "b") == 0
     assert (tmp_path / "b" / picture.name).read_bytes() == picture.read_bytes()  # the recipe in it too
+
+
+def test_several_adapters_are_drawn_with_and_drawn_again(
+    tiny: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same as in Python, with the adapters in either order; the recipe has all of them."""
+    other = make_adapter(tiny, tmp_path / "other", seed=1)
+    first = ["--prompt", "a", "--steps", 2, "--device", "cpu", "--model", tiny]
+    several = ["--lora", adapter, "--lora", other, "--lora-scale", "0.7", "--lora-scale", "-0.3"]
+    assert draw(*first, *several, "--out", tmp_path / "a") == 0
+    picture = tmp_path / "a" / "000-a-seed0.png"
+    recipe = read_recipe(picture)["adapter"]
+    assert [(one["path"], one["scale"]) for one in recipe] == [(str(adapter), 0.7), (str(other), -0.3)]
+    with Image.open(picture) as image:
+        assert f'Lora: "{adapter}, {other}", Lora scale: "0.7, -0.3"' in image.info["parameters"]
+        drawn = image.convert("RGB").tobytes()
+    assert draw("--from", picture, "--out", tmp_path / "b") == 0
+    assert (tmp_path / "b" / picture.name).read_bytes() == picture.read_bytes()
+    model = TextToImage.load(tiny, lora=[adapter, other], lora_scale=[1.0, 1.0])
+    model.set_lora_scale([0.7, -0.3])
+    assert model.generate("a", steps=2, progress=False)[0].tobytes() == drawn
+    assert f"lora={str(adapter)!r} at 0.7, lora={str(other)!r} at -0.3, " in repr(model)
+
+    assert draw("--from", picture, "--lora", adapter, "--out", tmp_path / "c") == 0  # one in place of both, as trained
+    assert read_recipe(tmp_path / "c" / picture.name)["adapter"]["scale"] == 1
+    capsys.readouterr()
+    assert draw(*first, *several, "--lora-scale", "1", "--out", tmp_path / "d") == 2
+    assert "lora_scale is [0.7, -0.3, 1] for the adapters " in (said := capsys.readouterr().err)
+    assert "give one number for each, or one for all" in said
+    make_adapter(tiny, tmp_path / "v", prediction_type="v_prediction")
+    assert draw(*first, "--lora", adapter, "--lora", tmp_path / "v", "--out", tmp_path / "d") == 2
+    assert f"lora: {adapter} and {tmp_path / 'v'} were trained on another prediction" in capsys.readouterr().err
+    make_adapter(tiny, tmp_path / "null", null_scale=2.0)
+    with pytest.raises(UserError, match="were trained with different null captions"):
+        TextToImage.load(tiny, lora=[adapter, tmp_path / "null"])
+    assert not (tmp_path / "d").exists()
 
 
 def test_other_options_win_and_what_they_leave_without_use_is_set_aside(tiny: Path, tmp_path: Path) -> None:
@@ -109,8 +146,8 @@ def test_what_is_wrong_with_a_recipe_is_one_message(
     assert f"error: {file}: 2 problems" in (found := error(steps="many", sampler="dimm"))
     assert '  - steps is "many"; expected integer' in found and '  - sampler is "dimm"; expected ddpm' in found
     assert "prompts[0] is null; expected [text, ...]" in error(prompt=None)
-    assert "lora is 7; expected path" in error(adapter={"path": 7, "scale": 1.0})
-    assert "lora_scale is null; expected number" in error(adapter={"path": "x"})
+    assert "lora[0] is 7; expected [path, ...]" in error(adapter={"path": 7, "scale": 1.0})
+    assert "lora_scale is null; expected [number" in error(adapter={"path": "x"})
     assert f"{file} is a sheet of several pictures" in error(pictures=["b.png"])
     assert f"{file} was drawn while the run mine trained, at step 5; give --lora" in error(run="mine", step=5)
     assert "--config and --from exclude each other" in (found := error("--config", "x", "--stpes", "3"))

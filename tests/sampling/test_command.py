@@ -73,7 +73,7 @@ def test_pictures_grid_and_summary(tiny: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_same_command_twice_is_bit_identical(tiny: Path, adapter: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        run_generation(config(tiny, tmp_path / name, lora=adapter))
+        run_generation(config(tiny, tmp_path / name, lora=(adapter,)))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
@@ -99,7 +99,7 @@ def test_recipe_is_enough_to_draw_the_picture_again(
 ) -> None:
     if "image" in choices:
         choices = choices | {"image": pictures / choices["image"]}
-    asked = config(tiny, tmp_path / "out", lora=adapter, lora_scale=0.7, prompts=("a circle",), **choices)
+    asked = config(tiny, tmp_path / "out", lora=(adapter,), lora_scale=(0.7,), prompts=("a circle",), **choices)
     path = run_generation(asked)[1]
     assert ("aspect_ratio 2:1: 96 x 48 pixels\n" in capsys.readouterr().out) == ("aspect_ratio" in choices)
     recipe: dict[str, Any] = read_recipe(path)
@@ -177,7 +177,7 @@ def test_pictures_of_another_recipe_are_never_replaced(tiny: Path, adapter: Path
     paths[1].unlink()
     before = contents(tmp_path)
     with pytest.raises(UserError) as caught:
-        run_generation(config(tiny, tmp_path, steps=4, lora=adapter))
+        run_generation(config(tiny, tmp_path, steps=4, lora=(adapter,)))
     report = str(caught.value)
     assert f"{paths[0]} was made by another recipe: steps 3 (now 4), another adapter" in report
     assert str(paths[2]) in report and f"{paths[3]} holds no recipe" in report and "--out" in report
@@ -219,10 +219,10 @@ def test_a_grid_of_the_users_own_is_never_overwritten(weightless: Path, tmp_path
 
 def test_adapter_trained_anew_at_the_same_path_is_another_recipe(tiny: Path, tmp_path: Path) -> None:
     lora = make_adapter(tiny, tmp_path / "adapter")
-    run_generation(config(tiny, tmp_path / "out", lora=lora))
+    run_generation(config(tiny, tmp_path / "out", lora=(lora,)))
     make_adapter(tiny, lora, seed=1)
     with pytest.raises(UserError, match="another adapter"):
-        run_generation(config(tiny, tmp_path / "out", lora=lora))
+        run_generation(config(tiny, tmp_path / "out", lora=(lora,)))
 
 
 def test_prompts_of_a_file(tiny: Path, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_guidance_knows_the_timesteps_of_a_longer_process() -> None:
 def test_an_adapter_of_much_noise_says_how_little_strength_keeps_it_idle() -> None:
     """Nobody gave an interval here: the adapter was trained there."""
     settings = Settings(image=IMAGE, strength=0.3)
-    assert faults(settings, replace(ABLE, interval=(600.0, 1000.0))) == [
+    assert faults(settings, replace(ABLE, intervals=((600.0, 1000.0),))) == [
         "the adapter acts at [600, 1000] alone, which holds none of this run's 9 network calls, at timesteps 276 to 0; "
         "give another lora_interval, more steps or more strength"
     ]

@@ -15,8 +15,8 @@ from diffusers import DDIMScheduler, PixArtSigmaPipeline
 from torch import Tensor
 from tqdm import tqdm
 
+from pixart_ft.adapters.acting import load_adapter, merge
 from pixart_ft.adapters.files import Adapter
-from pixart_ft.adapters.lora import load_adapter, merge
 from pixart_ft.config.samplers import SAMPLERS
 from pixart_ft.errors import UserError
 from pixart_ft.model import loading
@@ -178,14 +178,13 @@ def test_raw_weights_lie_beside_the_averaged_ones(tiny: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="kept only its averaged weights; use --weights ema"):
         TextToImage.load(tiny, lora=run, weights="raw")
     make_adapter(tiny, run / "final" / "adapter_raw", seed=1)
-    averaged, last = (TextToImage.load(tiny, lora=run, weights=weights).adapter for weights in ("ema", "raw"))
-    assert averaged is not None and last is not None
-    assert (averaged.metadata.weights, last.metadata.weights) == ("ema", "raw")
-    assert averaged.sha256 != last.sha256
+    averaged, last = (TextToImage.load(tiny, lora=run, weights=weights).adapters for weights in ("ema", "raw"))
+    assert (averaged[0].metadata.weights, last[0].metadata.weights) == ("ema", "raw")
+    assert averaged[0].sha256 != last[0].sha256
     only = make_adapter(tiny, tmp_path / "only")  # a run without averaging
     assert (
-        TextToImage.load(tiny, lora=only, weights="ema").adapter
-        == TextToImage.load(tiny, lora=only, weights="raw").adapter
+        TextToImage.load(tiny, lora=only, weights="ema").adapters
+        == TextToImage.load(tiny, lora=only, weights="raw").adapters
     )
 
 
@@ -356,7 +355,7 @@ def test_what_is_printed_of_a_model_is_a_line(adapted: TextToImage, tiny: Path, 
     shown = repr(adapted)
     assert f"TextToImage({str(tiny)!r}, lora={str(adapter)!r} at 1, 64 px, predicts epsilon" in shown
     assert "\n" not in shown and shown.endswith("float32 on cpu)")
-    for part in (adapted.text, adapted.adapter, adapted.abilities, adapted.abilities.schedule):
+    for part in (adapted.text, adapted.adapters, adapted.abilities, adapted.abilities.schedule):
         assert len(repr(part)) < 300, type(part)
 
 

@@ -300,6 +300,9 @@ def test_the_base_may_be_a_folder(hub: Hub, tiny: Path, tmp_path: Path) -> None:
     assert drawn(tmp_path / "then", "--lora", NAME) == here
     with pytest.raises(UserError, match=r"base is 'x'; expected a Hub id"):
         pack(PushConfig(run=str(adapter), repo=NAME, base="x"))
+    (adapter / "null_caption.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"null_caption\.safetensors has 7 bytes instead of"):
+        pack(PushConfig(run=str(adapter), repo=NAME))
 
 
 # At the end of a run
@@ -396,7 +399,9 @@ def test_a_folder_of_the_same_spelling_wins(
 def test_in_python_too(hub: Hub, finished: Path) -> None:
     assert push(finished) == 0
     model = TextToImage.load(BASE, lora=NAME)
-    assert model.adapter is not None and model.adapter.path == NAME
+    assert [one.path for one in model.adapters] == [NAME]
+    both = TextToImage.load(BASE, lora=[finished, f"{NAME}@step-000002"], lora_scale=[0.5, 0.25])
+    assert [(one.scale, one.sha256) for one in both.adapters] == [(s, model.adapters[0].sha256) for s in (0.5, 0.25)]
     with pytest.raises(UserError, match=r"model\.base names the revision 'a'; give one"):
         TextToImage.load(f"{BASE}@a", revision="b")
 
@@ -435,4 +440,4 @@ def test_the_blocks_of_the_guide_run(hub: Hub, finished: Path, tmp_path: Path, m
     found: dict[str, Any] = {}
     for block in blocks:
         exec(block.replace("PixArt-alpha/PixArt-Sigma-XL-2-512-MS", BASE).replace("step-000500", "step-000002"), found)
-    assert "me/my_dog" in hub.models and found["model"].adapter.path == "me/my_dog@step-000002"
+    assert "me/my_dog" in hub.models and found["model"].adapters[0].path == "me/my_dog@step-000002"

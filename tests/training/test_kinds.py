@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL, PixArtSigmaPipeline
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pixart_ft.adapters.acting import load_adapter, merge
 from pixart_ft.adapters.files import Adapter
-from pixart_ft.adapters.lora import load_adapter, merge
 from pixart_ft.cli import main
 from pixart_ft.config.reading import to_yaml
 from pixart_ft.config.train import load_config
@@ -179,7 +179,7 @@ def test_a_trained_model_is_a_base_for_every_command(model: Path, options: Optio
     assert Base.read(model, weights="raw").place == str(model / "final" / "model_raw")
     assert Base.read(f"{model}@2").place == str(model / "models" / "step-000002")
     assert sorted(path.name for path in (model / "final" / "model").iterdir()) == [
-        *("model_index.json", "null_caption.safetensors", "pixart_ft.json", "scheduler", "transformer")
+        *("manifest.json", "model_index.json", "null_caption.safetensors", "pixart_ft.json", "scheduler", "transformer")
     ]
     last, average = (
         load_nested(model / "checkpoints" / "step-000004" / name) for name in ("trained.safetensors", "ema.safetensors")

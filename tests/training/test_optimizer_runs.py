@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pixart_ft.adapters.acting import load_adapter
 from pixart_ft.adapters.files import Adapter
-from pixart_ft.adapters.lora import load_adapter
 from pixart_ft.errors import UserError
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base

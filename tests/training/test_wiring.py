@@ -13,8 +13,9 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
+from pixart_ft.adapters.acting import load_adapter
+from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import Adapter, LoraSettings
-from pixart_ft.adapters.lora import attach, load_adapter
 from pixart_ft.config.train import load_config
 from pixart_ft.data.datasets import load_picture, read_folder
 from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
