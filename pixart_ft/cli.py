@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pixart_ft.config.export import ConvertConfig
+from pixart_ft.config.export import ConvertConfig, ExportConfig
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.key_types import expected, is_empty, is_pair
 from pixart_ft.config.push import PushConfig
@@ -90,6 +90,12 @@ def _convert(config: ConvertConfig, options: Mapping[str, str]) -> None:
     print("\n".join(convert(config)))
 
 
+def _export(config: ExportConfig, options: Mapping[str, str]) -> None:
+    from pixart_ft.adapters.export import export
+
+    print("\n".join(export(config)))
+
+
 def _push(config: PushConfig, options: Mapping[str, str]) -> None:
     from pixart_ft.sharing.push import dry_run, push
 
@@ -145,6 +151,15 @@ COMMANDS = {
         },
         _generate,
         DRY_RUN,
+    ),
+    "export": Command(
+        "write what a run trained as other programs read it",
+        "pixart-ft export RUN --to peft|diffusers|comfy|kohya|merged --out FOLDER [--key value ...]",
+        ExportConfig,
+        "",
+        {"config": "YAML file with the keys below"},
+        _export,
+        argument="run",
     ),
     "convert": Command(
         "turn a model in the authors' own layout into a diffusers folder, or back",

@@ -219,7 +219,9 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
 
 
 def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert problems(capsys, "trian") == ["unknown command 'trian'; choose train, doctor, generate, convert or push"]
+    assert problems(capsys, "trian") == [
+        "unknown command 'trian'; choose train, doctor, generate, export, convert or push"
+    ]
     assert "shipped name: cosine_512, dreambooth, full_1024" in problems(capsys, "train", "--config", "nope")[0]
     both = problems(capsys, "generate", "--prompt", "a", "--prompts", "[b]")
     assert both == ["configuration: --prompt and --prompts exclude each other; give one"]
@@ -325,6 +327,7 @@ TAKES_EMPTY = {"prompt", "prompts", "validation.prompts", "negative_prompt"}
 NEEDED = {
     "train": {"config": "quickstart"},
     "convert": {"file": "a", "out": "b"},
+    "export": {"run": "a", "to": "peft", "out": "b"},
     "push": {"run": "a", "repo": "b/c"},
 }
 

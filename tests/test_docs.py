@@ -82,6 +82,7 @@ def shell_lines(path: Path) -> list[list[str]]:
         "docs/samplers.md",
         "docs/hub.md",
         "docs/where_adapters_load.md",
+        "docs/other_programs.md",
         "configs/lora_512.yaml",
         "configs/dreambooth.yaml",
     ],

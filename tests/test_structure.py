@@ -26,7 +26,7 @@ HOUSE = {
     "sharing": "card push",
     "model": "place faults weights vae text attention repeated engine adapter_switch network shared_calls base "
     "loading saving original convert text_encoder quantized",
-    "adapters": "files targets attach weights acting pipelines full",
+    "adapters": "files targets attach weights acting dialects adopting pipelines full export",
     "data": "datasets cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",

@@ -29,11 +29,13 @@ class Attached:
     sha256: str  # of the weights, which may be trained anew at the same path
     metadata: AdapterMetadata = field(repr=False)
     inside: str = field(default=FIRST, repr=False)  # peft's name of it there
+    lora_alpha: float | None = None  # that was told of another program's
 
     @property
     def recipe(self) -> dict[str, Any]:
         """What of a picture follows from it."""
-        return {key: value for key, value in asdict(self).items() if key != "inside"}
+        told = set() if self.lora_alpha is None else {"lora_alpha"}
+        return {key: value for key, value in asdict(self).items() if key not in {"inside", "lora_alpha"} - told}
 
 
 def loaded(transformer: nn.Module) -> dict[str, Attached]:
@@ -48,8 +50,10 @@ def load_adapter(
     scale: float = 1.0,
     name: str | None = None,
     strict: bool = True,
-) -> tuple[Attached, Tensor]:
+) -> tuple[Attached, Tensor | None]:
     """Attach an adapter to its base, frozen, and return it as it is there and its null caption (1,D).
+
+    One of another program has none: the base's own stands for no caption.
 
     The update is multiplied by `scale`, and acts at the timesteps of the adapter's interval; the network is the bare
     base elsewhere. LoRAs may be loaded beside each other, each with a name (None: the last part of its path): their
@@ -66,7 +70,9 @@ def load_adapter(
                 "it to the weights first (fuse)"
             )
     saved, mark = read_weights(adapter)
-    null_caption = read_null_caption(adapter.folder, transformer.config.caption_channels)
+    null_caption = None
+    if adapter.taken is None:
+        null_caption = read_null_caption(adapter.folder, transformer.config.caption_channels)
     inside = attach(transformer, adapter.settings, seed=0)
     try:
         take(transformer, saved, adapter.folder, inside)
@@ -75,7 +81,8 @@ def load_adapter(
         raise
     for parameter in parameters_of(transformer, inside).values():
         parameter.requires_grad_(False)
-    found = Attached(adapter.name, 1.0, WHOLE, mark, adapter.metadata, inside)
+    told = None if adapter.taken is None else adapter.taken.lora_alpha
+    found = Attached(adapter.name, 1.0, WHOLE, mark, adapter.metadata, inside, told)
     transformer.loaded_adapters = {**others, name: found}
     scale_adapter(transformer, scale, name)
     limit_adapter(transformer, adapter.interval, name)

@@ -70,7 +70,7 @@ def detach(transformer: PixArtTransformer2DModel, name: str) -> None:
     for place, layer in list(tuner_layers(transformer)):
         if intervals and set(layer.lora_A) - {name}:
             layer.delete_adapter(name)
-            layer.lora_variant.pop(name, None)  # peft would give it to the next adapter of this name
+            layer.lora_variant.pop(name, None)  # peft 0.18 gives it to the next adapter of this name
         else:
             put_back(transformer, place, layer)
     getattr(transformer, "peft_config", {}).pop(name, None)

@@ -18,10 +18,11 @@ from pixart_ft.config.train import LARGEST_RANK, Init, Scale, Weights
 from pixart_ft.diffusion.intervals import WHOLE, Interval, covers, end_faults, or_whole, shown
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
-from pixart_ft.runs.manifest import check_whole
-from pixart_ft.runs.metadata import METADATA, STRICT, AdapterMetadata, Rank, Text, checked, read_metadata
-from pixart_ft.runs.results import find
+from pixart_ft.runs.manifest import MANIFEST, check_whole
+from pixart_ft.runs.metadata import METADATA, STRICT, AdapterMetadata, Rank, Text, checked, read_metadata, some
+from pixart_ft.runs.results import brought_here, find
 
+UNKNOWN_BASE = "0" * 16  # the fingerprint of the base of another program's adapter, which none has
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -61,6 +62,57 @@ class PeftSettings:
 
 
 @dataclass(frozen=True)
+class ForeignPlace:
+    """Where an adapter of another program lies: `adopting` takes it in, for a base.
+
+    name      as it was given
+    file      of its weights
+    config    the adapter_config.json beside it, if there is one
+    interval  where it is to act; None: everywhere
+    """
+
+    name: str
+    file: Path
+    config: Path | None
+    interval: Interval | None = None
+
+    @classmethod
+    def at(cls, path: str | Path, interval: Interval | None = None) -> Self | None:
+        """A file of weights, or a folder, or a Hub id, with one and nothing of ours; None for anything else.
+
+        Raises UserError where there are several, and for a Hub id that cannot be had.
+        """
+        if not str(path).strip():
+            return None
+        place = brought_here(Path(path).expanduser(), "adapter")
+        if place.is_dir() and not any((place / own).exists() for own in _OURS):
+            files = next((found for suffix in _SUFFIXES if (found := sorted(place.glob(f"*{suffix}")))), [])
+            if len(files) > 1:
+                raise UserError(
+                    f"adapter: {path} holds {len(files)} files of weights ({some(file.name for file in files)}) and "
+                    f"nothing of this package; give one of them"
+                )
+            place = files[0] if files else place
+        if not (place.is_file() and place.suffix in _SUFFIXES):
+            return None
+        config = place.with_name(CONFIG)
+        return cls(str(path), place, config if config.is_file() else None, interval)
+
+
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_OURS = (METADATA, MANIFEST, "model_index.json", "final", "checkpoints")
+
+
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """What another program's file holds, by peft's names, and the alpha that was told of it since it says none."""
+
+    file: Path
+    weights: Mapping[str, Any]
+    lora_alpha: float | None
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A saved adapter as it describes itself; `adapters` loads its weights.
 
@@ -69,6 +121,7 @@ class Adapter:
     metadata   what it was trained on and how
     settings   of its LoRA, or of what else of peft's it is
     interval   the network's timesteps that it is to act at, both ends included
+    taken      of another program's: its weights; its metadata are then what is assumed
     """
 
     name: str
@@ -76,11 +129,12 @@ class Adapter:
     metadata: AdapterMetadata
     settings: LoraSettings | PeftSettings
     interval: Interval = WHOLE
+    taken: Taken | None = None
 
     @property
     def files(self) -> list[Path]:
         """Its weights."""
-        return [self.folder / WEIGHTS]
+        return [self.folder / WEIGHTS if self.taken is None else self.taken.file]
 
     @classmethod
     def read(cls, path: str | Path, *, weights: Weights = "ema", interval: Interval | None = None) -> Self:
@@ -99,6 +153,11 @@ class Adapter:
         settings = read_settings(folder)
         _check_agreement(folder, metadata, settings)
         return cls(str(path), folder, metadata, settings, acting_interval(metadata, interval))
+
+
+def find_adapter(path: str | Path, weights: Weights, interval: Interval | None) -> Adapter | ForeignPlace:
+    """The adapter behind a path, or where one of another program lies; arguments and errors as of `Adapter.read`."""
+    return ForeignPlace.at(path, interval) or Adapter.read(path, weights=weights, interval=interval)
 
 
 def acting_interval(metadata: AdapterMetadata, asked: Interval | None) -> Interval:

@@ -9,10 +9,11 @@ from diffusers import DiffusionPipeline, PixArtTransformer2DModel
 
 from pixart_ft.adapters.acting import load_adapter, loaded, merge, scale_adapter
 from pixart_ft.adapters.acting import unload as unload_adapter
-from pixart_ft.adapters.files import Adapter
+from pixart_ft.adapters.adopting import assumed, taken_in
+from pixart_ft.adapters.files import find_adapter
 from pixart_ft.config.train import Weights
 from pixart_ft.diffusion.intervals import Interval
-from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import UserError, insist
 from pixart_ft.runs.metadata import AdapterMetadata
 from pixart_ft.schedulers.stored import process_of
@@ -27,10 +28,13 @@ def load_lora(
     strict: bool = True,
     weights: Weights = "ema",
     interval: Interval | None = None,
+    alpha: float | None = None,
+    text_preparation: str | None = None,
 ) -> str:
     """Load an adapter into a PixArt-Sigma pipeline; several LoRAs add up. Returns the name that it has there.
 
-    path       an adapter folder, a run folder, RUN@STEP, or a Hub id, owner/name or owner/name@revision
+    path       an adapter folder, a run folder, RUN@STEP, or a Hub id, owner/name or owner/name@revision; or a file, or
+               folder, of another program
     scale      multiplies its effect, 1 as trained
     name       to scale or unload it by; None: the last part of the path
     strict     refuse another base, way of preparing captions, prediction type or schedule than those it was trained
@@ -38,11 +42,13 @@ def load_lora(
                refused
     weights    a run's averaged or last ones
     interval   the network's timesteps that it acts at, both ends included; None: where it was trained
+    alpha      of another program's adapter whose file says none; text_preparation: how its captions were prepared
 
-    Raises UserError, and the pipeline is then as it was.
+    Raises UserError, and the pipeline is then as it was. Warns of what another program's adapter does not say.
     """
     transformer = _transformer(pipeline)
-    adapter = Adapter.read(path, weights=weights, interval=interval)
+    found = find_adapter(path, weights, interval)
+    (adapter,) = taken_in([found], lambda: _trained_as(pipeline), alpha, text_preparation)
     insist(process_faults(adapter.metadata, pipeline.scheduler), strict=strict)
     load_adapter(transformer, adapter, scale=scale, name=name, strict=strict)
     return list(loaded(transformer))[-1]
@@ -80,6 +86,18 @@ def set_adapters(
     chosen = {one: scale for name, scale in zip(names, each, strict=True) for one in _named(pipeline, name)}
     for one in _named(pipeline, None):
         scale_adapter(_transformer(pipeline), chosen.get(one, 0.0), one)
+
+
+def _trained_as(pipeline: DiffusionPipeline) -> AdapterMetadata:
+    """What is taken to be true of another program's adapter: that it was trained as this pipeline's network was."""
+    scheduler, settings = pipeline.scheduler, _transformer(pipeline).config
+    try:
+        process = process_of({**scheduler.config, "_class_name": type(scheduler).__name__})
+    except ValueError as error:
+        raise UserError(f"adapter: the scheduler of this pipeline is for another process: {error}") from error
+    words = {key: process[key] for key in DIFFUSERS_KEYS if key in process}
+    has_variance = settings.out_channels == 2 * settings.in_channels
+    return assumed("the pipeline's", process["prediction_type"], words, has_variance=has_variance)
 
 
 def process_faults(metadata: AdapterMetadata, scheduler: Any) -> list[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pixart_ft.adapters.attach import parameters_of
 from pixart_ft.adapters.files import CONFIG, WEIGHTS, Adapter, LoraSettings
 from pixart_ft.errors import UserError, insist
-from pixart_ft.files import write_folder
+from pixart_ft.files import sha256, write_folder
 from pixart_ft.model.adapter_switch import BEGINNING, FIRST
 from pixart_ft.model.text import TEXT_PREPARATION
 from pixart_ft.model.weights import all_finite, read_tensors
@@ -82,6 +82,8 @@ def check_base(trained: Adapter | Model, fingerprint_of_base: str, given: str | 
 
     given: the base's name, if any.
     """
+    if isinstance(trained, Adapter) and trained.taken is not None:  # nobody knows what it was trained on
+        return
     folder, metadata, faults = trained.folder, trained.metadata, []
     if metadata.text_preparation != TEXT_PREPARATION:
         faults.append(
@@ -102,7 +104,8 @@ def read_weights(adapter: Adapter) -> tuple[dict[str, Tensor], str]:
     Raises UserError where they are damaged, not finite, or of another rank than its configuration says, which would
     else decide how much memory is taken for them.
     """
-    saved, mark = read_tensors(adapter.folder / WEIGHTS)
+    (file,) = adapter.files
+    saved, mark = read_tensors(file) if adapter.taken is None else (dict(adapter.taken.weights), sha256(file))
     if not all_finite(saved.values()):
         raise UserError(
             f"adapter: the weights in {adapter.folder} are not finite, its training diverged; train it again"

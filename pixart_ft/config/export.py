@@ -1,9 +1,13 @@
-"""The configuration of `pixart-ft convert`. No torch here: help is instant."""
+"""The configurations of `pixart-ft export` and `pixart-ft convert`. No torch here: help is instant."""
+
+from typing import Literal
 
 from pydantic import Field
 
 from pixart_ft.config.reading import Config
-from pixart_ft.config.train import Folder, Source, Weights
+from pixart_ft.config.train import LARGEST_RANK, Folder, Source, Weights
+
+Dialect = Literal["peft", "diffusers", "comfy", "kohya", "merged"]
 
 
 class ConvertConfig(Config):
@@ -21,4 +25,35 @@ class ConvertConfig(Config):
     heads: int = Field(16, ge=1, le=128, description="attention heads, which no file says; every PixArt has 16")
     parts: Source | None = Field(
         None, description="model whose VAE, text encoder, tokenizer and schedule are put beside it; null = none"
+    )
+
+
+class ExportConfig(Config):
+    """What a run trained, to be written as other programs read it."""
+
+    unused = (
+        ("rank", "to", lambda to: to != "merged"),
+        ("single_file", "to", lambda to: to == "merged"),
+    )
+
+    run: Folder = Field(description="run folder, RUN@STEP, a Hub id, or the folder of an adapter or a model")
+    to: Dialect = Field(
+        description="who is to read it: peft; diffusers' load_lora_adapter; comfy = ComfyUI; kohya = OneTrainer and "
+        "kohya's scripts; merged = anybody, as a whole pipeline with the adapter in its weights"
+    )
+    out: Folder = Field(description="folder to be made")
+    weights: Weights = Field("ema", description="averaged or last weights of the run")
+    base: Source | None = Field(None, description="the base it was trained on; null = where it was then")
+    rank: int | None = Field(
+        None,
+        ge=1,
+        le=LARGEST_RANK,
+        description="of the LoRA that comes nearest, where the reader knows nothing but LoRAs and this is none; null = "
+        "64",
+    )
+    everywhere: bool = Field(
+        False, description="let what was trained at some timesteps act at all, since no other program limits it"
+    )
+    single_file: bool = Field(
+        False, description="merged: the transformer once more, in one .safetensors of the authors' layout, for ComfyUI"
     )

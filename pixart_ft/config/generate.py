@@ -25,6 +25,7 @@ from pixart_ft.config.train import (
     Guidance,
     Precision,
     SamplerSteps,
+    Scale,
     Seed,
     Source,
     Timestep,
@@ -56,10 +57,14 @@ class GenerateConfig(Config):
     lora: tuple[Folder, ...] | None = Field(
         None,
         min_length=1,
-        description="adapter or run folder, RUN@STEP, or a Hub id; again for more, which add up; null = the base alone",
+        description="adapter or run folder, RUN@STEP, a Hub id, or another program's file; again for more, which add "
+        "up; null = the base alone",
     )
     lora_scale: tuple[Annotated[float, Field(ge=-100, le=100)], ...] = Field(
         (1.0,), min_length=1, description="strength of the adapters, one for all or one for each; 1 = as trained"
+    )
+    lora_alpha: Scale | None = Field(
+        None, description="alpha of another program's adapter whose file says none; null = as such programs take it"
     )
     lora_interval: tuple[Timestep, ...] | None = Field(
         None,
@@ -161,6 +166,7 @@ class GenerateConfig(Config):
     unused = (
         ("revision", "model", lambda model: model != "demo"),
         ("lora_scale", "lora", lambda lora: lora is not None),
+        ("lora_alpha", "lora", lambda lora: lora is not None),
         ("lora_interval", "lora", lambda lora: lora is not None),
         ("negative_prompt", "guidance", lambda guidance: guidance > 1),
         ("guidance_interval", "guidance", lambda guidance: guidance > 1),

@@ -161,7 +161,7 @@ def read_original(file: Path, asked: Weights = "ema") -> tuple[dict[str, Tensor]
     Where the file has averaged and last weights, those `asked` for; else what it has. Raises UserError for a file that
     holds no weights, or more than tensors.
     """
-    content = _tensors(file)
+    content = tensors_in(file)
     sets = {
         which: content[name]
         for which, names in _SETS.items()
@@ -184,8 +184,11 @@ def read_original(file: Path, asked: Weights = "ema") -> tuple[dict[str, Tensor]
     return weights, kept
 
 
-def _tensors(file: Path) -> dict[Any, Any]:
-    """What is in a file, read as tensors, numbers and texts in dictionaries and lists alone."""
+def tensors_in(file: Path, key: str = "file") -> dict[Any, Any]:
+    """What is in a file, read as tensors, numbers and texts in dictionaries and lists alone.
+
+    key: what messages begin with.
+    """
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(str(file)))
@@ -198,16 +201,16 @@ def _tensors(file: Path) -> dict[Any, Any]:
                 found = torch.load(file, map_location="cpu", weights_only=True)  # of a torch before 1.6
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"file: {file} is no file of weights, or holds more than tensors; reading that could run any program, so "
+            f"{key}: {file} is no file of weights, or holds more than tensors; reading that could run any program, so "
             f"nothing of it was run. Save its state_dict alone. Reason: {str(error).strip().splitlines()[0]}"
         ) from error
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = (reason_of(error) if isinstance(error, OSError) else None) or (str(error).strip() or "?").splitlines()[
             0
         ]
-        raise UserError(f"file: cannot read {file}: {reason}; copy or download it again") from error
+        raise UserError(f"{key}: cannot read {file}: {reason}; copy or download it again") from error
     if not isinstance(found, dict):
-        raise UserError(f"file: {file} holds a {type(found).__name__}, where weights by their names are expected")
+        raise UserError(f"{key}: {file} holds a {type(found).__name__}, where weights by their names are expected")
     return found
 
 

@@ -112,6 +112,7 @@ def config_of(path: Path, given: Collection[str] = ()) -> dict[str, Any]:
         if "lora" not in given:  # which weights of it, and where it acted, is nothing to another
             intervals = [adapter.get("interval") for adapter in adapters]
             weights = [_inside(adapter, ("metadata", "weights")) for adapter in adapters]
+            values["lora_alpha"] = next((one["lora_alpha"] for one in adapters if "lora_alpha" in one), None)
             values["lora_interval"] = intervals[0] if intervals == intervals[:1] * len(intervals) else None
             values["weights"] = weights[0] if weights == weights[:1] * len(weights) else "ema"
         elif len(adapters) > 1:

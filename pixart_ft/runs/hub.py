@@ -51,7 +51,7 @@ class HubModel:
         """
         from huggingface_hub import snapshot_download
 
-        kinds, left_out = (["*.json", "*.safetensors"], ["*/*"]) if top else (None, [f"{SAMPLES}/*"])
+        kinds, left_out = (["*.json", "*.safetensors", "*.bin"], ["*/*"]) if top else (None, [f"{SAMPLES}/*"])
         with reached(f"{key}: {self} is no folder here, and cannot be had from the Hub"):
             return Path(
                 snapshot_download(self.id, revision=self.revision, allow_patterns=kinds, ignore_patterns=left_out)

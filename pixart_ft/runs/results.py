@@ -66,12 +66,29 @@ def find(path: str | Path, what: What, weights: Weights, metadata_of: MetadataOf
     if (at := at_step(path)) is not None:
         return _at_step(*at, what, weights, metadata_of)
     _refuse_inside_of_run(path, what)
-    if (model := HubModel.named(path)) is not None and not Path(model.id).parent.is_dir():
-        return find(model.fetch(_KEYS[what], top=what == "adapter"), what, weights, metadata_of)
+    if (here := brought_here(path, what)) != path:
+        return find(here, what, weights, metadata_of)
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, n=1)
     hint = f"did you mean {path.with_name(near[0])}?" if near else f"give {_a(what)} folder or a run folder"
     raise UserError(f"{_KEYS[what]}: there is no {path}; {hint}")
+
+
+def brought_here(path: Path, what: What) -> Path:
+    """Of a Hub id its folder here, into which its files are brought first; any other path as it is."""
+    model = None if path.exists() or at_step(path) else HubModel.named(path)
+    if model is None or Path(model.id).parent.is_dir():
+        return path
+    return model.fetch(_KEYS[what], top=what == "adapter")
+
+
+def what_of(path: Path) -> What:
+    """Whether a folder, a run, RUN@STEP or a Hub id is, or left, a whole model; what is none counts as an adapter."""
+    path = brought_here(path, "adapter")
+    run, _ = at_step(path) or (path, 0)
+    if (run / METADATA).is_file():
+        return "model" if read_metadata(run).kind == "full" else "adapter"
+    return "model" if (run / final("model")["ema"]).is_dir() or RunFolder(run).kept_steps("model") else "adapter"
 
 
 def at_step(path: Path) -> tuple[Path, int] | None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pixart_ft.adapters.files import Adapter
+from pixart_ft.adapters.adopting import like_base, taken_in
+from pixart_ft.adapters.files import Adapter, ForeignPlace
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.text import read_text
 from pixart_ft.config.train import HUB_BASE, MOST_PICTURES
@@ -40,10 +41,10 @@ def run_generation(config: GenerateConfig, again: Path | None = None) -> list[Pa
     return generate(config, check_generation(config), again)
 
 
-def generate(config: GenerateConfig, adapters: Sequence[Adapter], again: Path | None = None) -> list[Path]:
+def generate(config: GenerateConfig, found: Sequence[Adapter | ForeignPlace], again: Path | None = None) -> list[Path]:
     """As `run_generation`, once `check_generation` has found the adapters."""
     started = time.perf_counter()
-    prompts, base, settings, cells = _look(config, adapters)
+    prompts, base, adapters, settings, cells = _look(config, found)
     if config.aspect_ratio is not None:
         print(f"aspect_ratio {config.aspect_ratio}: {settings.width} x {settings.height} pixels")
     model = _load_model(config, base, adapters, prompts)
@@ -74,9 +75,9 @@ def generate(config: GenerateConfig, adapters: Sequence[Adapter], again: Path | 
     return list(jobs)
 
 
-def dry_run(config: GenerateConfig, adapters: Sequence[Adapter]) -> list[str]:
+def dry_run(config: GenerateConfig, found: Sequence[Adapter | ForeignPlace]) -> list[str]:
     """What `generate` would draw; raises UserError as it does before it loads a weight. Writes nothing."""
-    prompts, base, settings, cells = _look(config, adapters)
+    prompts, base, adapters, settings, cells = _look(config, found)
     device = _device(config.device)
     dtype = str(_dtype(config.dtype, device)).removeprefix("torch.")
     if config.compare:
@@ -91,10 +92,16 @@ def dry_run(config: GenerateConfig, adapters: Sequence[Adapter]) -> list[str]:
     ]
 
 
-def _look(config: GenerateConfig, adapters: Sequence[Adapter]) -> tuple[list[str], Base, Settings, Cells]:
-    """Prompts, base, how to sample, the cells of a comparison: all that can be refused before weights are loaded."""
+def _look(
+    config: GenerateConfig, found: Sequence[Adapter | ForeignPlace]
+) -> tuple[list[str], Base, list[Adapter], Settings, Cells]:
+    """Prompts, base, adapters, how to sample, the cells of a comparison: what can be refused before weights are loaded.
+
+    Of another program's adapter the weights alone say what it is.
+    """
     prompts = _prompts(config)
-    base = _base(config, adapters)
+    base = _base(config, [one for one in found if isinstance(one, Adapter)])
+    adapters = taken_in(found, lambda: like_base(base), config.lora_alpha)
     abilities = abilities_of(base, adapters)
     name = names_of(adapter.name for adapter in adapters)
     settings = settled(_settings(config, abilities), abilities, name)
@@ -106,7 +113,7 @@ def _look(config: GenerateConfig, adapters: Sequence[Adapter]) -> tuple[list[str
         check_own(comparison_sheets(config, prompts), "sampler")
     else:
         check_own([config.out / "grid.png"], "pictures")
-    return prompts, base, settings, cells
+    return prompts, base, adapters, settings, cells
 
 
 def _load_model(config: GenerateConfig, base: Base, adapters: Sequence[Adapter], prompts: Sequence[str]) -> TextToImage:

@@ -2,16 +2,17 @@
 
 from pathlib import Path
 
-from pixart_ft.adapters.files import Adapter
+from pixart_ft.adapters.files import Adapter, ForeignPlace, find_adapter
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.errors import Mistakes
 from pixart_ft.model.place import resolve_base
 from pixart_ft.runs.metadata import METADATA
 
 
-def check_generation(config: GenerateConfig) -> list[Adapter]:
+def check_generation(config: GenerateConfig) -> list[Adapter | ForeignPlace]:
     """Raise one UserError with every path of a generation that leads nowhere; returns its adapters."""
-    mistakes, adapters = Mistakes(), []
+    mistakes = Mistakes()
+    adapters: list[Adapter | ForeignPlace] = []
     if config.model is not None:
         with mistakes.noted():
             base = resolve_base(config.model, config.weights)
@@ -21,7 +22,9 @@ def check_generation(config: GenerateConfig) -> list[Adapter]:
     for place in config.lora or ():
         with mistakes.noted():
             interval = None if ends is None else (ends[0], ends[1])
-            adapters.append(Adapter.read(place, weights=config.weights, interval=interval))
+            adapters.append(found := find_adapter(place, config.weights, interval))
+            if isinstance(found, ForeignPlace) and config.model is None:
+                mistakes.add(f"model: {place} is another program's adapter, and does not say its base; give --model")
     for key, file in (("image", config.image), ("prompts_file", config.prompts_file)):
         if file is not None and not file.is_file():
             mistakes.add(f"{key}: there is no file {file}")

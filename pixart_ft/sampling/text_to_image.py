@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft.adapters.acting import Attached, limit_adapter, load_adapter, loaded, scale_adapter
-from pixart_ft.adapters.files import Adapter, acting_interval
+from pixart_ft.adapters.adopting import like_base, taken_in
+from pixart_ft.adapters.files import UNKNOWN_BASE, Adapter, acting_interval, find_adapter
 from pixart_ft.config.train import Attention, Weights
 from pixart_ft.data.datasets import load_picture, picture_pixels
 from pixart_ft.diffusion.intervals import WHOLE, Interval, shown
@@ -55,7 +56,7 @@ def abilities_of(base: Base, adapters: Sequence[Adapter] = ()) -> Abilities:
     for other in adapters[1:]:
         about, process = other.metadata, _process_of(other.metadata, base)
         same = {
-            "base": about.base_fingerprint == adapters[0].metadata.base_fingerprint,
+            "base": _of_one_base(adapters[0], other),
             "prediction type": about.prediction_type == prediction_type,
             "schedule": torch.equal(process.alpha_bar, schedule.alpha_bar),
             "conditioning on the timestep": torch.equal(process.timesteps, schedule.timesteps),
@@ -65,6 +66,12 @@ def abilities_of(base: Base, adapters: Sequence[Adapter] = ()) -> Abilities:
         variance = variance if about.variance == "trained" else about.variance
     intervals = tuple(adapter.interval for adapter in adapters)
     return Abilities(schedule, prediction_type, variance, base.native_size, base.size_unit, intervals)
+
+
+def _of_one_base(one: Adapter, other: Adapter) -> bool:
+    """Whether two adapters were trained on the same base, as far as is known: another program's says nothing."""
+    bases = {adapter.metadata.base_fingerprint for adapter in (one, other)}
+    return len(bases - {UNKNOWN_BASE}) < 2
 
 
 def names_of(paths: Iterable[str]) -> str | None:
@@ -87,13 +94,13 @@ def _process_of(metadata: AdapterMetadata, base: Base) -> NoiseSchedule:
     return conditioned(schedule, base.schedule, metadata.time_conditioning)
 
 
-def _check_nulls(adapters: Sequence[Adapter], nulls: Sequence[Tensor]) -> None:
-    """Raise UserError where adapters were trained with null captions that differ by more than rounding."""
-    for adapter, null in zip(adapters[1:], nulls[1:], strict=True):
-        if (null - nulls[0]).abs().max() > NULL_ROUNDING * nulls[0].abs().max():
+def _check_nulls(nulls: Mapping[str, Tensor]) -> None:
+    """Raise UserError where adapters, by name, were trained with null captions that differ by more than rounding."""
+    (first, usual), *others = nulls.items()
+    for name, null in others:
+        if (null - usual).abs().max() > NULL_ROUNDING * usual.abs().max():
             raise UserError(
-                f"lora: {adapters[0].name} and {adapter.name} were trained with different null captions, so with other "
-                "text encoders"
+                f"lora: {first} and {name} were trained with different null captions, so with other text encoders"
             )
 
 
@@ -120,6 +127,7 @@ class TextToImage:
         lora: str | Path | Sequence[str | Path] | None = None,
         lora_scale: float | Sequence[float] = 1.0,
         lora_interval: Interval | None = None,
+        lora_alpha: float | None = None,
         weights: Weights = "ema",
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
@@ -136,6 +144,7 @@ class TextToImage:
             of a run.
         lora_interval: the network's timesteps that the adapters act at, both ends included; (0, 1000) is all, None
             where each was trained.
+        lora_alpha: of another program's adapter whose file says none.
         dtype: float32, bfloat16, or float16, under which the transformer's weights stay float32.
         prompts: all that will be drawn, negative ones too: they are encoded first, and the text encoder, larger than
             the transformer, is freed before that is loaded.
@@ -146,7 +155,8 @@ class TextToImage:
         """
         read = Base.read(base, revision, weights)
         names = [] if lora is None else [lora] if isinstance(lora, str | Path) else list(lora)
-        adapters = [Adapter.read(name, weights=weights, interval=lora_interval) for name in names]
+        found = [find_adapter(name, weights, lora_interval) for name in names]
+        adapters = taken_in(found, lambda: like_base(read), lora_alpha)
         check_engine(attention, compile, torch.device(device), dtype)
         return cls.of(
             read,
@@ -183,12 +193,15 @@ class TextToImage:
             text.encode_and_free(prompts)
         held = torch.float32 if dtype == torch.float16 else dtype
         transformer = loading.load_transformer(base, dtype=held)
-        nulls = [load_adapter(transformer, adapter, scale=one)[1] for adapter, one in zip(adapters, each, strict=True)]
+        nulls: dict[str, Tensor] = {}  # another program's adapter has none
+        for adapter, one in zip(adapters, each, strict=True):
+            if (null := load_adapter(transformer, adapter, scale=one)[1]) is not None:
+                nulls[adapter.name] = null
         if base.metadata is not None and not nulls:
-            nulls = [read_null_caption(Path(base.place), transformer.config.caption_channels)]
+            nulls = {base.name: read_null_caption(Path(base.place), transformer.config.caption_channels)}
         if nulls:
-            _check_nulls(adapters, nulls)
-            text.known[""] = nulls[0]
+            _check_nulls(nulls)
+            text.known[""] = next(iter(nulls.values()))
         if attention != "auto":
             use_kernels(transformer, Kernels(attention, attention))
         if compiled:

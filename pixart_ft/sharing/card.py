@@ -129,7 +129,19 @@ def _use(facts: Facts, shown_as: Publication) -> str:
     )
     lines = [*_plain(facts, base.id if base else _FOLDER), f"picture = pipeline({prompt}).images[0]"]
     code = "\n".join(lines)
-    return "\n\n".join([*parts, f"{plain}:", f"```python\n{code}\n```", *_beside(metadata)])
+    return "\n\n".join(
+        [*parts, f"{plain}:", f"```python\n{code}\n```", *_beside(metadata), *_comfy(facts, base is None)]
+    )
+
+
+def _comfy(facts: Facts, base_is_a_folder: bool) -> list[str]:
+    """How its file for ComfyUI is made."""
+    where, to = "models/diffusion_models", "merged --single-file"
+    if facts.what == "adapter":
+        where, to = "models/loras", "comfy" if facts.metadata.interval == WHOLE else "comfy --everywhere"
+    base = f" --base {_FOLDER}" if base_is_a_folder else ""
+    line = f"pixart-ft export {facts.repo} --to {to}{base} --out {facts.repo.partition('/')[2]}_comfy"
+    return [f"For ComfyUI this line makes the file to be put into its `{where}`:", f"```bash\n{line}\n```"]
 
 
 def _at(metadata: AdapterMetadata) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from PIL import Image
+from safetensors.torch import load_file
 
 from pixart_ft.cli import main
 from pixart_ft.config import yaml_text
@@ -150,12 +151,18 @@ def test_the_settings_train_again_with_other_pictures(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["finished", "finished_model"])
-def test_the_code_of_a_card_runs(run: str, hub: Hub, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """The stock pipeline then has the network that this package draws with."""
+def test_the_code_of_a_card_runs(
+    run: str, hub: Hub, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock pipeline then has the network that this package draws with, and ComfyUI its file."""
+    monkeypatch.chdir(tmp_path)
     assert push(request.getfixturevalue(run)) == 0
     card = hub.models[NAME].files["README.md"].decode()
-    (line,) = re.findall(r"```bash\n(?:pixart-ft )(.+?)\n```", card)
-    assert main([*shlex.split(line), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    draw, export = re.findall(r"```bash\n(?:pixart-ft )(.+?)\n```", card)
+    assert main([*shlex.split(draw), "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    assert main(shlex.split(export)) == 0
+    (file,) = tmp_path.glob("name_comfy/*.safetensors" if run == "finished" else "name_comfy/*_original.safetensors")
+    assert any("blocks.0.attn.qkv" in key for key in load_file(file))
     found: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.+?)\n```", card, flags=re.S):
         # the stock pipeline looks its sizes up in a table, and has none for a base as small as this one
@@ -338,6 +345,21 @@ def test_what_would_stand_in_the_way_of_a_push_is_told_before_a_run(pictures: Pa
 
 
 # Loading by id
+
+
+def test_another_programs_adapter_is_had_from_the_hub(hub: Hub, finished: Path, tmp_path: Path) -> None:
+    assert main(["export", str(finished), "--to", "kohya", "--out", str(tmp_path / "kohya")]) == 0
+    hub.add("me/theirs", tmp_path / "kohya")
+    with pytest.warns(UserWarning, match=r"^me/theirs is another program's adapter \(kohya names\)"):
+        there = TextToImage.load(BASE, lora="me/theirs")
+    assert there.adapters[0].path == "me/theirs"
+    generator, ours = torch.Generator().manual_seed(0), TextToImage.load(BASE, lora=finished)
+    x, text = (torch.randn(shape, generator=generator) for shape in ((1, 4, 8, 8), (1, 5, 32)))
+    with torch.no_grad():
+        a, b = (
+            one.transformer(x, timestep=torch.tensor([500]), encoder_hidden_states=text)[0] for one in (ours, there)
+        )
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
