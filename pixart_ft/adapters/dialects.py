@@ -300,6 +300,8 @@ def to_diffusers(updates: Mapping[str, Update]) -> tuple[dict[str, Tensor], dict
         "lora_alpha": settings.alpha,
         "target_modules": list(settings.targets),
         "use_dora": settings.dora,
+        "rank_pattern": {},  # an older diffusers asks for both
+        "alpha_pattern": {},
         **settings.options,
     }
     return to_peft(updates, "transformer."), diffusers_header(config)

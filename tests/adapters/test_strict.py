@@ -7,6 +7,7 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,11 @@ def test_what_peft_draws_otherwise_for_is_drawn_so(tiny: Path, tmp_path: Path, f
     settings: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": ["to_q", "to_k", "to_v"]} | fields
     base = load_transformer(Base.read(tiny), dtype=torch.float32)
     mark, before = fingerprint(base), call(base)
-    theirs = get_peft_model(base, LoraConfig(**settings))
+    try:
+        theirs = get_peft_model(base, LoraConfig(**settings))
+    except ValueError:
+        assert version("peft") < "0.19" and "layers_pattern" in fields
+        pytest.skip("this peft finds layers by their numbers only below another module")
     draw = torch.Generator().manual_seed(1)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:
