@@ -26,15 +26,15 @@ import numpy as np
 import torch
 from demo_base import (
     BATCH,
+    MOVED_COPIES,
     BaseTraining,
     build_text_encoder,
     build_transformer,
     encode_pictures,
     kept_tokenizer,
-    rotation,
-    warm_start,
+    trained_networks,
 )
-from demo_captions import EYE_NAMES, PLAIN_STYLE, Example, captions_of, examples, held_out
+from demo_captions import EYE_NAMES, PLAIN_STYLE, SELDOM, SELDOM_AT_LAST, Example, captions_of, examples, held_out
 from demo_licences import write_licences
 from demo_pictures import (
     STYLES,
@@ -215,15 +215,15 @@ class Build:
         """The base as far as it is trained."""
         things = {style: [emoji.group in THINGS for emoji in emojis] for style, emojis in self.sets.items()}
         sets = {style: list(compress(emojis, things[style])) for style, emojis in self.sets.items()}
-        listed = examples(sets, synonyms(self.places, [emoji.code for emoji in sets[PLAIN_STYLE]]))
+        words = synonyms(self.places, [emoji.code for emoji in sets[PLAIN_STYLE]])
+        listed = examples(sets, words, SELDOM_AT_LAST if self.args.finish else SELDOM)
         artwork = np.concatenate([pictures[things[style]] for style, pictures in self._artwork().items()])
-        mean, std = encode_pictures(self._trained_vae(), artwork, self.work / "latents.pt")
-        left_out = held_out(listed, self.work / "held_out.jsonl")
-        rows = [row for row in range(len(listed)) if row not in left_out]
+        latents = encode_pictures(
+            self._trained_vae(), artwork, self.work / "latents.pt", copies=MOVED_COPIES, device=self.args.device
+        )
         tokenizer = self._tokenizer(listed)
-        if self.args.warm_start:
-            r = self._rotation(artwork[: len(sets[PLAIN_STYLE])], mean)
-            transformer, text_encoder = warm_start(self.args.warm_start, r)
+        if self.args.finish:
+            transformer, text_encoder = trained_networks(self.args.finish)
         else:
             torch.manual_seed(0)
             transformer, text_encoder = build_transformer(), build_text_encoder(len(tokenizer))
@@ -231,24 +231,19 @@ class Build:
             transformer,
             text_encoder,
             tokenizer,
-            (mean[rows], std[rows]),
-            [listed[row] for row in rows],
-            self.work / "base",
+            latents,
+            listed,
+            held_out(listed, self.work / "held_out.jsonl"),
+            self.work / ("finish" if self.args.finish else "base"),
             batch=self.args.batch,
             device=self.args.device,
+            finishing=self.args.finish is not None,
         )
-
-    def _rotation(self, pictures: np.ndarray, latents: torch.Tensor, every: int = 4) -> torch.Tensor:
-        """From the latents of some pictures, the first of `latents`, to those of the warm start's VAE."""
-        vae = AutoencoderKL.from_pretrained(str(self.args.warm_start / "vae"))
-        assert isinstance(vae, AutoencoderKL)
-        old, _ = encode_pictures(vae.eval(), pictures[::every], self.work / "warm_start_latents.pt")
-        return rotation(latents[: len(pictures) : every], old)
 
     def _tokenizer(self, pictures: Sequence[Example]) -> T5Tokenizer:
         texts = [text for picture in pictures for text, _ in picture.captions]
         texts += [text for emoji in self.fluent for text, _ in captions_of(emoji.name, PLAIN_STYLE, ())]
-        return kept_tokenizer(self.work / "tokenizer", texts, self.args.warm_start)
+        return kept_tokenizer(self.work / "tokenizer", texts, self.args.finish)
 
     def base(self) -> None:
         self._base().run(self.args.base_steps, compiled=not self.args.no_compile, minutes=self.args.minutes)
@@ -291,9 +286,7 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=int, default=1000, help="at most so many of each set are measured")
     parser.add_argument("--base-steps", type=int, default=10000)
-    parser.add_argument(
-        "--warm-start", type=Path, help="a demo model that the base begins as, its ends turned to the new latents"
-    )
+    parser.add_argument("--finish", type=Path, help="a demo model to go on from, the rates falling from the start")
     parser.add_argument("--batch", type=int, default=BATCH, help="pictures a step of the base")
     parser.add_argument("--device", default="cpu", help="where the base trains: cpu or cuda")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop the base after so many; it resumes")

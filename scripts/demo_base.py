@@ -2,19 +2,22 @@
 
 The loss is the hybrid one of Nichol & Dhariwal (2021): noise error (weighted by t, on the simple term alone) plus
 the learned-range bound, with captions dropped to the null caption. Muon moves the matrices of the blocks,
-AdamW the rest. Float32 weights; the matrix products in bfloat16 where that is faster. Resumable: every step draws
-from a generator seeded by its index, on the processor, whatever device trains.
+AdamW the rest. Float32 weights; the matrix products in bfloat16 where that is faster. While the rates are high, most
+pictures are drawn a little turned, moved and smaller, so that the network learns things and not pixels.
+Resumable: every step draws from generators seeded by its index.
 """
 
 import json
+import math
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from demo_captions import Example
 from demo_course import Course
 from demo_muon import BatchedMuon
@@ -26,6 +29,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.files import write_file
 from pixart_ft.model.attention import use_kernels
 from pixart_ft.model.network import network_output
 from pixart_ft.model.vae import LatentScale, encode_moments
@@ -35,8 +39,15 @@ CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0  # min-SNR tames the low noise, which is all texture
 MAX_DEBIASED = 30.0  # 1/sqrt(snr) lifts the high noise, where the caption decides the shape (debiased weight, capped)
 EMA_DECAY = 0.9995
-CHECKPOINT_STEPS = 100
+LINE_SECONDS, CHECKPOINT_SECONDS = 30.0, 180.0
+LOOK_STEPS = 500  # between two looks at what is held out
+LOOK_TIMESTEPS = tuple(range(50, 1000, 100))
+MOVED_COPIES = 3  # of every picture, kept beside it
+MOVED_SHARE = 0.6  # of the drawn pictures at the peak rates; none while the rates fall, for clean pictures in the end
+TURN, SHIFT, SHRINK = 6.0, 0.03, 0.12  # degrees, share of the side, share of the size: at most
 MUON_RATE, ADAMW_RATE = 1.5e-3, 7e-4  # peaks
+FINISHING = 0.4  # of the peaks, where a finished model's rates begin to fall
+FINISHING_EMA_DECAY = 0.998
 DECAY_SHARE = 0.25  # the last quarter of the steps takes the learning rate linearly to zero
 EXTRA_IDS = 100
 
@@ -61,19 +72,19 @@ def build_tokenizer(captions: Sequence[str], vocabulary: int = 2000) -> T5Tokeni
     return T5Tokenizer(vocab=pieces + extra, extra_ids=EXTRA_IDS)
 
 
-def kept_tokenizer(folder: Path, captions: Sequence[str], warm: Path | None) -> T5Tokenizer:
+def kept_tokenizer(folder: Path, captions: Sequence[str], finished: Path | None) -> T5Tokenizer:
     """The one in `folder`, made once: learnt from the captions again, it would give a few pieces other numbers.
 
-    A warm start brings its own, by whose numbers its text encoder knows the pieces; exits where another lies there.
+    A model to finish brings its own, by whose numbers its text encoder knows the pieces; exits where another lies.
     """
-    if not folder.is_dir() and warm is not None:
-        shutil.copytree(warm / "tokenizer", folder)
+    if not folder.is_dir() and finished is not None:
+        shutil.copytree(finished / "tokenizer", folder)
     if not folder.is_dir():
         build_tokenizer(captions).save_pretrained(str(folder))
     tokenizer = T5Tokenizer.from_pretrained(str(folder))
-    if warm is not None and tokenizer.get_vocab() != T5Tokenizer.from_pretrained(str(warm / "tokenizer")).get_vocab():
+    if finished and tokenizer.get_vocab() != T5Tokenizer.from_pretrained(str(finished / "tokenizer")).get_vocab():
         sys.exit(
-            f"{folder} is not the tokenizer of --warm-start {warm}, whose text encoder would read every caption "
+            f"{folder} is not the tokenizer of --finish {finished}, whose text encoder would read every caption "
             "wrongly; give another --work, or delete that folder and what was trained with it"
         )
     return tokenizer
@@ -121,61 +132,49 @@ def build_transformer(width: int = 256, layers: int = 8, caption_channels: int =
     return transformer
 
 
-def patches(latents: torch.Tensor, side: int = 4) -> torch.Tensor:
-    """Latents (N, C, H, W) as rows of the transformer's patches, each (row, column, channel): (N H W / 16, 16 C)."""
-    n, c, h, w = latents.shape
-    cut = latents.reshape(n, c, h // side, side, w // side, side)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(-1, side * side * c)
-
-
-def rotation(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """The orthogonal R with patches(new) @ R nearest to patches(old), of the same pictures (orthogonal Procrustes).
-
-    Orthogonal, since white noise in the new latents is then white noise in the old ones: x_t @ R is what the old
-    network knows, at every t.
-    """
-    u, _, v = torch.linalg.svd(patches(new).T.double() @ patches(old).double())
-    return (u @ v).float()
-
-
-def turned_ends(old: Mapping[str, torch.Tensor], r: torch.Tensor) -> dict[str, torch.Tensor]:
-    """First and last layer of a transformer of other latents, made to read and write latents x for which x @ r are its.
-
-    The first reads x @ r; the last gives eps_old @ r^T, which is eps. The variance's channels, which no rotation can
-    carry over, all get their mean.
-    """
-    first, last, bias = (old[key] for key in ("pos_embed.proj.weight", "proj_out.weight", "proj_out.bias"))
-    width, c, side, _ = first.shape
-    n = side * side * c
-    read = (first.permute(0, 2, 3, 1).reshape(width, n) @ r.T).reshape(width, side, side, c).permute(0, 3, 1, 2)
-    given = torch.cat([last, bias[:, None]], dim=1).reshape(side, side, 2 * c, -1)
-    eps = (r @ given[:, :, :c].reshape(n, -1)).reshape(side, side, c, -1)
-    variance = given[:, :, c:].mean(2, keepdim=True).expand_as(eps)
-    turned = torch.cat([eps, variance], dim=2).reshape(2 * n, -1)
-    return {"pos_embed.proj.weight": read, "proj_out.weight": turned[:, :-1], "proj_out.bias": turned[:, -1]}
-
-
-def warm_start(folder: Path, r: torch.Tensor) -> tuple[PixArtTransformer2DModel, T5EncoderModel]:
-    """Another demo's transformer, its ends turned by `r` (see `rotation`), and its text encoder.
-
-    They draw in the new latents what they drew in the old ones. Their tokenizer must stay: with another one, which cuts
-    the names into other pieces, what the captions mean is lost.
-    """
+def trained_networks(folder: Path) -> tuple[PixArtTransformer2DModel, T5EncoderModel]:
+    """Transformer and text encoder of a demo model, in float32."""
     transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float32)
     assert isinstance(transformer, PixArtTransformer2DModel)
-    old = transformer.state_dict()
-    transformer.load_state_dict({**old, **turned_ends(old, r)})
-    return transformer, T5EncoderModel.from_pretrained(folder / "text_encoder")
+    return transformer, T5EncoderModel.from_pretrained(folder / "text_encoder").float()
 
 
-def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, std) of every picture's posterior, times the scaling factor; kept in `path`."""
+def moved(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Each picture (N, 3, H, W) turned, moved and made smaller by a little; white around it.
+
+    None is mirrored: a network that saw some so draws things that look both ways at once.
+    """
+    n = len(pictures)
+    turn, shift_x, shift_y, shrink = (2 * torch.rand(4, n, generator=generator) - 1).to(pictures.device)
+    angle, scale = math.pi / 180 * TURN * turn, 1 + SHRINK * (1 + shrink) / 2
+    x = torch.stack([scale * angle.cos(), -scale * angle.sin(), 2 * SHIFT * shift_x], dim=1)
+    y = torch.stack([scale * angle.sin(), scale * angle.cos(), 2 * SHIFT * shift_y], dim=1)
+    grid = F.affine_grid(torch.stack([x, y], dim=1), list(pictures.shape), align_corners=False)
+    return 1 - F.grid_sample(1 - pictures, grid, align_corners=False)  # what lies outside is read as zero
+
+
+@torch.no_grad()
+def encode_pictures(
+    vae: AutoencoderKL, pictures: np.ndarray, path: Path, *, copies: int = 0, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, std) of every picture's posterior, times the scaling factor, float16, each (1 + copies, N, 4, H, W).
+
+    First of the pictures as they are, then of `copies` moved ones. Kept in `path`.
+    """
     if not path.is_file():
-        found = [encode_moments(vae, to_pixels(pictures[i : i + 8])) for i in range(0, len(pictures), 8)]
-        torch.save(tuple(torch.cat(found).unbind(1)), path)
+        vae, generator = vae.to(device), torch.Generator().manual_seed(0)
+        batch, rows = (8 if device == "cpu" else 64), []
+        for start in range(0, len(pictures), batch):
+            plain = to_pixels(pictures[start : start + batch]).to(device)
+            found = [encode_moments(vae, x) for x in (plain, *(moved(plain, generator) for _ in range(copies)))]
+            rows.append(torch.stack(found).cpu())  # (1 + copies, n, 2, 4, H, W)
+        mean, std = torch.cat(rows, dim=1).unbind(2)
+        scale = LatentScale.of(vae.config)
+        kept = (scale.scaled(mean).half(), (std * scale.scale).half())
+        write_file(path, lambda aside: torch.save(kept, aside))
     mean, std = torch.load(path, weights_only=True)
-    scale = LatentScale.of(vae.config)
-    return scale.scaled(mean), std * scale.scale
+    assert mean.shape[:2] == (1 + copies, len(pictures)), f"{path} is of other pictures: delete it"
+    return mean, std
 
 
 def fastest_dtype(device: str) -> torch.dtype:
@@ -198,6 +197,24 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 200, decay)
 
 
+def finishing_factor(step: int, steps: int) -> float:
+    """Of a model that is trained already: warm-up over 50 steps, linear to zero."""
+    return FINISHING * min(1.0, (step + 1) / 50) * (steps - step) / steps
+
+
+class Every:
+    """True once in so many seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        if time.monotonic() - self.last < self.seconds:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
 class BaseTraining:
     """Transformer, text encoder, their average and optimizers; `run` trains them, resuming from a checkpoint."""
 
@@ -208,17 +225,24 @@ class BaseTraining:
         tokenizer: T5Tokenizer,
         latents: tuple[torch.Tensor, torch.Tensor],
         pictures: Sequence[Example],
+        held_out: Collection[int],
         folder: Path,
         *,
         batch: int = BATCH,
         device: str = "cpu",
+        finishing: bool = False,
     ):
-        """`latents` are the (mean, std) of `pictures`, row by row."""
-        assert len(latents[0]) == len(pictures)
+        """`latents` are those of `pictures`, by `encode_pictures`; rows in `held_out` are not learned.
+
+        finishing  networks that are trained already: smaller rates that fall from the first step on, no moved pictures
+        """
+        assert latents[0].shape[1] == len(pictures)
         self.transformer, self.text_encoder = transformer.to(device), text_encoder.to(device)
         self.batch, self.device, self.dtype = batch, device, fastest_dtype(device)
         self.mean, self.std = (latent.to(device) for latent in latents)
+        self.held_out = torch.tensor(sorted(held_out), dtype=torch.int64)
         self.frequencies = torch.tensor([picture.frequency for picture in pictures])
+        self.frequencies[self.held_out] = 0.0
         texts = sorted({text for picture in pictures for text, _ in picture.captions})
         number = {text: i for i, text in enumerate(texts)}
         width = max(len(picture.captions) for picture in pictures)
@@ -237,38 +261,66 @@ class BaseTraining:
             self.modules,
             BatchedMuon(matrices, weight_decay=0.05, dtype=self.dtype),
             rates=(MUON_RATE, ADAMW_RATE),
-            decay=EMA_DECAY,
+            decay=FINISHING_EMA_DECAY if finishing else EMA_DECAY,
             file=folder / "state.pt",
         )
+        self.finishing = finishing
 
-    def loss(self, step: int) -> dict[str, torch.Tensor]:
-        """The step's terms, each averaged over the batch: the weighted "loss", "simple" and "vlb"."""
-        g = torch.Generator().manual_seed(step)
-        rows = torch.multinomial(self.frequencies, self.batch, generator=g)
-        shape = (self.batch, *self.mean.shape[1:])
-        chosen = torch.multinomial(self.shares[rows], 1, generator=g)[:, 0]
-        dropped = torch.rand(self.batch, generator=g) < CAPTION_DROPOUT
-        texts = torch.where(dropped, self.null, self.captions[rows, chosen])
-        # one t from each of `batch` equal strata, in an order unrelated to the pictures'
-        u = (torch.randperm(self.batch, generator=g) + torch.rand(self.batch, generator=g)) / self.batch
-        t = (u * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1).to(self.device)
-        wobble, eps = (torch.randn(shape, generator=g).to(self.device) for _ in range(2))
-        x0 = self.mean[rows.to(self.device)] + self.std[rows.to(self.device)] * wobble
-        noised = Noised.of(self.schedule, x0, t, eps)
-        length = int(self.mask[texts].sum(1).max())
+    def _output(self, noised: Noised, texts: torch.Tensor) -> torch.Tensor:
+        """The network's, with captions by their numbers."""
+        longest = int(self.mask[texts].sum(1).max())
+        length = longest if self.device == "cpu" else self.mask.shape[1]  # on a GPU one shape, compiled once
         ids, mask = self.ids[texts, :length].to(self.device), self.mask[texts, :length].to(self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             embeds = self.text_encoder(ids, attention_mask=mask).last_hidden_state
-            output = network_output(self.transformer, noised.x_t, t, embeds, mask)
+            return network_output(self.transformer, noised.x_t, noised.t, embeds, mask)
+
+    def loss(self, step: int, moved_share: float = 0.0) -> dict[str, torch.Tensor]:
+        """The step's terms, each averaged over the batch: the weighted "loss", "simple" and "vlb"."""
+        g = torch.Generator().manual_seed(step)
+        noise = torch.Generator(self.device).manual_seed(step)
+        rows = torch.multinomial(self.frequencies, self.batch, generator=g)
+        chosen = torch.multinomial(self.shares[rows], 1, generator=g)[:, 0]
+        dropped = torch.rand(self.batch, generator=g) < CAPTION_DROPOUT
+        texts = torch.where(dropped, self.null, self.captions[rows, chosen])
+        copies = torch.zeros_like(rows)
+        if len(self.mean) > 1:
+            is_moved = torch.rand(self.batch, generator=g) < moved_share
+            copies = torch.where(is_moved, torch.randint(1, len(self.mean), (self.batch,), generator=g), copies)
+        # one t from each of `batch` equal strata, in an order unrelated to the pictures'
+        u = (torch.randperm(self.batch, generator=g) + torch.rand(self.batch, generator=g)) / self.batch
+        t = (u * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1).to(self.device)
+        copies, rows = copies.to(self.device), rows.to(self.device)
+        mean, std = self.mean[copies, rows].float(), self.std[copies, rows].float()
+        wobble, eps = (torch.randn(mean.shape, generator=noise, device=self.device) for _ in range(2))
+        noised = Noised.of(self.schedule, mean + std * wobble, t, eps)
+        output = self._output(noised, texts)
         simple = simple_term(self.schedule, output, noised, "epsilon")
         vlb = vlb_term(self.schedule, variance_alone(output), noised, "epsilon")
         snr = self.schedule.snr.to(self.device)[t].float()
         weight = (MIN_SNR_GAMMA / snr).clamp(max=1.0) * snr.rsqrt().clamp(min=1.0, max=MAX_DEBIASED)
         return {"loss": (weight * simple + vlb).mean(), "simple": simple.mean(), "vlb": vlb.mean()}
 
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """Noise error of the average on what is held out, each with its plain caption at LOOK_TIMESTEPS, always the
+        same noise."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        mean, texts = self.mean[0, self.held_out.to(self.device)].float(), self.captions[self.held_out, 0]
+        last = {name: p.clone() for name, p in self.modules.named_parameters()}
+        self._put(self.course.average)
+        errors = []
+        for step in LOOK_TIMESTEPS:
+            eps = torch.randn(mean.shape, generator=generator, device=self.device)
+            t = torch.full((len(mean),), step, device=self.device)
+            noised = Noised.of(self.schedule, mean, t, eps)
+            errors.append(simple_term(self.schedule, self._output(noised, texts), noised, "epsilon").mean())
+        self._put(last)
+        return float(torch.stack(errors).mean())
+
     def run(self, steps: int, *, compiled: bool = True, minutes: float = float("inf")) -> None:
-        """Train up to `steps` or for `minutes`, with a line of averaged losses every 25 steps and a checkpoint now and
-        then. The rates follow `steps`, so a training in pieces names the same number every time."""
+        """Train up to `steps` or for `minutes`, with a line of averaged losses and a checkpoint now and then. The rates
+        follow `steps`, so a training in pieces names the same number every time."""
         if self.device == "cpu":
             use_kernels(self.transformer)
         if compiled:
@@ -276,23 +328,31 @@ class BaseTraining:
                 block.compile()
         self.modules.train()
         began, start = time.monotonic(), self.course.step
-        running: dict[str, float] = {}
+        line, checkpoint = Every(LINE_SECONDS), Every(CHECKPOINT_SECONDS)
+        running: dict[str, torch.Tensor] = {}
         while self.course.step < steps and time.monotonic() - began < 60 * minutes:
-            terms = self.loss(self.course.step)
-            self.course.update(terms["loss"], learning_rate_factor(self.course.step, steps))
+            factor = (finishing_factor if self.finishing else learning_rate_factor)(self.course.step, steps)
+            is_falling = self.finishing or self.course.step >= (1 - DECAY_SHARE) * steps
+            terms = self.loss(self.course.step, 0.0 if is_falling else MOVED_SHARE)
+            self.course.update(terms["loss"], factor)
             for name, value in terms.items():
-                running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
-            if self.course.step % 25 == 0:
+                running[name] = torch.lerp(running.get(name, value.detach()), value.detach(), 0.02)
+            if line.due() or self.course.step == steps:
                 rate = (self.course.step - start) / (time.monotonic() - began)
                 parts = "  ".join(f"{name} {value:.4f}" for name, value in running.items())
                 print(f"base {self.course.step}/{steps}  {parts}  {rate:.2f} steps/s", flush=True)
-            if self.course.step % CHECKPOINT_STEPS == 0:
+            if self.course.step % LOOK_STEPS == 0 or self.course.step == steps:
+                print(f"base {self.course.step}/{steps}  held out {self.held_out_error():.4f}", flush=True)
+            if checkpoint.due():
                 self.course.save()
         self.course.save()
 
     def use_average(self) -> None:
         """Put the average in place of the last weights: this is what is shipped."""
-        with torch.no_grad():
-            for name, p in self.modules.named_parameters():
-                p.copy_(self.course.average[name])
+        self._put(self.course.average)
         self.modules.eval()
+
+    @torch.no_grad()
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, p in self.modules.named_parameters():
+            p.copy_(weights[name])

@@ -16,10 +16,10 @@ from demo_pictures import FAMILIAR, STYLES, Emoji, held_out_things
 PLAIN_STYLE = "noto"  # what a caption without a style's word means
 BARE_SHARE, SYNONYM_SHARE = 0.5, 0.15  # of a Noto picture's captions; of every picture's that has synonyms
 HELD_OUT_SHARE = 0.1
-# Familiar things that at least so many of the styles draw are what the base is to know well. The rest is drawn seldom:
-# five styles of 1,400 names are more than so small a network learns in some hours.
+# Familiar things that at least so many of the styles draw are what the base is to know well; the rest is drawn less
+# often: five styles of 1,400 names are much for so small a network.
 FAMILIAR_STYLES = 4
-SELDOM = 0.1  # how often, relative to those
+SELDOM, SELDOM_AT_LAST = 0.3, 0.1  # how often, relative to those
 # Fixed before any training, all of them in every style: what a stranger is asked to name.
 EYE_NAMES = (
     "rocket",
@@ -63,7 +63,9 @@ def captions_of(name: str, style: str, synonyms: Sequence[str]) -> tuple[tuple[s
     return tuple(bare + [(f"{text}, {word}", share * (1 - BARE_SHARE)) for text, share in texts])
 
 
-def examples(sets: Mapping[str, Sequence[Emoji]], synonyms: Mapping[str, Sequence[str]]) -> list[Example]:
+def examples(
+    sets: Mapping[str, Sequence[Emoji]], synonyms: Mapping[str, Sequence[str]], seldom: float = SELDOM
+) -> list[Example]:
     """Every picture of every style, in the order of `sets`; held-out ones too (see `held_out`)."""
     drawn = Counter(emoji.code for emojis in sets.values() for emoji in emojis)
 
@@ -76,7 +78,7 @@ def examples(sets: Mapping[str, Sequence[Emoji]], synonyms: Mapping[str, Sequenc
             emoji.name,
             style,
             captions_of(emoji.name, style, synonyms.get(emoji.code, ())),
-            1.0 if is_familiar(emoji) else SELDOM,
+            1.0 if is_familiar(emoji) else seldom,
         )
         for style, emojis in sets.items()
         for emoji in emojis

@@ -27,7 +27,7 @@ class Course:
         adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.0)
         self.optimizers: list[tuple[torch.optim.Optimizer, float]] = list(zip((muon, adamw), rates, strict=True))
         if file.is_file():
-            state = torch.load(file, weights_only=True)
+            state = torch.load(file, weights_only=True, map_location=next(network.parameters()).device)
             network.load_state_dict(state["weights"])
             self.average, self.step = state["average"], state["step"]
             for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -12,13 +12,26 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import demo_vae
-from demo_base import build_transformer, kept_tokenizer, patches, rotation, turned_ends
-from demo_captions import Example, captions_of, examples, held_out
+from demo_base import (
+    FINISHING,
+    SHRINK,
+    BaseTraining,
+    build_text_encoder,
+    build_tokenizer,
+    build_transformer,
+    finishing_factor,
+    kept_tokenizer,
+    learning_rate_factor,
+    moved,
+)
+from demo_captions import SELDOM, Example, captions_of, examples, held_out
 from demo_course import Course
 from demo_muon import BatchedMuon
 from demo_pictures import SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, Emoji, fine_tuning_split
 from demo_vae import build_vae, hue_degrees, main_hue, measure, normalise_latents, reconstruction_loss, turn_hue
 from PIL import Image
+
+from pixart_ft.diffusion.process import Noised
 
 
 def colours(count: int) -> np.ndarray:
@@ -177,44 +190,87 @@ def test_what_few_styles_draw_and_people_are_drawn_seldom() -> None:
     thing, rare, person = (Emoji(*x, "") for x in (("a", "key", "Objects"), ("b", "pick", "Objects"), ("c", "man", "")))
     sets = {"noto": [thing, rare, person], "blob": [thing, rare, person], "flat": [thing, rare, person]}
     listed = examples(sets | {"ink": [thing, person]}, {})
-    assert [example.frequency for example in listed] == [1, 0.1, 0.1] * 3 + [1, 0.1]
+    assert [example.frequency for example in listed] == [1, SELDOM, SELDOM] * 3 + [1, SELDOM]
 
 
-def test_a_turned_transformer_is_the_old_one_on_turned_latents() -> None:
-    """For latents z = y @ r^T of an orthogonal r: the new noise is the old one's, turned back, at any t."""
+def test_moved_pictures_are_smaller_or_as_large_on_white_and_never_mirrored() -> None:
+    """A black left half stays on the left; of a white picture nothing is seen; the same generator, the same moves."""
+    half = torch.ones(64, 3, 64, 64)
+    half[:, :, 16:48, 16:32] = -1.0
+    found, again = (moved(half, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(found, again) and not torch.equal(found[0], found[1])
+    ink = (1 - found[:, 0]).sum(2)  # of each row
+    area = ink.sum(1) / (1 - half[:, 0]).sum((1, 2))
+    assert area.max() < 1.02 and area.min() > (1 + SHRINK) ** -2 - 0.02
+    weight = 1 - found[:, 0]
+    x = (weight * torch.arange(64.0)).sum((1, 2)) / weight.sum((1, 2))
+    assert x.max() < 31.5
+    assert torch.equal(moved(torch.ones(2, 3, 8, 8), torch.Generator().manual_seed(0)), torch.ones(2, 3, 8, 8))
+
+
+def base_training(folder: Path, copies: int = 2, **options: bool) -> BaseTraining:
+    """Three pictures, of which the second is held out, on a small network."""
+    names = ("key", "fish", "crown")
+    listed = [Example(name, name, "noto", ((name, 1.0),), 1.0) for name in names]
     torch.manual_seed(0)
-    r = torch.linalg.qr(torch.randn(64, 64))[0]
-    old = build_transformer(width=64, layers=1, caption_channels=16).eval()
-    torch.nn.init.normal_(old.proj_out.weight)
-    torch.nn.init.normal_(old.proj_out.bias)
-    new = build_transformer(width=64, layers=1, caption_channels=16).eval()
-    new.load_state_dict({**old.state_dict(), **turned_ends(old.state_dict(), r)})
-    y, caption = torch.randn(2, 4, 32, 32), torch.randn(2, 3, 16)
-    z = unpatched(patches(y) @ r.T)
-    torch.testing.assert_close(patches(z) @ r, patches(y))
-    torch.testing.assert_close(rotation(z, y), r, rtol=0, atol=1e-5)
-    with torch.no_grad():
-        expected, found = (
-            network(x, encoder_hidden_states=caption, timestep=torch.tensor([7, 900])).sample
-            for network, x in ((old, y), (new, z))
-        )
-    torch.testing.assert_close(patches(found[:, :4]), patches(expected[:, :4]) @ r.T, rtol=1e-4, atol=1e-4)
-    variance = expected[:, 4:].mean(1, keepdim=True).expand(-1, 4, -1, -1)
-    torch.testing.assert_close(found[:, 4:], variance, rtol=1e-4, atol=1e-4)
+    latents = torch.randn(1 + copies, 3, 4, 32, 32)
+    tokenizer = build_tokenizer(names)
+    return BaseTraining(
+        build_transformer(width=64, layers=1),
+        build_text_encoder(len(tokenizer)),
+        tokenizer,
+        (latents, torch.zeros_like(latents)),
+        listed,
+        {1},
+        folder,
+        batch=2,
+        **options,
+    )
 
 
-def unpatched(rows: Tensor) -> Tensor:
-    """The latents (2, 4, 32, 32) that `patches` cuts into these rows."""
-    return rows.reshape(2, 8, 8, 4, 4, 4).permute(0, 5, 1, 3, 2, 4).reshape(2, 4, 32, 32)
+def test_the_base_learns_nothing_that_is_held_out_and_moved_pictures_only_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read off the x0 that is noised: rows 0 and 2, the plain ones at share 0, moved ones alone at share 1."""
+    training = base_training(tmp_path)
+    drawn: list[Tensor] = []
+    of = Noised.of
+    monkeypatch.setattr(Noised, "of", lambda schedule, x0, t, eps: drawn.append(x0) or of(schedule, x0, t, eps))
+    for share, copies in ((0.0, {0}), (1.0, {1, 2})):
+        drawn.clear()
+        for step in range(12):
+            training.loss(step, share)
+        found = {
+            next((copy, row) for copy in range(3) for row in range(3) if torch.equal(x0, training.mean[copy, row]))
+            for batch in drawn
+            for x0 in batch
+        }
+        assert found == {(copy, row) for copy in copies for row in (0, 2)}
 
 
-def test_a_warm_start_keeps_its_own_tokenizer_or_is_refused(tmp_path: Path) -> None:
+def test_a_look_at_what_is_held_out_is_repeatable_and_moves_nothing(tmp_path: Path) -> None:
+    training = base_training(tmp_path)
+    training.run(2, compiled=False)
+    first = training.held_out_error()
+    training.course.average["transformer.proj_out.bias"] += 1.0
+    before = {name: p.clone() for name, p in training.modules.named_parameters()}
+    assert training.held_out_error() == training.held_out_error() > first
+    assert all(torch.equal(p, before[name]) for name, p in training.modules.named_parameters())
+
+
+def test_a_finished_model_s_rates_fall_from_the_start() -> None:
+    rates = [finishing_factor(step, 1000) for step in range(1001)]
+    assert max(rates) < FINISHING and rates[1000] == 0 and rates[49] == max(rates)
+    assert learning_rate_factor(500, 1000) == 1.0 and learning_rate_factor(1000, 1000) == 0
+
+
+def test_a_model_to_finish_keeps_its_own_tokenizer_or_another_is_refused(tmp_path: Path) -> None:
     work, warm, other = (tmp_path / name / "tokenizer" for name in ("work", "warm", "other"))
     own = kept_tokenizer(warm, ["red apple, red pear", "a red apple"], None).get_vocab()
     assert own == kept_tokenizer(warm, ["blue whale, blue sky"], None).get_vocab()
     assert kept_tokenizer(work, ["blue whale, blue sky"], warm.parent).get_vocab() == own
     assert kept_tokenizer(other, ["blue whale, blue sky"], None).get_vocab() != own
-    with pytest.raises(SystemExit, match=r"other.tokenizer is not the tokenizer of --warm-start .*warm, whose text"):
+    with pytest.raises(SystemExit, match=r"other.tokenizer is not the tokenizer of --finish .*warm, whose text"):
         kept_tokenizer(other, [], warm.parent)
 
 
