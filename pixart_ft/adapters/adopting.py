@@ -48,11 +48,9 @@ def taken_in(
     }
     for key, (value, is_needed) in needed.items():
         if value is not None and not is_needed:
-            names = ", ".join(one.name for one in found) or "no adapter"
-            raise UserError(
-                f"{key} is {value}, for another program's adapter that does not say it, and here is {names}; leave it "
-                "out"
-            )
+            says = "says its own" if len(found) == 1 else "say their own"
+            told = f"{', '.join(one.name for one in found)} {says}" if found else "there is no adapter"
+            raise UserError(f"{key} is {value}, and {told}; leave it out")
     return adapters
 
 

@@ -122,7 +122,7 @@ def _final(path: Path, what: What, weights: Weights, metadata_of: MetadataOf) ->
             f"{_KEYS[what]}: the run {path} has no final {what} yet: finish it with --resume auto, or take one of "
             f"its steps ({_kept_on_the_way(path, what)})"
         )
-    if (path / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file() or (what == "adapter" and any(path.glob("*.safetensors"))):
         raise UserError(f"adapter: {path} has no {METADATA}, so it was not made here and its base is unknown")
     raise UserError(f"{_KEYS[what]}: {path} is neither {_a(what)} folder nor a run folder (with {final(what)['ema']})")
 

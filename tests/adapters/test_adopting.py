@@ -74,9 +74,7 @@ def test_a_folder_of_plain_peft_says_its_alpha_and_not_its_base(
     edit(tmp_path / "plain" / "adapter_config.json", fan_in_fan_out=True)
     with pytest.raises(UserError, match=r"fan_in_fan_out is True: peft draws otherwise for it"):
         load_lora(pipeline, tmp_path / "plain")
-    with pytest.raises(
-        UserError, match=r"lora_alpha is 8, for another program's adapter that does not say it, and here is "
-    ):
+    with pytest.raises(UserError, match=r"lora_alpha is 8, and .* says its own; leave it out"):
         load_lora(pipeline, own, alpha=8)
 
 
@@ -108,7 +106,9 @@ def test_the_command_asks_for_the_base_and_draws(
     assert main([*draw, "--lora", place, "--out", str(tmp_path / "no")]) == 2
     assert "another program's adapter, and does not say its base; give --model" in capsys.readouterr().err
     assert main([*draw, "--lora", str(own), "--lora-alpha", "8", "--out", str(tmp_path / "no")]) == 2
-    assert "lora_alpha is 8.0, for another program's adapter that does not say it, and" in capsys.readouterr().err
+    assert f"lora_alpha is 8.0, and {own} says its own; leave it out" in capsys.readouterr().err
+    assert main(["export", place, "--to", "comfy", "--out", str(tmp_path / "no")]) == 2
+    assert f"{place} has no pixart_ft.json, so it was not made here" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
     for lora, out in ((place, "theirs"), (str(own), "ours")):
         with warnings.catch_warnings(record=True) as told:

@@ -267,13 +267,18 @@ def rename_key(weights: dict[str, Tensor]) -> str:
     )
 
 
+def add_key(weights: dict[str, Tensor]) -> str:
+    weights["base_model.model.proj_out.lora_A.weight"] = torch.ones(4, 64)
+    return r"32 of 33 do, 32 are needed\):\n  - 1 in the file but not in the model: base_model\.model\.proj_out\.lora_A"
+
+
 def reshape_key(weights: dict[str, Tensor]) -> str:
     key = next(key for key in weights if "lora_A" in key)
     weights[key] = weights[key][:2].clone()
     return r"1 weights in .* are of another rank than adapter_config\.json says: base_model.* is of rank 2, not 4"
 
 
-@pytest.mark.parametrize("spoil", [drop_key, rename_key, reshape_key])
+@pytest.mark.parametrize("spoil", [drop_key, add_key, rename_key, reshape_key])
 def test_every_key_must_land_and_every_place_be_filled(
     tiny: Path, older: Path, spoil: Callable[[dict[str, Tensor]], str]
 ) -> None:
