@@ -6,12 +6,19 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models are slower on many threads
 
+import gc
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a full collection, of which a run has several, need not look through it each time."""
+    gc.freeze()
+
 
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 

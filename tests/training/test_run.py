@@ -43,6 +43,7 @@ from pixart_ft.training.trainer import Trainer
 from tests.helpers.runs import STEPS, Options, assert_same_end, command, cut_off, losses, short_run, train
 
 ROOT = Path(__file__).parents[2]
+UNWATCHED: Options = {"data.held_out_fraction": 0.0, "validation.prompts": []}
 
 
 @pytest.fixture
@@ -51,27 +52,34 @@ def options(tiny: Path, pictures: Path, tmp_path: Path, tmp_path_factory: pytest
     return short_run(tiny, pictures, tmp_path / "run", tmp_path_factory.getbasetemp() / "cache")
 
 
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(options: Options, tmp_path: Path) -> None:
-    straight = train(options)
-    cut_off(5, options, run__folder=tmp_path / "cut")  # a step after the checkpoint of 4: its log line must not stay
+@pytest.fixture(scope="module")
+def straight(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `options` from its beginning to its end; read only."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return train(short_run(tiny, pictures, folder, tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def finished(options: Options, straight: Path) -> Path:
+    """The same in the folder of `options`, for a test that goes on with it."""
+    return Path(shutil.copytree(straight, options["run.folder"]))
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(options: Options, straight: Path) -> None:
+    """After a death a step behind the checkpoint of 4, whose log line must not stay; and with that one broken."""
+    cut_off(5, options)
+    again = Path(shutil.copytree(options["run.folder"], options["run.folder"].with_name("again")))
     torch.manual_seed(123)  # whatever the new process has drawn so far
-    assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
-
-
-def test_truncated_newest_checkpoint_is_passed_over(options: Options, tmp_path: Path) -> None:
-    straight = train(options)
-    cut_off(5, options, run__folder=tmp_path / "cut")
-    newest = tmp_path / "cut" / "checkpoints" / "step-000004" / "optimizer.safetensors"
+    assert_same_end(straight, train(options, resume="auto"))
+    newest = again / "checkpoints" / "step-000004" / "optimizer.safetensors"
     os.truncate(newest, newest.stat().st_size // 2)
     with pytest.warns(UserWarning, match="optimizer.safetensors"):
-        resumed = train(options, run__folder=tmp_path / "cut", resume="auto")
-    assert_same_end(straight, resumed)
+        assert_same_end(straight, train(options, run__folder=again, resume="auto"))
 
 
 def test_a_signal_saves_first_and_loses_nothing(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: Options, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    straight = train(options)
     whole = Trainer._optimizer_step
 
     def signalled(self: Trainer) -> None:
@@ -93,18 +101,17 @@ def test_a_run_may_be_trained_in_a_thread(options: Options) -> None:
     assert (run / "final" / "adapter").is_dir()
 
 
-def test_two_trainings_of_one_run_at_a_time_are_refused(options: Options) -> None:
-    run = train(options, train__steps=2)
-    config = (run / "config.yaml").read_bytes()
-    with RunLock(run) as lock:
+def test_two_trainings_of_one_run_at_a_time_are_refused(options: Options, finished: Path) -> None:
+    config = (finished / "config.yaml").read_bytes()
+    with RunLock(finished) as lock:
         lock.take()
         with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .* since"):
-            train(options, train__steps=3, resume="auto")
-    assert (run / "config.yaml").read_bytes() == config
+            train(options, train__steps=STEPS + 1, resume="auto")
+    assert (finished / "config.yaml").read_bytes() == config
 
 
 def test_accumulation_sees_the_same_samples(options: Options, tmp_path: Path) -> None:
-    options["adapter.dropout"] = 0.0  # the one draw that goes by micro-batch
+    options |= UNWATCHED | {"adapter.dropout": 0.0}  # the one draw that goes by micro-batch
     whole = losses(train(options))
     parts = losses(train(options, run__folder=tmp_path / "parts", train__batch_size=2, train__accumulation=2))
     for a, b in zip(whole, parts, strict=True):
@@ -154,7 +161,7 @@ def test_the_grid_is_drawn_as_generate_draws(options: Options, tiny: Path, sampl
 
 
 def test_what_a_run_leaves(options: Options, capsys: pytest.CaptureFixture[str]) -> None:
-    run = train(options, logging__trackers=["tensorboard"])
+    run = train(options, logging__trackers=["tensorboard"], curves=True)
     final = run / "final"
     assert {p.name for p in final.iterdir()} == {
         "adapter",
@@ -163,6 +170,8 @@ def test_what_a_run_leaves(options: Options, capsys: pytest.CaptureFixture[str])
         "loss.png",
         "loss_terms.png",
     }
+    for sheet in final.glob("*.png"):
+        assert len(Image.open(sheet).convert("RGB").getcolors(1_000_000) or []) > 10, "it is drawn"
     meta = json.loads((final / "adapter" / "pixart_ft.json").read_text())
     raw = json.loads((final / "adapter_raw" / "pixart_ft.json").read_text())
     assert (meta["weights"], raw["weights"]) == ("ema", "raw")
@@ -179,8 +188,8 @@ def test_what_a_run_leaves(options: Options, capsys: pytest.CaptureFixture[str])
 
 def test_the_adapter_alone_is_trained(options: Options, tiny: Path) -> None:
     before = loading.load_transformer(Base.read(tiny), dtype=torch.float32).state_dict()
-    run = train(options)
-    state = load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / "trained.safetensors")
+    run = train(options | UNWATCHED, train__steps=3)
+    state = load_nested(run / "checkpoints" / "step-000003" / "trained.safetensors")
     assert state and all(".lora_" in name for name in state)
     assert all(value.abs().max() > 0 for name, value in state.items() if ".lora_B." in name)  # B began at zero
     after = loading.load_transformer(Base.read(tiny), dtype=torch.float32).state_dict()
@@ -189,15 +198,16 @@ def test_the_adapter_alone_is_trained(options: Options, tiny: Path) -> None:
 
 def test_training_lowers_the_loss_on_its_own_pictures(options: Options, pictures: Path, tmp_path: Path) -> None:
     same = shutil.copytree(pictures, tmp_path / "same")  # the folder itself is refused
-    run = train(options, train__steps=40, data__held_out=same, data__held_out_fraction=0.0, train__ema_decay=0.0)
+    ends: Options = {"validation.every": 0, "validation.prompts": [], "train.checkpoint_every": 0}
+    options |= ends | {"data.held_out": same, "data.held_out_fraction": 0.0}
+    run = train(options, train__steps=40, train__ema_decay=0.0)
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     held = [record["held_out"]["loss"]["mean"] for record in records if "held_out" in record]
     assert held[-1] < 0.9 * held[0]
 
 
+@pytest.mark.usefixtures("straight")
 def test_nothing_is_encoded_or_loaded_twice(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train(options)
-
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("T5 was loaded although every caption is cached")
 
@@ -209,25 +219,24 @@ def test_nothing_is_encoded_or_loaded_twice(options: Options, tmp_path: Path, mo
 
 
 def test_epsilon_objective_marks_the_variance_stale(options: Options) -> None:
-    run = train(options, diffusion__objective="simple", train__ema_decay=0.0)
+    run = train(options | UNWATCHED, train__steps=3, diffusion__objective="simple", train__ema_decay=0.0)
     meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
     assert meta["variance"] == "stale" and meta["weights"] == "raw"
     assert not (run / "final" / "adapter_raw").exists()
 
 
-def test_cosine_schedule_is_trained_and_recorded(options: Options, tmp_path: Path) -> None:
-    base = losses(train(options))
-    run = train(options, run__folder=tmp_path / "cosine", diffusion__schedule="cosine")
+def test_cosine_schedule_is_trained_and_recorded(options: Options, straight: Path) -> None:
+    run = train(options, diffusion__schedule="cosine")
     meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
     assert meta["schedule"]["beta_schedule"] == "squaredcos_cap_v2"
-    assert losses(run)[0]["loss"] != base[0]["loss"]
+    assert losses(run)[0]["loss"] != losses(straight)[0]["loss"]
 
 
 def test_gradient_checkpointing_changes_memory_alone(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each block, or every second, is run once more in every step, to the same losses."""
-    options |= {"adapter.dropout": 0.0, "data.held_out_fraction": 0.0, "validation.prompts": []}
+    options |= UNWATCHED | {"adapter.dropout": 0.0}
     whole, runs = BasicTransformerBlock.forward, []
 
     def counted(block: BasicTransformerBlock, *args: Any, **kwargs: Any) -> Any:
@@ -248,7 +257,7 @@ def test_adapter_dropout_acts_in_training_and_not_before_there_is_something_to_d
     options: Options, tmp_path: Path
 ) -> None:
     """B is zero in the first step, so that what A is given does not matter yet."""
-    options |= {"train.steps": 3, "data.held_out_fraction": 0.0, "validation.prompts": []}
+    options |= UNWATCHED | {"train.steps": 3}
     never, often = (
         [a["loss"] for a in losses(train(options, run__folder=tmp_path / str(dropout), adapter__dropout=dropout))]
         for dropout in (0.0, 0.5)
@@ -266,14 +275,15 @@ def test_bf16_trains_a_float32_adapter_on_a_bfloat16_base(options: Options, monk
         return whole(block, *args, **kwargs)
 
     monkeypatch.setattr(BasicTransformerBlock, "forward", recorded)
-    run = train(options, train__mixed_precision="bf16")
+    run = train(options, train__steps=3, train__mixed_precision="bf16")
     assert seen == {(training, torch.bfloat16, True) for training in (True, False)}
-    state = load_nested(run / "checkpoints" / f"step-{STEPS:06d}" / "trained.safetensors")
+    state = load_nested(run / "checkpoints" / "step-000003" / "trained.safetensors")
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert all(torch.isfinite(torch.tensor(record["loss"])) for record in losses(run))
 
 
 def test_init_from_takes_weights_and_not_state(options: Options, tmp_path: Path) -> None:
+    options |= {"train.steps": 3, "validation.prompts": []}
     first = train(options, train__ema_decay=0.0)
     second = train(options, run__folder=tmp_path / "second", init_from=str(first), train__ema_decay=0.0)
     records = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (first, second)]
@@ -286,8 +296,8 @@ def test_the_sheet_of_before_and_after_sets_the_real_pictures_beside(options: Op
     rows = read_folder(options["data.folder"])
     learned, held = split(rows, options["data.held_out_fraction"], 7)
     prompts = [held[0].caption, learned[0].caption, "a zebra"]
-    run = train(options, run__seed=7, validation__prompts=prompts, validation__seeds=[1, 2])
-    files = [sorted((run / "samples" / f"step-{step:06d}").glob("*.png"))[::2] for step in (0, STEPS)]
+    run = train(options, run__seed=7, train__steps=3, validation__prompts=prompts, validation__seeds=[1, 2])
+    files = [sorted((run / "samples" / f"step-{step:06d}").glob("*.png"))[::2] for step in (0, 3)]
     before, after = [[Image.open(file).convert("RGB") for file in each] for each in files]
     expected = before_after(prompts, before, after, {LEARNED: learned, HELD_OUT: held})
     with Image.open(run / "final" / "before_after.png") as sheet:
@@ -299,7 +309,7 @@ def test_a_run_without_prompts_held_out_pictures_or_extras_ends_well(
 ) -> None:
     for extra in ("bitsandbytes", "xformers", "prodigyopt", "schedulefree"):
         monkeypatch.setitem(sys.modules, extra, None)  # as if it were not installed
-    run = train(options, validation__prompts=[], data__held_out_fraction=0.0)
+    run = train(options | UNWATCHED, train__steps=3)
     assert (run / "final" / "adapter" / "adapter_model.safetensors").is_file()
     assert not (run / "final" / "before_after.png").exists()
 
@@ -347,39 +357,37 @@ def test_bad_input_leaves_no_run_behind(options: Options, tmp_path: Path) -> Non
     refused(options, r"a\.png", data__folder=broken, data__held_out_fraction=0.0)
 
 
-def test_existing_run_is_never_overwritten(options: Options) -> None:
-    run = train(options)
-    log = (run / "log.jsonl").read_bytes()
+def test_existing_run_is_never_overwritten(options: Options, finished: Path) -> None:
+    log = (finished / "log.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"exists already.*--resume auto"):
         train(options)
-    assert (run / "log.jsonl").read_bytes() == log
+    assert (finished / "log.jsonl").read_bytes() == log
 
 
-def test_resume_under_other_settings_is_refused_and_touches_nothing(options: Options) -> None:
-    run = train(options)
-    before = (run / "config.yaml").read_bytes()
+def test_resume_under_other_settings_is_refused_and_touches_nothing(options: Options, finished: Path) -> None:
+    before = (finished / "config.yaml").read_bytes()
     with pytest.raises(
         UserError, match=r"adapter\.alpha was 8\.0, is 64\.0\n  - diffusion|diffusion.*\n  - adapter\.alpha"
     ):
         train(options, adapter__alpha=64, diffusion__vlb_scale=2, optim__learning_rate=1.0, resume="auto")
-    with pytest.raises(UserError, match="pictures per step"):
+    with pytest.raises(UserError, match=r"4 pictures per step, this run has 2"):
         train(options, train__batch_size=2, resume="auto")
-    assert (run / "config.yaml").read_bytes() == before
+    assert (finished / "config.yaml").read_bytes() == before
 
 
 def test_a_finished_run_may_go_on_and_logs_every_step_once(options: Options) -> None:
-    train(options, optim__decay="constant")
-    train(options, optim__decay="constant", resume="auto")  # nothing left to do
-    run = train(options, optim__decay="constant", train__steps=STEPS + 2, resume="auto")
+    options |= {"optim.decay": "constant", "validation.every": 2, "validation.prompts": []}
+    train(options, train__steps=4)
+    train(options, train__steps=4, resume="auto")  # nothing left to do
+    run = train(options, train__steps=5, resume="auto")
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if "train" in r] == list(range(1, STEPS + 3))
-    assert [r["step"] for r in records if "held_out" in r] == [0, 3, STEPS, STEPS + 2]
+    assert [r["step"] for r in records if "train" in r] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in records if "held_out" in r] == [0, 2, 4, 5]
 
 
-def test_resuming_before_the_first_checkpoint_begins_again(options: Options, tmp_path: Path) -> None:
-    straight = train(options)
-    cut_off(1, options, run__folder=tmp_path / "cut")
-    assert_same_end(straight, train(options, run__folder=tmp_path / "cut", resume="auto"))
+def test_resuming_before_the_first_checkpoint_begins_again(options: Options, straight: Path) -> None:
+    cut_off(1, options)
+    assert_same_end(straight, train(options, resume="auto"))
 
 
 def test_training_gives_up_when_every_gradient_is_infinite(options: Options) -> None:
@@ -452,15 +460,9 @@ def test_the_adapter_is_there_whatever_a_report_does(
         name = {"held-out loss": "held_out_loss", "curve": "loss_curve", "printing": "summary"}[harm]
         monkeypatch.setattr(place, name, fail)
     with pytest.warns(UserWarning, match="could not be made; everything else goes on"):
-        train(options)
+        train(options, train__steps=3)
     assert {"adapter", "adapter_raw"} <= {path.name for path in (run / "final").iterdir()}
     assert str(run / "final" / "adapter") in capsys.readouterr().out
-
-
-def test_resume_with_another_global_batch_is_refused(options: Options) -> None:
-    train(options)
-    with pytest.raises(UserError, match=r"4 pictures per step, this run has 2"):
-        train(options, train__batch_size=2, resume="auto")
 
 
 def test_hybrid_needs_a_variance_half(options: Options, tmp_path: Path) -> None:
@@ -468,15 +470,14 @@ def test_hybrid_needs_a_variance_half(options: Options, tmp_path: Path) -> None:
 
     base = build_tiny_pipeline(tmp_path / "four", out_channels=4)
     refused(options, "hybrid trains a learned variance", model__base=base)
-    run = train(options, model__base=base, diffusion__objective="simple")
+    run = train(options | UNWATCHED, train__steps=3, model__base=base, diffusion__objective="simple")
     meta = json.loads((run / "final" / "adapter" / "pixart_ft.json").read_text())
     assert meta["variance"] == "none"
 
 
 @pytest.mark.slow
-def test_killed_process_resumes_bit_for_bit(options: Options, tmp_path: Path) -> None:
+def test_killed_process_resumes_bit_for_bit(options: Options, straight: Path, tmp_path: Path) -> None:
     """kill -9 of the real program in the middle, then the same command with --resume auto."""
-    straight = train(options)
     line = [sys.executable, str(ROOT / "scripts" / "train.py"), *command(options, run__folder=tmp_path / "cut")]
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "cut" / "checkpoints" / "step-000002").is_dir():
@@ -505,11 +506,10 @@ def test_two_processes_equal_one(options: Options, tmp_path: Path) -> None:
         assert torch.allclose(ours[key], theirs[key], rtol=1e-4, atol=1e-6), key
 
 
-def test_command_line_and_function_are_the_same_program(options: Options, tmp_path: Path) -> None:
-    train(options)
-    assert main(["train", *command(options, run__folder=tmp_path / "line")]) == 0
-    assert_same_end(Path(str(options["run.folder"])), tmp_path / "line")
-    assert main(["train", *command(options, run__folder=tmp_path / "line")]) == 2  # it exists now
+def test_command_line_and_function_are_the_same_program(options: Options, straight: Path) -> None:
+    assert main(["train", *command(options)]) == 0
+    assert_same_end(straight, options["run.folder"])
+    assert main(["train", *command(options)]) == 2  # it exists now
 
 
 def test_what_was_trained_can_be_drawn(
@@ -522,7 +522,7 @@ def test_what_was_trained_can_be_drawn(
     """From the end of a run to a picture through the command line, with and without naming the base."""
     with monkeypatch.context() as patch:
         patch.chdir(tiny.parent)
-        run = train(options, model__base=tiny.name)  # recorded by its whole path, which is found from any folder
+        run = train(options | UNWATCHED, train__steps=3, model__base=tiny.name)  # by its whole path
     line = ["generate", "--lora", str(run), "--prompt", "a red circle", "--steps", "3", "--dtype", "float32"]
     assert main([*line, "--out", str(tmp_path / "a")]) == 0
     assert main([*line, "--out", str(tmp_path / "b"), "--model", str(tiny), "--weights", "raw"]) == 0

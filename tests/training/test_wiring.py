@@ -28,6 +28,7 @@ from pixart_ft.model.text import encode_captions, pad_text
 from pixart_ft.randomness import epoch_order, normal, uniform
 from pixart_ft.training.run import run_training
 from pixart_ft.training.trainer import Trainer
+from tests.helpers.runs import blank_curves
 from tests.helpers.tiny import build_picture_folder, shifted_copy
 
 SEED, STEPS, WARMUP, GLOBAL_BATCH, GRID = 4, 2, 2, 4, 3
@@ -66,7 +67,8 @@ def options(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
 
 def train(options: dict[str, dict[str, Any]], **more: dict[str, Any]) -> Path:
     """Run with these options; keyword `run={...}` overrides keys of that section."""
-    return run_training(load_config({name: part | more.get(name, {}) for name, part in options.items()}))
+    with blank_curves():
+        return run_training(load_config({name: part | more.get(name, {}) for name, part in options.items()}))
 
 
 @pytest.fixture(scope="module")
