@@ -60,12 +60,14 @@ def blank_curves() -> Iterator[None]:
         yield
 
 
-def train(options: Options, *, curves: bool = False, **more: Any) -> Path:
-    """Run with these options; keyword `run__folder` overrides run.folder. The curves in final/ are blank if not asked.
+def train(options: Options, **more: Any) -> Path:
+    """Run with these options; keyword `run__folder` overrides run.folder.
 
+    curves: draw those in final/, which else are blank.
     resume, init_from, accept_changes: as `run_training` takes them.
     rate: a learning rate that a configuration may not ask for, which makes a run diverge.
     """
+    curves = bool(more.pop("curves", False))
     resume = more.pop("resume", None)
     rate = more.pop("rate", None)
     init_from = more.pop("init_from", None)

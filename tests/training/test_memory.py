@@ -145,11 +145,11 @@ def test_what_saves_memory_is_predicted_to(base: Base) -> None:
         return memory.training(case(base, changes, on_gpu=on_gpu)).parts["activations"]
 
     half = {"train.mixed_precision": "bf16"}
-    whole = peak({})
+    whole, short = peak({}), peak(half)
     assert peak({"model.gradient_checkpointing": True}) < 0.7 * whole
     assert peak({"train.batch_size": 1}) < 0.4 * whole
-    assert peak(half) < 0.8 * whole
-    assert peak(half) < peak(half, on_gpu=True) < whole  # norms of layers
+    assert short < 0.8 * whole
+    assert short < peak(half, on_gpu=True) < whole  # norms of layers
 
 
 def test_a_step_that_needs_room_of_its_own_is_seen(base: Base) -> None:

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 # Variables as these launchers were seen to set them.
 TORCHRUN = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 ACCELERATE_ONE = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "True"}
+OWN: Options = {"adapter.dropout": 0.0, "train.keep_checkpoints": 9, "optim.clip_norm": 0.01}  # clips every gradient
 ACCELERATE_TWO_ON_A_CPU = ACCELERATE_ONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -43,7 +44,14 @@ ACCELERATE_TWO_ON_A_CPU = ACCELERATE_ONE | {"MASTER_ADDR": "127.0.0.1", "MASTER_
 def options(tiny: Path, pictures: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Options:
     """A short run of this test's own, without dropout, which each process draws for its own part of a batch."""
     shared = short_run(tiny, pictures, tmp_path / "run", tmp_path_factory.getbasetemp() / "cache")
-    return shared | {"adapter.dropout": 0.0}
+    return shared | OWN
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `options` by one process; read only."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    return train(short_run(tiny, pictures, folder, tmp_path_factory.getbasetemp() / "cache") | OWN)
 
 
 @pytest.mark.parametrize(
@@ -131,15 +139,16 @@ FULL: Options = {"adapter.kind": "full", "optim.learning_rate": 1e-3}
     [(False, {}), (True, {}), pytest.param(True, FULL, marks=pytest.mark.slow)],
     ids=["copies", "shards", "shards of all weights"],
 )
-def test_any_number_of_processes_continues_a_run(shards: bool, kind: Options, options: Options, tmp_path: Path) -> None:
+def test_any_number_of_processes_continues_a_run(
+    shards: bool, kind: Options, options: Options, straight: Path, tmp_path: Path
+) -> None:
     """Two processes go on from a checkpoint of one, and one from theirs: all as one process from end to end.
 
     With a copy of the network for each process, and with one in shards. What is loaded is what was saved, to the bit.
     """
-    options |= {"train.keep_checkpoints": 9, "optim.clip_norm": 0.01}  # every gradient is clipped
     if kind:
         options = {key: value for key, value in options.items() if not key.startswith("adapter.")} | kind
-    straight = train(options)
+        straight = train(options)
     run = Path(shutil.copytree(straight, tmp_path / "two"))
     first, second = (run / "checkpoints" / f"step-{step:06d}" for step in (2, 4))
     saved = {path.stem: load_nested(path) for path in first.glob("*.safetensors")}
@@ -169,10 +178,10 @@ def test_any_number_of_processes_continues_a_run(shards: bool, kind: Options, op
 
 
 def test_processes_that_were_started_otherwise_are_refused_together(
-    options: Options, pictures: Path, tmp_path: Path
+    options: Options, straight: Path, pictures: Path, tmp_path: Path
 ) -> None:
     """Other settings, pictures and checkpoint in the second process: one message names them all, nobody waits."""
-    run = train(options, train__keep_checkpoints=9)
+    run = Path(shutil.copytree(straight, options["run.folder"]))
     before = run.joinpath("log.jsonl").read_bytes()
     other = Path(shutil.copytree(pictures, tmp_path / "other"))
     (other / "metadata.jsonl").write_text((other / "metadata.jsonl").read_text().replace("red", "green"))
