@@ -53,15 +53,15 @@ def test_fine_tuning_set_is_whole_and_apart_from_its_held_out_pictures() -> None
     assert sum(path.stat().st_size for path in datasets.DEMO_PICTURES.rglob("*")) <= 4e6
 
 
-@pytest.mark.parametrize(("guidance", "steps"), [(1.0, 3), (4.5, 25)])
-def test_stock_pipeline_with_the_merged_adapter_draws_the_same(adapter: Path, guidance: float, steps: int) -> None:
-    """float32 DDIM, trailing spacing, 25 steps, same seed: latents within 1e-4. Without guidance a few steps tell."""
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_stock_pipeline_with_the_merged_adapter_draws_the_same(adapter: Path, guidance: float) -> None:
+    """float32 DDIM, trailing spacing, 25 steps, same seed: latents within 1e-4."""
     ours = TextToImage.load("demo", lora=adapter)
     prompt, seed = "Red Apple ", 7
     embeds = ours.text.of(prompt)
     able = ours.abilities
     scheduler = build_scheduler("ddim", able.schedule, able.prediction_type, {"spacing": "trailing"})
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(25)
     latents = sample_latents(
         ours.transformer,
         scheduler,
@@ -79,7 +79,7 @@ def test_stock_pipeline_with_the_merged_adapter_draws_the_same(adapter: Path, gu
     stock.set_progress_bar_config(disable=True)
     expected = stock(
         prompt,
-        num_inference_steps=steps,
+        num_inference_steps=25,
         guidance_scale=guidance,
         generator=torch.Generator().manual_seed(seed),
         clean_caption=False,
