@@ -34,7 +34,7 @@ from demo_base import (
     kept_tokenizer,
     trained_networks,
 )
-from demo_captions import EYE_NAMES, PLAIN_STYLE, SELDOM, SELDOM_AT_LAST, Example, captions_of, examples, held_out
+from demo_captions import EYE_NAMES, PLAIN_STYLE, Example, captions_of, examples, held_out
 from demo_licences import write_licences
 from demo_pictures import (
     STYLES,
@@ -216,7 +216,7 @@ class Build:
         things = {style: [emoji.group in THINGS for emoji in emojis] for style, emojis in self.sets.items()}
         sets = {style: list(compress(emojis, things[style])) for style, emojis in self.sets.items()}
         words = synonyms(self.places, [emoji.code for emoji in sets[PLAIN_STYLE]])
-        listed = examples(sets, words, SELDOM_AT_LAST if self.args.finish else SELDOM)
+        listed = examples(sets, words, finishing=self.args.finish is not None)
         artwork = np.concatenate([pictures[things[style]] for style, pictures in self._artwork().items()])
         latents = encode_pictures(
             self._trained_vae(), artwork, self.work / "latents.pt", copies=MOVED_COPIES, device=self.args.device

@@ -46,8 +46,10 @@ MOVED_COPIES = 3  # of every picture, kept beside it
 MOVED_SHARE = 0.6  # of the drawn pictures at the peak rates; none while the rates fall, for clean pictures in the end
 TURN, SHIFT, SHRINK = 6.0, 0.03, 0.12  # degrees, share of the side, share of the size: at most
 MUON_RATE, ADAMW_RATE = 1.5e-3, 7e-4  # peaks
-FINISHING = 0.4  # of the peaks, where a finished model's rates begin to fall
-FINISHING_EMA_DECAY = 0.998
+# To finish a trained model: the share of the peaks where its rates begin to fall, and from which share of the timesteps
+# on half of the draws are, since shapes are decided there.
+FINISHING, FINISHING_HIGH = 0.1, 0.6
+FINISHING_EMA_DECAY = 0.99
 DECAY_SHARE = 0.25  # the last quarter of the steps takes the learning rate linearly to zero
 EXTRA_IDS = 100
 
@@ -198,8 +200,8 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def finishing_factor(step: int, steps: int) -> float:
-    """Of a model that is trained already: warm-up over 50 steps, linear to zero."""
-    return FINISHING * min(1.0, (step + 1) / 50) * (steps - step) / steps
+    """Of a model that is trained already: warm-up over 30 steps, linear to zero."""
+    return FINISHING * min(1.0, (step + 1) / 30) * (steps - step) / steps
 
 
 class Every:
@@ -234,7 +236,8 @@ class BaseTraining:
     ):
         """`latents` are those of `pictures`, by `encode_pictures`; rows in `held_out` are not learned.
 
-        finishing  networks that are trained already: smaller rates that fall from the first step on, no moved pictures
+        finishing  networks that are trained already: smaller rates that fall from the first step on, no moved pictures,
+                   more of the high noise
         """
         assert latents[0].shape[1] == len(pictures)
         self.transformer, self.text_encoder = transformer.to(device), text_encoder.to(device)
@@ -289,6 +292,8 @@ class BaseTraining:
             copies = torch.where(is_moved, torch.randint(1, len(self.mean), (self.batch,), generator=g), copies)
         # one t from each of `batch` equal strata, in an order unrelated to the pictures'
         u = (torch.randperm(self.batch, generator=g) + torch.rand(self.batch, generator=g)) / self.batch
+        if self.finishing:
+            u = torch.where(u < 0.5, 2 * u, FINISHING_HIGH + (1 - FINISHING_HIGH) * (2 * u - 1))
         t = (u * self.schedule.num_steps).long().clamp(max=self.schedule.num_steps - 1).to(self.device)
         copies, rows = copies.to(self.device), rows.to(self.device)
         mean, std = self.mean[copies, rows].float(), self.std[copies, rows].float()

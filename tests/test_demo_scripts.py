@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import demo_vae
 from demo_base import (
     FINISHING,
+    FINISHING_HIGH,
     SHRINK,
     BaseTraining,
     build_text_encoder,
@@ -24,7 +25,7 @@ from demo_base import (
     learning_rate_factor,
     moved,
 )
-from demo_captions import SELDOM, Example, captions_of, examples, held_out
+from demo_captions import PLAIN_AT_LAST, SELDOM, SELDOM_AT_LAST, Example, captions_of, examples, held_out
 from demo_course import Course
 from demo_muon import BatchedMuon
 from demo_pictures import SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, Emoji, fine_tuning_split
@@ -190,8 +191,17 @@ def test_the_fine_tuning_set_has_what_the_sheet_shows_on_its_side() -> None:
 def test_what_few_styles_draw_and_people_are_drawn_seldom() -> None:
     thing, rare, person = (Emoji(*x, "") for x in (("a", "key", "Objects"), ("b", "pick", "Objects"), ("c", "man", "")))
     sets = {"noto": [thing, rare, person], "blob": [thing, rare, person], "flat": [thing, rare, person]}
-    listed = examples(sets | {"ink": [thing, person]}, {})
-    assert [example.frequency for example in listed] == [1, SELDOM, SELDOM] * 3 + [1, SELDOM]
+    sets["ink"] = [thing, person]
+    frequencies = [example.frequency for example in examples(sets, {})]
+    assert frequencies == [1, SELDOM, SELDOM] * 3 + [1, SELDOM]
+    at_last = [example.frequency for example in examples(sets, {}, finishing=True)]
+    assert at_last == [
+        PLAIN_AT_LAST,
+        *[SELDOM_AT_LAST] * 2,
+        *[1, SELDOM_AT_LAST, SELDOM_AT_LAST] * 2,
+        1,
+        SELDOM_AT_LAST,
+    ]
 
 
 def test_moved_pictures_are_smaller_or_as_large_on_white_and_never_mirrored() -> None:
@@ -209,7 +219,7 @@ def test_moved_pictures_are_smaller_or_as_large_on_white_and_never_mirrored() ->
     assert torch.equal(moved(torch.ones(2, 3, 8, 8), torch.Generator().manual_seed(0)), torch.ones(2, 3, 8, 8))
 
 
-def base_training(folder: Path, copies: int = 2) -> BaseTraining:
+def base_training(folder: Path, copies: int = 2, *, finishing: bool = False) -> BaseTraining:
     """Three pictures, of which the second is held out, on a small network."""
     names = ("key", "fish", "crown")
     listed = [Example(name, name, "noto", ((name, 1.0),), 1.0) for name in names]
@@ -225,6 +235,7 @@ def base_training(folder: Path, copies: int = 2) -> BaseTraining:
         {1},
         folder,
         batch=2,
+        finishing=finishing,
     )
 
 
@@ -253,6 +264,26 @@ def test_the_base_learns_nothing_that_is_held_out_and_moved_pictures_only_when_t
         assert found == {(copy, row) for copy in copies for row in (0, 2)}
 
 
+@pytest.mark.parametrize("finishing", [False, True])
+def test_half_of_a_finish_is_of_the_high_noise(
+    finishing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two draws a step, one of each half of the law: with a finish one of them is always above, else at times none."""
+    training = base_training(tmp_path, finishing=finishing)
+    drawn: list[Tensor] = []
+    of = Noised.of
+
+    def watched(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Noised:
+        drawn.append(t)
+        return of(schedule, x0, t, eps)
+
+    monkeypatch.setattr(Noised, "of", watched)
+    for step in range(12):
+        training.loss(step)
+    assert all(int(t.max()) >= 1000 * FINISHING_HIGH for t in drawn) == finishing
+    assert min(int(t.min()) for t in drawn) < 200
+
+
 def test_a_look_at_what_is_held_out_is_repeatable_and_moves_nothing(tmp_path: Path) -> None:
     training = base_training(tmp_path)
     training.run(2, compiled=False)
@@ -265,7 +296,7 @@ def test_a_look_at_what_is_held_out_is_repeatable_and_moves_nothing(tmp_path: Pa
 
 def test_a_finished_model_s_rates_fall_from_the_start() -> None:
     rates = [finishing_factor(step, 1000) for step in range(1001)]
-    assert max(rates) < FINISHING and rates[1000] == 0 and rates[49] == max(rates)
+    assert max(rates) < FINISHING and rates[1000] == 0 and rates[29] == max(rates)
     assert learning_rate_factor(500, 1000) == 1.0 and learning_rate_factor(1000, 1000) == 0
 
 
