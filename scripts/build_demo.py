@@ -218,9 +218,9 @@ class Build:
         words = synonyms(self.places, [emoji.code for emoji in sets[PLAIN_STYLE]])
         listed = examples(sets, words, finishing=self.args.finish is not None)
         artwork = np.concatenate([pictures[things[style]] for style, pictures in self._artwork().items()])
-        latents = encode_pictures(
-            self._trained_vae(), artwork, self.work / "latents.pt", copies=MOVED_COPIES, device=self.args.device
-        )
+        copies = 0 if self.args.finish else MOVED_COPIES
+        kept = self.work / f"latents-{copies}.pt"
+        latents = encode_pictures(self._trained_vae(), artwork, kept, copies=copies, device=self.args.device)
         tokenizer = self._tokenizer(listed)
         if self.args.finish:
             transformer, text_encoder = trained_networks(self.args.finish)

@@ -59,7 +59,7 @@ THINGS = (
 FAMILIAR = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
 # What the quickstart's sheet shows: eight things that are learned from; four held out that the base draws; four held
 # out that the base never saw in the style of a caption without a style's word.
-SHOWN_LEARNED = ("rocket", "robot", "mushroom", "tomato", "house", "duck", "penguin", "birthday cake")
+SHOWN_LEARNED = ("rocket", "octopus", "mushroom", "tomato", "house", "duck", "penguin", "birthday cake")
 SHOWN_KNOWN = ("sailboat", "guitar", "umbrella", "tulip")
 SHOWN_NEW = ("red apple", "alarm clock", "waffle", "ant")
 SYMBOLS = "Symbols"  # arrows and buttons: colours for the VAE, nothing that a caption could name
