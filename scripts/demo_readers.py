@@ -1,10 +1,11 @@
 """Sheets for readers who know no caption: numbered pictures in a shuffled order, the answers apart.
 
-    python scripts/demo_readers.py base --model pixart_ft/demo/model --held-out DIR/held_out.jsonl --out sheets
+    python scripts/demo_readers.py base --model pixart_ft/demo/model --work ~/demo-build --out sheets
     python scripts/demo_readers.py lora --lora runs/quickstart --pictures pixart_ft/demo/pictures --out sheets
 
 `base` draws the sixteen things of EYE_NAMES in every style (name each picture), pictures of all styles in one
-shuffle (sort them by style), and things in the one style that the base never saw them in (name each). `lora` draws
+shuffle (sort them by style, beside real pictures of each), and things in the one style that the base never saw them in
+(name each). `lora` draws
 the things of the quickstart's sheet before and after, each pair in a random order beside four real pictures (which is
 the same style?), and all "after" pictures alone (name and rate each). `sheets/answers.json` has the answers: keep
 it from the reader.
@@ -22,13 +23,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
 from demo_captions import EYE_NAMES
-from demo_pictures import SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, STYLES
+from demo_pictures import FAMILIAR, SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, STYLES, fetch, render, styled_emoji
 
 from pixart_ft.data.datasets import open_picture, read_folder
 from pixart_ft.pictures.sheets import grid
 from pixart_ft.sampling.text_to_image import TextToImage
 
-STEPS, GUIDANCE = 50, 4.0
+STEPS = 50
+BASE_GUIDANCE, LORA_GUIDANCE = 2.5, 4.0  # chosen by eye on seed 5
 STYLE_PICTURES = 8  # of every style in the shuffle of styles
 COLUMNS = 8
 
@@ -61,23 +63,38 @@ class Sheets:
         (self.out / "answers.json").write_text(json.dumps(self.answers, indent=1) + "\n")
 
 
-def draw(model: TextToImage, captions: Sequence[str], seed: int) -> list[Image.Image]:
-    return model.generate(list(captions), steps=STEPS, guidance=GUIDANCE, seeds=[seed])
+def draw(model: TextToImage, captions: Sequence[str], seed: int, guidance: float) -> list[Image.Image]:
+    return model.generate(list(captions), steps=STEPS, guidance=guidance, seeds=[seed])
 
 
-def base_sheets(sheets: Sheets, model: TextToImage, held_out: Path, seed: int) -> None:
+def example_sheet(sheets: Sheets, work: Path) -> None:
+    """Real pictures of every style, of things that no other sheet shows."""
+    places, rows = fetch(work / "npm"), []
+    for style in STYLES:
+        others = [e for e in styled_emoji(places, style, FAMILIAR) if e.name not in EYE_NAMES]
+        chosen = sheets.random.permutation(len(others))[:STYLE_PICTURES]
+        rows.append([render(others[i], 256) for i in chosen])
+    order = sheets.random.permutation(len(rows))
+    letters = "ABCDE"[: len(rows)]
+    sheets.answers["styles"] = [f"{letter}: {tuple(STYLES)[i]}" for letter, i in zip(letters, order, strict=True)]
+    captions = [[letter] * STYLE_PICTURES for letter in letters]
+    sheets.write("styles", [rows[i] for i in order], captions)
+
+
+def base_sheets(sheets: Sheets, model: TextToImage, work: Path, seed: int) -> None:
     """The three questions about the base."""
     by_style: list[tuple[Image.Image, str]] = []
     for style, art in STYLES.items():
-        pictures = draw(model, [f"{name}, {art.word}" for name in EYE_NAMES], seed)
+        pictures = draw(model, [f"{name}, {art.word}" for name in EYE_NAMES], seed, BASE_GUIDANCE)
         sheets.shuffled(f"name-{style}", list(zip(pictures, EYE_NAMES, strict=True)))
         chosen = sheets.random.permutation(len(pictures))[:STYLE_PICTURES]
         by_style += [(pictures[i], style) for i in chosen]
     sheets.shuffled("sort-styles", by_style)
-    listed = [each for each in map(json.loads, held_out.read_text().splitlines()) if each["familiar"]]
+    listed = [each for each in map(json.loads, (work / "held_out.jsonl").read_text().splitlines()) if each["familiar"]]
     some = [listed[i] for i in sheets.random.permutation(len(listed))[:16]]
-    pictures = draw(model, [f"{each['name']}, {STYLES[each['style']].word}" for each in some], seed)
+    pictures = draw(model, [f"{each['name']}, {STYLES[each['style']].word}" for each in some], seed, BASE_GUIDANCE)
     sheets.shuffled("name-unseen", [(p, f"{e['name']} ({e['style']})") for p, e in zip(pictures, some, strict=True)])
+    example_sheet(sheets, work)
 
 
 def lora_sheets(sheets: Sheets, before: TextToImage, after: TextToImage, pictures: Path, seed: int) -> None:
@@ -85,7 +102,7 @@ def lora_sheets(sheets: Sheets, before: TextToImage, after: TextToImage, picture
     names = (*SHOWN_LEARNED, *SHOWN_KNOWN, *SHOWN_NEW)
     real = [row for row in read_folder(pictures / "train") if row.caption not in names]
     style = [open_picture(real[i].path) for i in sheets.random.permutation(len(real))[:4]]
-    old, new = draw(before, names, seed), draw(after, names, seed)
+    old, new = (draw(model, names, seed, LORA_GUIDANCE) for model in (before, after))
     order, swapped = sheets.random.permutation(len(names)), sheets.random.random(len(names)) < 0.5
     sheets.answers["pairs"] = [f"{'A' if swapped[k] else 'B'}: {names[i]}" for k, i in enumerate(order)]
     pairs = [(new[i], old[i]) if swapped[k] else (old[i], new[i]) for k, i in enumerate(order)]
@@ -106,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("base", "lora"))
     parser.add_argument("--model", default="demo", help="the base: demo, or a folder")
-    parser.add_argument("--held-out", type=Path, help="of `base`: the list that its build wrote")
+    parser.add_argument("--work", type=Path, help="of `base`: the folder of its build")
     parser.add_argument("--lora", help="of `lora`: the run or adapter")
     parser.add_argument("--pictures", type=Path, default=Path("pixart_ft/demo/pictures"), help="of `lora`: its set")
     parser.add_argument("--seed", type=int, default=100, help="of pictures and shuffles; settings are chosen on others")
@@ -114,7 +131,7 @@ def main() -> None:
     asked = parser.parse_args()
     sheets, model = Sheets(asked.out, asked.seed), TextToImage.load(asked.model)
     if asked.what == "base":
-        base_sheets(sheets, model, asked.held_out, asked.seed)
+        base_sheets(sheets, model, asked.work, asked.seed)
     else:
         lora_sheets(sheets, model, TextToImage.load(asked.model, lora=asked.lora), asked.pictures, asked.seed)
 
