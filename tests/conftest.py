@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+
 
 def pytest_collection_finish() -> None:
     """What was imported stays: a full collection, of which a run has several, need not look through it each time."""
     gc.freeze()
-
-
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
 @pytest.fixture(autouse=True, scope="session")
