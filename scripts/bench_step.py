@@ -15,6 +15,7 @@ loss, where ours has its law of t, weights and average, and the other has none.
 """
 
 import argparse
+import gzip
 import json
 import multiprocessing
 import os
@@ -24,11 +25,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,7 @@ from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model.base import Base
 from pixart_ft.training.batches import TrainingSet, draw_batch
 from pixart_ft.training.encode import compute_dtype, encode_once
+from pixart_ft.training.memory import Case, training
 from pixart_ft.training.run import run_training
 from pixart_ft.training.start import accelerator_for, look, with_precision
 from pixart_ft.training.trainer import Trainer
@@ -55,6 +58,7 @@ from pixart_ft.training.trainer import Trainer
 TEXT = 300  # tokens that the plain script pads to
 SIDES = {"xl2-512": 512, "xl2-1024": 1024}
 MEASURED_EVERY = 50  # steps, with --to-loss
+TRACED = 3  # steps, with --timeline
 BUSY = "BENCH_PROCESSOR_TIME"  # set for the subjects too, by the option of this name
 CLOCK = time.process_time if BUSY in os.environ else time.perf_counter
 
@@ -139,38 +143,104 @@ def synchronize(device: torch.device) -> None:
 # The two subjects, each in a process that makes a step when it is told to
 
 
-def answer(pipe: Connection, step: Callable[[], float], device: torch.device) -> None:
-    """Make the step that `pipe` asks for, of which `step` returns the loss, and tell what it took; or end."""
-    order = pipe.recv()
-    if order == "end":
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-        pipe.send(torch.cuda.max_memory_allocated() if device.type == "cuda" else peak)
-        os._exit(0)
-    with counter() if order == "count" else nullcontext() as count:
-        synchronize(device)
-        began = CLOCK()
-        loss = step()
-        synchronize(device)
-        seconds = CLOCK() - began
-    pipe.send({"seconds": seconds, "loss": loss, "flops": count.get_total_flops() if count else 0})
+@dataclass(frozen=True)
+class Order:
+    """What a subject is told to do for a few steps: count the arithmetic, time them, or note the GPU's timeline.
+
+    wait    with the waits that a loop makes which reads the losses of a batch before its backward pass, and the norm
+            after the step
+    """
+
+    what: Literal["count", "time", "trace", "end"]
+    steps: int = 1
+    wait: bool = False
+    trace: Path | None = None
+
+
+class Orders:
+    """The subject's end of the pipe; it makes its steps through `step`, which waits for orders."""
+
+    def __init__(self, pipe: Connection, device: torch.device) -> None:
+        self.pipe, self.device = pipe, device
+        self.order, self.left, self.doing = Order("end"), 0, ExitStack()
+
+    def step(self, once: Callable[[], Tensor]) -> None:
+        """Make one step, of which `once` returns the loss; when all of an order are made, tell what they took."""
+        if not self.left:
+            self._begin()
+        loss = once()
+        self.left -= 1
+        if not self.left:
+            self._end(loss)
+
+    def _begin(self) -> None:
+        self.order = self.pipe.recv()
+        if self.order.what == "end":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+            self.pipe.send(torch.cuda.max_memory_allocated() if self.device.type == "cuda" else peak)
+            os._exit(0)
+        self.left = self.order.steps
+        self.count = self.doing.enter_context(counter()) if self.order.what == "count" else None
+        self.profile = self.doing.enter_context(profiler()) if self.order.what == "trace" else None
+        synchronize(self.device)
+        self.began = CLOCK()
+
+    def _end(self, loss: Tensor) -> None:
+        synchronize(self.device)
+        seconds = CLOCK() - self.began
+        self.doing.close()
+        found = {"seconds": seconds / self.order.steps, "loss": float(loss)}
+        found["flops"] = self.count.get_total_flops() if self.count else 0
+        if self.profile is not None:
+            self.profile.export_chrome_trace(str(self.order.trace))
+            assert self.order.trace is not None
+            found["busy"] = busy_seconds(self.order.trace) / seconds
+        self.pipe.send(found)
+
+
+def profiler() -> torch.profiler.profile:
+    """Of the GPU alone: to note what the processor does too would slow it down."""
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+
+
+def busy_seconds(trace: Path) -> float:
+    """In which the GPU did anything, by a profiler's trace."""
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
+    spans = sorted(
+        (e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+    )
+    found, until = 0.0, 0.0
+    for begin, end in spans:
+        found += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return found / 1e6
 
 
 def ours(pipe: Connection, config: TrainConfig) -> None:
     """`pixart-ft train`, whose every step waits for the order."""
     step, terms, losses = Trainer._optimizer_step, Objective.terms, []
+    orders: list[Orders] = []
 
     def noted(self: Objective, *given: Any, **more: Any) -> dict[str, Tensor]:
         found = terms(self, *given, **more)
         losses.append(found["simple"].detach().mean())
+        if orders[0].order.wait:
+            found["loss"].detach().cpu()
         return found
 
     def ordered(self: Trainer) -> None:
-        def once() -> float:
+        if not orders:
+            orders.append(Orders(pipe, self.accelerator.device))
+
+        def once() -> Tensor:
             losses.clear()
             step(self)
-            return float(losses[0])
+            if orders[0].order.wait:
+                self._read_numbers()
+            return losses[0]
 
-        answer(pipe, once, self.accelerator.device)
+        orders[0].step(once)
 
     Objective.terms, Trainer._optimizer_step = noted, ordered  # type: ignore[method-assign]
     run_training(config)
@@ -199,7 +269,7 @@ class Plain:
         self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, config.optim.learning_rate or 1e-4)
 
-    def once(self) -> float:
+    def once(self) -> Tensor:
         """A step; returns its loss."""
         size = self.config.train.batch_size
         draws = range(self.step * size, (self.step + 1) * size)
@@ -225,13 +295,15 @@ class Plain:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        return float(loss)
+        loss.item()  # for its log
+        return loss.detach()
 
 
 def plain(pipe: Connection, config: TrainConfig, kind: str) -> None:
     subject = Plain(config, kind)
+    orders = Orders(pipe, subject.device)
     while True:
-        answer(pipe, subject.once, subject.device)
+        orders.step(subject.once)
 
 
 # The comparison
@@ -245,7 +317,7 @@ def started(subject: Callable[..., None], *given: Any) -> Connection:
     return here
 
 
-def told(pipe: Connection, order: str) -> Any:
+def told(pipe: Connection, order: Order) -> Any:
     try:
         pipe.send(order)
         return pipe.recv()
@@ -253,8 +325,10 @@ def told(pipe: Connection, order: str) -> Any:
         sys.exit("one of the two processes has ended; see its message")
 
 
-def compare(config: TrainConfig, kind: str, steps: int, *, at_once: bool) -> dict[str, float]:
-    """Both subjects, a step of one after a step of the other; or one after the other where they are not at once."""
+def compare(
+    config: TrainConfig, kind: str, steps: int, *, in_a_row: int, at_once: bool, timeline: Path | None
+) -> dict[str, float]:
+    """Both subjects, some steps of one after as many of the other; or one after the other if they are not at once."""
     config = with_precision(config)
     base = Base.read(config.model.base, None)
     device = accelerator_for(config).device
@@ -264,14 +338,17 @@ def compare(config: TrainConfig, kind: str, steps: int, *, at_once: bool) -> dic
     memory: dict[str, int] = {}
     peak = 0.0
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
+    found: dict[str, float] = {}
     for names in [list(subjects)] if at_once else [[name] for name in subjects]:
         pipes = {name: started(*subjects[name]) for name in names}
-        first |= {name: told(pipe, "count") for name, pipe in pipes.items()}  # it warms up too
+        first |= {name: told(pipe, Order("count")) for name, pipe in pipes.items()}  # it warms up too
         for _ in range(steps):
             for name, pipe in pipes.items():
                 peak = max(peak, matrix_peak(config, base.transformer, side, device))
-                seconds[name].append(told(pipe, "time")["seconds"])
-        memory |= {name: told(pipe, "end") for name, pipe in pipes.items()}
+                seconds[name].append(told(pipe, Order("time", in_a_row))["seconds"])
+        if timeline is not None and "ours" in pipes:
+            found |= waiting(pipes["ours"], in_a_row, timeline)
+        memory |= {name: told(pipe, Order("end")) for name, pipe in pipes.items()}
     assert kind == "full" or set(named(config.adapter.targets, last_layer=True)) == set(TARGETS["attention"])
     least = least_flops(
         base.transformer,
@@ -292,13 +369,31 @@ def compare(config: TrainConfig, kind: str, steps: int, *, at_once: bool) -> dic
         f"{str(compute_dtype(config)).removeprefix('torch.')}: {least / peak:.3f} s; ours takes "
         f"{best['ours'] * peak / least:.2f} times that"
     )
-    return {
+    if device.type == "cuda":
+        case = Case.of(config, base, tokens=longest_text(config), on_gpu=True)
+        print(f"predicted for ours: {training(case).bytes / 1e9:.2f} GB")
+    return found | {
         "speedup": best["plain"] / best["ours"],
         "memory_ratio": memory["ours"] / memory["plain"],
         "flops_ratio": first["ours"]["flops"] / least,
         "peak_share": least / (best["ours"] * peak),
         "loss_difference": abs(first["ours"]["loss"] - first["plain"]["loss"]) / first["plain"]["loss"],
     }
+
+
+def waiting(pipe: Connection, in_a_row: int, folder: Path) -> dict[str, float]:
+    """What waits in each step cost: the time of ours without and with, and the share of it that the GPU works."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, float] = {}
+    for name, wait in (("free", False), ("waiting", True)):
+        found[f"{name}_seconds"] = told(pipe, Order("time", in_a_row, wait))["seconds"]
+        trace = folder / f"{name}.json.gz"
+        found[f"{name}_busy_share"] = told(pipe, Order("trace", TRACED, wait, trace))["busy"]
+    print(
+        f"ours   {found['free_seconds']:.4f} s a step, of which the GPU works {found['free_busy_share']:.1%}; with "
+        f"waits in each step {found['waiting_seconds']:.4f} s and {found['waiting_busy_share']:.1%}; traces in {folder}"
+    )
+    return found
 
 
 def longest_text(config: TrainConfig) -> int:
@@ -390,7 +485,7 @@ def configuration(args: argparse.Namespace) -> TrainConfig:
         "data.held_out_fraction": 0,
         "optim.warmup_steps": 0,
         "train.batch_size": args.batch_size,
-        "train.steps": args.steps + 2,
+        "train.steps": args.steps * args.in_a_row + 2 + 2 * (args.in_a_row + TRACED),
         "train.checkpoint_every": 0,
         "validation.samples_every": 0,
         "logging.every": 1000,
@@ -410,6 +505,8 @@ def main() -> int:
     parser.add_argument("--kind", choices=("lora", "full"), default="lora")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=5, help="that are timed, after one that is counted")
+    parser.add_argument("--in-a-row", type=int, default=1, help="steps that are timed together, on a GPU more than one")
+    parser.add_argument("--timeline", type=Path, help="folder for traces of ours on a GPU, without and with waits")
     parser.add_argument("--option", action="append", default=[], help="KEY=VALUE of our configuration, for both")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "pixart_ft_bench")
     parser.add_argument("--one-by-one", action="store_true", help="where the memory does not hold both at once")
@@ -421,7 +518,11 @@ def main() -> int:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {BUSY: "1"})
     shutil.rmtree(args.work / "run", ignore_errors=True)
     config = configuration(args)
-    found = to_loss(config) if args.to_loss else compare(config, args.kind, args.steps, at_once=not args.one_by_one)
+    if args.to_loss:
+        found = to_loss(config)
+    else:
+        how = {"in_a_row": args.in_a_row, "at_once": not args.one_by_one, "timeline": args.timeline}
+        found = compare(config, args.kind, args.steps, **how)
     if args.json:
         print(json.dumps({name: round(value, 5) for name, value in found.items()}))
     return 0

@@ -118,7 +118,7 @@ def _run(
         warn_of_relearning(source.metadata, objective, config.diffusion.time_conditioning)
     engine = speed.set_up(config, transformer, encoded, accelerator, folder.path / "environment.json")
     transformer.train()
-    divided = accelerator.num_processes > 1 and shards_asked_for(os.environ)
+    divided = torch.distributed.is_initialized() and shards_asked_for(os.environ)
     network = in_shards(transformer, accelerator) if divided else transformer.to(accelerator.device)
     speed.set_up_blocks(config, network, accelerator)
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
