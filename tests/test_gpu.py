@@ -372,34 +372,34 @@ def test_compiled_blocks_draw_alike(tiny: Path, adapter: Path) -> None:
 # Shards
 
 
-def test_a_network_in_shards_trains_and_goes_on(
-    options: Options, ended: list[Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """FSDP2 by NCCL, over the one GPU that there may be; its checkpoint is read with shards and without."""
-    asked = of_kind(options, FULL) | {"train.keep_checkpoints": 9}
-    straight = train(asked)
-    AcceleratorState._reset_state(reset_partial_state=True)
+@contextmanager
+def as_launched() -> Iterator[None]:
+    """As torchrun starts the one process of a run in shards; a run leaves its group at its end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    for variable, value in launched.items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    try:
-        run = train(asked, run__folder=tmp_path / "shards")
-        assert isinstance(ended[-1].transformer, FSDPModule)
-        assert all(isinstance(p, DTensor) and p.device.type == GPU for p in ended[-1].trained.values())
-        assert torch.distributed.get_backend() == ("nccl" if GPU == "cuda" else "gloo")
-        assert means(run) == pytest.approx(means(straight), rel=AFTER_STEPS)
-        again = Path(shutil.copytree(run, tmp_path / "again"))
-        train(asked, run__folder=again, resume=str(again / "checkpoints" / "step-000004"))
-        assert means(again) == pytest.approx(means(straight), rel=AFTER_STEPS)
-    finally:
-        torch.distributed.destroy_process_group()
-    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_FSDP"):
-        monkeypatch.delenv(variable)
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in (launched | {"ACCELERATE_USE_FSDP": "true"}).items():
+            patch.setenv(variable, value)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_network_in_shards_trains_and_goes_on(options: Options, ended: list[Trainer], tmp_path: Path) -> None:
+    """FSDP2 by NCCL, over the one GPU that there may be; its checkpoint is read with shards and without."""
+    asked = of_kind(options, FULL) | {"train.keep_checkpoints": 9}
+    straight = train(asked)
+    with as_launched():
+        run = train(asked, run__folder=tmp_path / "shards")
+    assert isinstance(ended[-1].transformer, FSDPModule)
+    assert all(isinstance(p, DTensor) and p.device.type == GPU for p in ended[-1].trained.values())
+    assert means(run) == pytest.approx(means(straight), rel=AFTER_STEPS)
+    again = Path(shutil.copytree(run, tmp_path / "again"))
+    with as_launched():
+        train(asked, run__folder=again, resume=str(again / "checkpoints" / "step-000004"))
+    assert means(again) == pytest.approx(means(straight), rel=AFTER_STEPS)
     train(asked, run__folder=run, resume=str(run / "checkpoints" / "step-000004"))
     assert means(run) == pytest.approx(means(straight), rel=AFTER_STEPS)
 
