@@ -4,6 +4,7 @@
 # make check        format, lint, types, tests
 # make test-processors  the tests of numbers on the kernels of other processors, with one thread and two
 # make test-lowest  the tests that meet the libraries, with the oldest versions that pyproject.toml allows, in .venv-lowest
+# make test-gpu     the tests that need a CUDA device, in a minute on a large one
 # make planted      every planted bug must turn a test red (half an hour; BUGS="sampling ema" for some, JOBS=2)
 # scripts/same_results.py COMMIT   runs a fixed list on that commit and on the working tree, and prints what differs
 PYTHON ?= python3
@@ -36,7 +37,7 @@ KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 KERNELS_own :=
 PROCESSORS := $(foreach kernels,default avx2 own,$(foreach threads,1 2,test-on-$(kernels)-$(threads)))
 
-.PHONY: test-processors $(PROCESSORS) test-lowest quickstart test fast test-slow check planted format install clean
+.PHONY: test-processors $(PROCESSORS) test-lowest quickstart test fast test-slow test-gpu check planted format install clean
 
 install: $(INSTALLED)
 
@@ -61,6 +62,9 @@ fast: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
 
 test-processors: $(PROCESSORS)
 

@@ -229,7 +229,7 @@ def float32_tolerance(golden: Golden, name: str) -> Tensor | float:
     a, s = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
     factor = 1 / torch.minimum(torch.where(a > 0, a, 1), s)
     if array.startswith(("x0_from_mean", "eps_from_mean")):
-        factor = factor / process.posterior_x0_weight(schedule)
+        factor = factor / schedule.posterior_x0_weight
     tolerance = (1e-6 * factor).clamp(min=1e-5)
     if group == "vlb":
         return tolerance if array in ("vb", "x0_mse", "eps_mse") else tolerance.max().item()

@@ -72,7 +72,7 @@ def su_term(
     mean_half, _ = split_output(model_output, x_t.shape[1])
     eps_before, step_noise = merge_noises(schedule, promoted(eps), promoted(rest), t)  # it is its own inverse
     if form == "su_raw":
-        a, s = at(schedule.alpha_bar_prev.sqrt(), t, x0), at((1 - schedule.alpha_bar_prev).sqrt(), t, x0)
+        a, s = at(schedule.signal_before, t, x0), at(schedule.noise_before, t, x0)
         error = to_posterior_mean(schedule, mean_half, x_t, t, prediction_type) - (a * x0 + s * eps_before)
     elif form == "su_noises":
         error = to_step_noise(schedule, mean_half, x_t, t, prediction_type) - step_noise

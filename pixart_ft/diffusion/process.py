@@ -6,6 +6,7 @@ asking for it raises ValueError. Symbols: `pixart_ft.diffusion`.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import torch
@@ -71,12 +72,20 @@ def promoted(x: Tensor) -> Tensor:
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
     """Entries t (N,) of a float64 table, shaped (N, 1, 1, 1), in the promoted dtype and device of `like`.
 
+    What was moved there is kept by the table itself: give the same one again, not another of the same values.
+    """
+    moved = _there(table, torch.promote_types(like.dtype, torch.float32), like.device)
+    return moved[t].view(-1, *[1] * (like.ndim - 1))
+
+
+@lru_cache(maxsize=64)
+def _there(table: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A table in this dtype on a device, moved there once: from memory that is not pinned each copy makes a GPU's host
+    wait for all that is queued.
+
     The one place where tables leave float64; cast before the move, since some devices have no float64.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    # Asynchronous on CUDA, so that the host does not wait there for the network's forward pass.
-    moved = table.to(dtype=dtype).to(like.device, non_blocking=like.is_cuda)
-    return moved[t].view(-1, *[1] * (like.ndim - 1))
+    return table.to(dtype).to(device)
 
 
 def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -87,7 +96,7 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Ten
 
 def q_step(schedule: NoiseSchedule, x_before: Tensor, t: Tensor, step_noise: Tensor) -> Tensor:
     """x_t = sqrt(alpha) x_{t-1} + sqrt(beta) e, the single step (Ho et al. 2020, eq. 2; Su, eq. 1.2)."""
-    return at(schedule.alphas.sqrt(), t, x_before) * x_before + at(schedule.betas.sqrt(), t, x_before) * step_noise
+    return at(schedule.step_signal, t, x_before) * x_before + at(schedule.step_noise, t, x_before) * step_noise
 
 
 def q_posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> Gaussian:
@@ -112,8 +121,8 @@ def velocity(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Ten
 
 def network_timesteps(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """What the network receives at indices t (N,): int64, or float32 where the schedule's timesteps are fractional."""
-    timesteps = schedule.timesteps
-    return (timesteps if timesteps.dtype == torch.int64 else timesteps.to(torch.float32)).to(t.device)[t]
+    dtype = torch.int64 if schedule.timesteps.dtype == torch.int64 else torch.float32
+    return _there(schedule.timesteps, dtype, t.device)[t]
 
 
 def x0_from(value: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, kind: PredictionType) -> Tensor:
@@ -184,7 +193,7 @@ def to_score(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kin
 def to_step_noise(schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity) -> Tensor:
     """Su's step noise sqrt(beta / (1 - alpha_bar)) eps (his eq. 1.15) from a quantity of the given kind."""
     _, s = _signal_and_noise(schedule, t, x_t)
-    return at(schedule.betas.sqrt(), t, x_t) / s * to_eps(schedule, value, x_t, t, kind)
+    return at(schedule.step_noise, t, x_t) / s * to_eps(schedule, value, x_t, t, kind)
 
 
 def merge_noises(schedule: NoiseSchedule, eps_before: Tensor, step_noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,8 +203,8 @@ def merge_noises(schedule: NoiseSchedule, eps_before: Tensor, step_noise: Tensor
     inverse: given (eps, w) it returns (eps_before, step_noise).
     """
     _, s = _signal_and_noise(schedule, t, eps_before)
-    from_before = at((schedule.alphas * (1 - schedule.alpha_bar_prev)).sqrt(), t, eps_before) / s
-    from_step = at(schedule.betas.sqrt(), t, eps_before) / s
+    from_before = at(schedule.noise_kept, t, eps_before) / s
+    from_step = at(schedule.step_noise, t, eps_before) / s
     return (
         from_before * eps_before + from_step * step_noise,
         from_step * eps_before - from_before * step_noise,
@@ -224,7 +233,7 @@ def learned_log_variance(schedule: NoiseSchedule, learned_range: Tensor, t: Tens
     outside it extrapolates.
     """
     fraction = (promoted(learned_range) + 1) / 2
-    high = at(schedule.betas.log(), t, learned_range)
+    high = at(schedule.log_betas, t, learned_range)
     low = at(schedule.posterior_log_variance, t, learned_range)
     return fraction * high + (1 - fraction) * low
 
@@ -232,12 +241,12 @@ def learned_log_variance(schedule: NoiseSchedule, learned_range: Tensor, t: Tens
 def fixed_log_variance(schedule: NoiseSchedule, variance: FixedVariance) -> Tensor:
     """log variance (T,) float64 of p(x_{t-1} | x_t): beta_tilde clipped, or beta, its first entry that of beta_tilde.
 
-    They are the "small" and "large" of Nichol & Dhariwal's code; beta alone would be wrong for data of the last step.
+    They are the "small" and "large" of Nichol & Dhariwal's code.
     """
     if variance == "beta_tilde":
         return schedule.posterior_log_variance
     if variance == "beta":
-        return torch.cat([schedule.posterior_log_variance[:1], schedule.betas[1:].log()])
+        return schedule.large_log_variance
     raise unknown(variance, "fixed variance", FixedVariance)
 
 
@@ -257,13 +266,8 @@ def predict(
     )
 
 
-def posterior_x0_weight(schedule: NoiseSchedule) -> Tensor:
-    """The weight (T,) of x0 in the posterior's mean: sqrt(alpha_bar_prev) beta / (1 - alpha_bar)."""
-    return schedule.alpha_bar_prev.sqrt() * schedule.betas / (1 - schedule.alpha_bar)
-
-
 def _signal_and_noise(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    return at(schedule.alpha_bar.sqrt(), t, like), at((1 - schedule.alpha_bar).sqrt(), t, like)
+    return at(schedule.signal, t, like), at(schedule.noise, t, like)
 
 
 def _stepless(
@@ -277,7 +281,7 @@ def _stepless(
         case "score":
             return -_signal_and_noise(schedule, t, x_t)[1] * value, "epsilon"
         case "step_noise":
-            return value * _signal_and_noise(schedule, t, x_t)[1] / at(schedule.betas.sqrt(), t, x_t), "epsilon"
+            return value * _signal_and_noise(schedule, t, x_t)[1] / at(schedule.step_noise, t, x_t), "epsilon"
         case "posterior_mean":
             weight_x0, weight_xt = _posterior_weights(schedule, t, x_t)
             return (value - weight_xt * x_t) / weight_x0, "sample"
@@ -289,5 +293,4 @@ def _needs_step(kind: str) -> ValueError:
 
 
 def _posterior_weights(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    weight_xt = schedule.alphas.sqrt() * (1 - schedule.alpha_bar_prev) / (1 - schedule.alpha_bar)
-    return at(posterior_x0_weight(schedule), t, like), at(weight_xt, t, like)
+    return at(schedule.posterior_x0_weight, t, like), at(schedule.posterior_x_t_weight, t, like)

@@ -57,10 +57,67 @@ class NoiseSchedule:
         """T, the number of steps of this process."""
         return len(self.betas)
 
-    @property
+    # Tables made of these, each made once: whoever looks one up keeps what it took to a device by the table itself.
+
+    @cached_property
     def alphas(self) -> Tensor:
         """1 - betas: the variance of the signal that each step keeps."""
         return 1 - self.betas
+
+    @cached_property
+    def signal(self) -> Tensor:
+        """sqrt(alpha_bar), what x0 is multiplied by in x_t."""
+        return self.alpha_bar.sqrt()
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """sqrt(1 - alpha_bar), what eps is multiplied by in x_t."""
+        return (1 - self.alpha_bar).sqrt()
+
+    @cached_property
+    def signal_before(self) -> Tensor:
+        """`signal` one step earlier."""
+        return self.alpha_bar_prev.sqrt()
+
+    @cached_property
+    def noise_before(self) -> Tensor:
+        """`noise` one step earlier."""
+        return (1 - self.alpha_bar_prev).sqrt()
+
+    @cached_property
+    def step_signal(self) -> Tensor:
+        """sqrt(alphas), what x_{t-1} is multiplied by in x_t."""
+        return self.alphas.sqrt()
+
+    @cached_property
+    def step_noise(self) -> Tensor:
+        """sqrt(betas), what the noise of the step is multiplied by."""
+        return self.betas.sqrt()
+
+    @cached_property
+    def log_betas(self) -> Tensor:
+        """log betas."""
+        return self.betas.log()
+
+    @cached_property
+    def large_log_variance(self) -> Tensor:
+        """log betas with entry 0 of `posterior_log_variance`: beta alone would be wrong for data of the last step."""
+        return torch.cat([self.posterior_log_variance[:1], self.betas[1:].log()])
+
+    @cached_property
+    def posterior_x0_weight(self) -> Tensor:
+        """The weight of x0 in the posterior's mean: sqrt(alpha_bar_prev) beta / (1 - alpha_bar)."""
+        return self.signal_before * self.betas / (1 - self.alpha_bar)
+
+    @cached_property
+    def posterior_x_t_weight(self) -> Tensor:
+        """The weight of x_t there: sqrt(alpha) (1 - alpha_bar_prev) / (1 - alpha_bar)."""
+        return self.step_signal * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+
+    @cached_property
+    def noise_kept(self) -> Tensor:
+        """sqrt(alphas (1 - alpha_bar_prev)), what the noise of x_{t-1} is multiplied by in x_t."""
+        return (self.alphas * (1 - self.alpha_bar_prev)).sqrt()
 
     @property
     def log_sigmas(self) -> Tensor:

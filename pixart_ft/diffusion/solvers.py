@@ -11,6 +11,7 @@ Euler-Maruyama and the ODE, 1 - alpha_bar / alpha_bar_prev for the others (Song 
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,13 +48,19 @@ def ddim_step(
     Song et al. 2021a, eq. 12, with sigma from `ddim_sigma`; eps is what x_t holds beside x0. eta = 0 is
     deterministic, eta = 1 is DDPM with beta tilde. Raises ValueError when eta > 0 comes without noise.
     """
-    sigma = ddim_sigma(schedule, eta)
+    direction, sigma = _ddim_weights(schedule, eta)
     eps = to_eps(schedule, prediction.x0, x_t, t, "sample")
-    direction = (1 - schedule.alpha_bar_prev - sigma**2).sqrt()
-    mean = at(schedule.alpha_bar_prev.sqrt(), t, x_t) * prediction.x0 + at(direction, t, x_t) * eps
+    mean = at(schedule.signal_before, t, x_t) * prediction.x0 + at(direction, t, x_t) * eps
     if eta == 0:
         return mean
     return mean + at(sigma, t, x_t) * _required(noise, f"eta {eta:g}")
+
+
+@lru_cache(maxsize=8)
+def _ddim_weights(schedule: NoiseSchedule, eta: float) -> tuple[Tensor, Tensor]:
+    """What multiplies eps and the fresh noise, each (T,)."""
+    sigma = ddim_sigma(schedule, eta)
+    return (1 - schedule.alpha_bar_prev - sigma**2).sqrt(), sigma
 
 
 def ddim_encode_step(schedule: NoiseSchedule, prediction: Prediction, x_t: Tensor, t: Tensor) -> Tensor:
@@ -61,9 +68,15 @@ def ddim_encode_step(schedule: NoiseSchedule, prediction: Prediction, x_t: Tenso
 
     It undoes `ddim_step` with eta = 0, to first order in the size of the step.
     """
-    alpha_bar_next = torch.cat([schedule.alpha_bar[1:], torch.zeros(1, dtype=torch.float64)])
+    signal, noise = _one_step_noisier(schedule)
     eps = to_eps(schedule, prediction.x0, x_t, t, "sample")
-    return at(alpha_bar_next.sqrt(), t, x_t) * prediction.x0 + at((1 - alpha_bar_next).sqrt(), t, x_t) * eps
+    return at(signal, t, x_t) * prediction.x0 + at(noise, t, x_t) * eps
+
+
+@lru_cache(maxsize=8)
+def _one_step_noisier(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    alpha_bar_next = torch.cat([schedule.alpha_bar[1:], torch.zeros(1, dtype=torch.float64)])
+    return alpha_bar_next.sqrt(), (1 - alpha_bar_next).sqrt()
 
 
 def ddpm_step(
@@ -91,7 +104,7 @@ def ddpm_step(
     elif variance == "beta_tilde":
         log_variance = at(schedule.posterior_log_variance, t, x_t)
     elif variance == "beta":
-        log_variance = at(schedule.betas.log(), t, x_t)
+        log_variance = at(schedule.log_betas, t, x_t)
     else:
         raise unknown(variance, "variance", StepVariance)
     is_last = (t == 0).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion.names import LossSpace, Weighting, unknown
-from pixart_ft.diffusion.process import network_timesteps, posterior_x0_weight
+from pixart_ft.diffusion.process import network_timesteps
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 # The debiased weight is capped here: it grows without bound where the signal vanishes.
@@ -176,7 +176,7 @@ def loss_weights(
     elif space == "sample":
         weights = on_x0
     elif space == "posterior_mean":
-        weights = on_x0 / posterior_x0_weight(schedule) ** 2
+        weights = on_x0 / schedule.posterior_x0_weight**2
     else:
         raise unknown(space, "loss space", LossSpace)
     if not bool(weights.isfinite().all()):

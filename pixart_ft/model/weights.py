@@ -4,19 +4,23 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import diffusers.utils.logging
 import transformers.utils.logging
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pixart_ft.errors import UserError
 from pixart_ft.files import sha256
 from pixart_ft.runs.hub import meaning
 from pixart_ft.runs.metadata import NULL_CAPTION
 
+Weight = TypeVar("Weight", bound=Tensor)
+
+CHUNK = 2**26  # weights that there are float32 copies of at a time: 256 MiB
 # A file of weights: its variant stands before or after the number of its shard.
 _VARIANT = re.compile(r"[^.]+?(?:-\d+-of-\d+)?(?:\.([^.]+?))?(?:-\d+-of-\d+)?\.safetensors$")
 
@@ -114,6 +118,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
 def plain_name(name: str) -> str:
     """The name that a parameter has where none is parametrized: "a.parametrizations.weight.original" is a.weight."""
     return name.replace(".parametrizations.", ".").removesuffix(".original")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of it: its shard, where it is in shards, of which few operators on lists know."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def chunks(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
+    """These in lists of at most `CHUNK` numbers, or of one weight that is larger."""
+    part: list[Weight] = []
+    for weight in list(weights):
+        if part and sum(w.numel() for w in part) + weight.numel() > CHUNK:
+            yield part
+            part = []
+        part.append(weight)
+    if part:
+        yield part
 
 
 def is_known(flag: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The weights that are used in place of the trained ones: their moving average, or that of an optimizer."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from pixart_ft.config.train import EmaProfile
 from pixart_ft.errors import UserError
-from pixart_ft.model.weights import is_known
+from pixart_ft.model.weights import chunks, is_known, local
 
 
 class Ema:
@@ -90,8 +90,7 @@ class Ema:
             return
         self._take_in_copies()
         if not self._copies:
-            fresh = [self._parameters[name].detach().to(shadow) for name, shadow in self._shadows.items()]
-            self._take_in(fresh, taken)
+            self._take_in([self._parameters[name] for name in self._shadows], taken)
             return
         if taken is not None:
             self._taken.copy_(taken, non_blocking=True)
@@ -107,12 +106,18 @@ class Ema:
             self._take_in(list(self._copies.values()), self._taken)
 
     @torch.no_grad()
-    def _take_in(self, fresh: list[Tensor], taken: Tensor | None = None) -> None:
-        weight, shadows = 1 - self._decay(), list(self._shadows.values())
+    def _take_in(self, fresh: Sequence[Tensor], taken: Tensor | None = None) -> None:
+        weight, shadows = 1 - self._decay(), [local(shadow) for shadow in self._shadows.values()]
+        values = [local(x).to(shadow) for x, shadow in zip(fresh, shadows, strict=True)]
         if taken is not None and not is_known(taken):
-            torch._foreach_lerp_(shadows, fresh, [weight * taken] * len(shadows))
+            # A weight that the device alone knows: torch's lerp of lists would be a kernel for each shadow.
+            fresh_of = dict(zip(shadows, values, strict=True))
+            for part in chunks(shadows):
+                moves = torch._foreach_sub([fresh_of[shadow] for shadow in part], part)
+                torch._foreach_mul_(moves, weight * taken)
+                torch._foreach_add_(part, moves)
         elif taken is None or taken:
-            torch._foreach_lerp_(shadows, fresh, weight)
+            torch._foreach_lerp_(shadows, values, weight)
         self._num_updates += 1
 
     def _decay(self) -> float:

@@ -1,12 +1,13 @@
 """Gradients that are not finite: a step with one leaves no trace, and the host does not wait to know."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from pixart_ft.model.weights import is_known
+from pixart_ft.model.weights import is_known, local
 from pixart_ft.training.optimizers import COUNTED
 from pixart_ft.training.sharding import norms_of
 
@@ -18,12 +19,15 @@ def clip_gradients(parameters: Sequence[Parameter], limit: float) -> tuple[Tenso
 
     Returns the norm of each parameter's gradient (P,), 0 where it has none, and of all together (), before.
     """
-    with_gradient = [p for p in parameters if p.grad is not None]
-    norms = norms_of([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = norms_of(gradients)
     norm = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
-    found = dict(zip(with_gradient, norms, strict=True))
-    return torch.stack([found.get(p, torch.zeros_like(norm)) for p in parameters]), norm
+    if limit < math.inf:  # by torch's formula, but not in lists of shards
+        torch._foreach_mul_([local(gradient) for gradient in gradients], (limit / (norm + 1e-6)).clamp(max=1.0))
+    if len(gradients) < len(parameters):
+        found = iter(norms)
+        norms = torch.stack([norm.new_zeros(()) if p.grad is None else next(found) for p in parameters])
+    return norms, norm
 
 
 @torch.no_grad()

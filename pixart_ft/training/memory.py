@@ -28,10 +28,11 @@ from pixart_ft.model.base import Base
 from pixart_ft.model.network import network_output
 from pixart_ft.model.quantized import bytes_saved
 from pixart_ft.model.repeated import checkpoint_blocks
+from pixart_ft.model.weights import CHUNK
 from pixart_ft.training.encode import compute_dtype, text_dtype
 from pixart_ft.training.kinds import Kind, count, kind_of, stand_in, weights_dtype
 from pixart_ft.training.objective import build_objective
-from pixart_ft.training.optimizers import CHUNK, build_optimizer
+from pixart_ft.training.optimizers import build_optimizer
 from pixart_ft.training.start import resolution_of
 
 _PIECES, _PIECE = 64, 64 * 64  # weights that an optimizer is tried on: so many matrices, each large enough for 8 bits

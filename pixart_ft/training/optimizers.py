@@ -19,13 +19,12 @@ from torch.optim import Optimizer
 
 from pixart_ft.config.train import Group, Optim
 from pixart_ft.errors import Mistakes
-from pixart_ft.model.weights import plain_name
+from pixart_ft.model.weights import chunks, plain_name
 from pixart_ft.randomness import generator
 
 # What optimizers count in their groups as they go; all else there are settings.
 COUNTED = {"k", "d", "d_max", "d_hat", "d_numerator", "d_denom", "weight_sum", "lr_max", "scheduled_lr", "train_mode"}
 _ROUNDED = "rounded"  # of a weight: how often
-CHUNK = 2**26  # weights that are float32 at a time while a bfloat16 network is stepped: 256 MiB
 _MATRIX = re.compile(r"transformer_blocks\..*weight$")  # of a hidden layer: what Muon is for, if it has two dimensions
 
 
@@ -128,7 +127,7 @@ class Rounded(Optimizer):
         gradients = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
         for parameter in gradients:
             parameter.grad = None
-        for part in _chunks(gradients):
+        for part in chunks(gradients):
             with _in_float32(part) as kept:
                 for parameter in part:
                     parameter.grad = gradients.pop(parameter).float()
@@ -169,17 +168,6 @@ def _in_float32(parameters: Iterable[Parameter], *, filled: bool = True) -> Iter
     finally:
         for parameter, data in kept.items():
             parameter.data = data
-
-
-def _chunks(parameters: Iterable[Parameter]) -> Iterator[list[Parameter]]:
-    part: list[Parameter] = []
-    for parameter in list(parameters):
-        if part and sum(p.numel() for p in part) + parameter.numel() > CHUNK:
-            yield part
-            part = []
-        part.append(parameter)
-    if part:
-        yield part
 
 
 def _place(name: str, groups: Sequence[Group]) -> int | None:

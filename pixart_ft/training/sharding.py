@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pixart_ft.model.weights import local
 from pixart_ft.training.ema import Ema
 
 
@@ -87,8 +88,7 @@ def moments_like(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> 
 
 def norms_of(gradients: Sequence[Tensor]) -> Tensor:
     """The norm of each gradient (P,), whole where it is in shards: then all processes call it."""
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    norms = torch.stack(torch._foreach_norm(local, 2, dtype=torch.float32))
+    norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients], 2, dtype=torch.float32))
     if gradients and isinstance(gradients[0], DTensor):
         squares = norms.square()
         torch.distributed.all_reduce(squares, group=gradients[0].device_mesh.get_group())

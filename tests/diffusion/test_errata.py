@@ -208,7 +208,7 @@ def test_b8b_the_best_variance_leaves_the_range_for_wide_data() -> None:
     """Where between beta tilde (0) and beta (1) the variance of p(x_{t-1} | x_t) lies for data of this deviation."""
     for std, low, high in ((0.5, 0.25, 1.0), (1.0, 1.0, 1.0), (2.0, 1.0, 4.0)):
         spread = std**2 * (1 - LINEAR.alpha_bar) / (LINEAR.alpha_bar * std**2 + 1 - LINEAR.alpha_bar)  # Var[x0 | x_t]
-        best = LINEAR.posterior_variance + process.posterior_x0_weight(LINEAR) ** 2 * spread
+        best = LINEAR.posterior_variance + LINEAR.posterior_x0_weight**2 * spread
         fraction = (best - LINEAR.posterior_variance) / (LINEAR.betas - LINEAR.posterior_variance)
         assert (fraction.min().item(), fraction.max().item()) == (near(low), near(high))
 

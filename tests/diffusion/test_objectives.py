@@ -96,7 +96,7 @@ def test_an_eps_network_may_be_trained_by_any_error() -> None:
         "epsilon": torch.ones(4, dtype=torch.float64),
         "v_prediction": 1 / LINEAR.alpha_bar[T],
         "sample": 1 / LINEAR.snr[T],
-        "posterior_mean": process.posterior_x0_weight(LINEAR)[T] ** 2 / LINEAR.snr[T],
+        "posterior_mean": LINEAR.posterior_x0_weight[T] ** 2 / LINEAR.snr[T],
     }
     for space in TYPES:
         simple = simple_term(LINEAR, output, noised, "epsilon", space=space)

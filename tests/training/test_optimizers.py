@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pixart_ft.config.optimizers import OPTIMIZERS, OptimizerName, check_installed, takes
 from pixart_ft.config.train import Optim, load_config
 from pixart_ft.errors import UserError
+from pixart_ft.model import weights
 from pixart_ft.training import optimizers
 from pixart_ft.training.ema import OwnAverage
 from pixart_ft.training.nested import load_nested, save_nested, tensors_of
@@ -403,7 +404,7 @@ def test_the_random_bits_follow_from_seed_step_and_name() -> None:
 def test_a_large_network_is_stepped_part_by_part_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Case(chosen("adamw", True))
     losses = [whole.step() for _ in range(3)]
-    monkeypatch.setattr(optimizers, "CHUNK", 100)  # the matrix alone, then the others
+    monkeypatch.setattr(weights, "CHUNK", 100)  # the matrix alone, then the others
     parts = Case(chosen("adamw", True))
     assert [parts.step() for _ in range(3)] == losses
     assert isinstance(parts.optimizer, Rounded)
