@@ -256,20 +256,29 @@ def test_no_step_waits_for_the_device(options: Options, how: Options, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("how", "where"),
     [
-        pytest.param({"optim.optimizer": "prodigy", "optim.learning_rate": 1.0}, id="prodigy reads its step size"),
+        pytest.param(
+            {"optim.optimizer": "prodigy", "optim.learning_rate": 1.0}, "guard", id="prodigy reads its step size"
+        ),
         pytest.param(
             {"optim.optimizer": "schedule_free", "optim.decay": "constant", "train.ema_decay": 0.0},
+            "guard",
             id="schedule-free counts in its groups",
         ),
-        pytest.param(FULL | {"optim.optimizer": "paged_adamw8bit"}, id="pages cannot be put back", marks=BITS),
-        pytest.param({"model.quantization": "int8", "train.mixed_precision": "bf16"}, id="int8 looks", marks=BITS),
+        pytest.param(FULL | {"optim.optimizer": "paged_adamw8bit"}, "guard", id="pages cannot be put back", marks=BITS),
+        pytest.param(
+            {"model.quantization": "int8", "train.mixed_precision": "bf16"}, "bitsandbytes", id="int8 looks", marks=BITS
+        ),
     ],
 )
-def test_what_waits_in_each_step_is_known(options: Options, how: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
+def test_what_waits_in_each_step_is_known(
+    options: Options, how: Options, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nothing before it: the first thing that waits is in a file of that name."""
+    with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation") as caught:
         steps_without_waits(of_kind(options, how), monkeypatch)
+    assert any(where in str(frame.path) for frame in caught.traceback)
 
 
 # Few bits, compiling, kernels

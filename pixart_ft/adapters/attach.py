@@ -64,6 +64,17 @@ def attach(transformer: PixArtTransformer2DModel, settings: LoraSettings | PeftS
     return name
 
 
+def take_inputs_as_they_come(transformer: PixArtTransformer2DModel) -> None:
+    """Spare the LoRAs a cast, where the network is called under autocast unless all of it is float32.
+
+    peft casts what comes in half precision to the float32 of the weights, and autocast casts it back: four kernels of
+    each such layer and step, and a copy that is kept, to the same bits. Not for dropout, whose draws may follow from
+    the precision, or DoRA, which computes a norm in it.
+    """
+    for _, layer in tuner_layers(transformer):
+        layer.cast_input_dtype_enabled = False
+
+
 def detach(transformer: PixArtTransformer2DModel, name: str) -> None:
     """Take an adapter out again: the network and the adapters beside it are as if it had never been there."""
     intervals = {other: interval for other, interval in attached(transformer).items() if other != name}

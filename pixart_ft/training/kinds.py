@@ -13,7 +13,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from pixart_ft.adapters.acting import limit_adapter
-from pixart_ft.adapters.attach import attach
+from pixart_ft.adapters.attach import attach, take_inputs_as_they_come
 from pixart_ft.adapters.files import Adapter, LoraSettings, PeftSettings
 from pixart_ft.adapters.full import free, save_model, take_weights, whole_weights
 from pixart_ft.adapters.targets import check_rank, check_targets, named
@@ -114,6 +114,8 @@ class AdapterKind:
     ) -> None:
         quantize(transformer, self.quantization, dtype=self.computed, device=device)
         attach(transformer, self.settings, seed=seed)
+        if isinstance(self.settings, LoraSettings) and not (self.settings.dropout or self.settings.dora):
+            take_inputs_as_they_come(transformer)
         limit_adapter(transformer, interval)
 
     def start_from(self, transformer: PixArtTransformer2DModel, source: Source, fingerprint: str) -> None:

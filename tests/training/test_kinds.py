@@ -12,27 +12,31 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, PixArtSigmaPipeline
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pixart_ft.adapters.acting import load_adapter, merge
-from pixart_ft.adapters.files import Adapter
+from pixart_ft.adapters.files import Adapter, LoraSettings
 from pixart_ft.cli import main
 from pixart_ft.config.reading import to_yaml
 from pixart_ft.config.train import load_config
+from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.errors import UserError
 from pixart_ft.model import saving
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import fingerprint, load_transformer
+from pixart_ft.model.network import network_output
 from pixart_ft.model.quantized import check_quantization, quantize
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.sampling.text_to_image import TextToImage, abilities_of
 from pixart_ft.training import run as run_module
+from pixart_ft.training.kinds import AdapterKind
 from pixart_ft.training.nested import load_nested
 from pixart_ft.training.start import dry_run
 from pixart_ft.training.trainer import Trainer
-from tests.helpers.networks import call
+from tests.helpers.networks import call, randn
 from tests.helpers.runs import Options, assert_same_end, cut_off, short_run, train
 
 KINDS: dict[str, Options] = {
@@ -139,6 +143,33 @@ def test_every_kind_resumes_bit_for_bit(options: Options, tmp_path: Path, kind: 
     cut_off(5, asked, run__folder=tmp_path / "cut")
     torch.manual_seed(123)
     assert_same_end(straight, train(asked, run__folder=tmp_path / "cut", resume="auto"))
+
+
+def test_a_lora_takes_inputs_of_half_precision_as_they_come_to_the_same_bits(tiny: Path) -> None:
+    """Oracle: peft, which casts them to float32 and leaves it to autocast to cast them back."""
+    network = load_transformer(Base.read(tiny), dtype=torch.bfloat16)
+    kind = AdapterKind(LoraSettings(4, 8.0, ("to_q", "to_out.0", "ff.net.2")), torch.bfloat16, "none", torch.bfloat16)
+    kind.prepare(network, seed=0, interval=WHOLE, device=torch.device("cpu"))
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for number, p in enumerate(trained.values()):
+            p.copy_(randn(*p.shape, seed=number).float() / 10)
+    given = randn(2, 4, 8, 8).float(), torch.tensor([10, 700]), randn(2, 5, 32).float(), torch.ones(2, 5)
+    found = []
+    for cast in (False, True):
+        if cast:
+            for layer in network.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.cast_input_dtype_enabled = True
+        with torch.profiler.profile() as profile:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output = network_output(network, *given)
+            output.square().mean().backward()
+        copies = sum(event.count for event in profile.key_averages() if event.key == "aten::_to_copy")
+        found.append((copies, [output, *(p.grad for p in trained.values())]))
+        network.zero_grad()
+    assert found[0][0] < found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
 
 
 def test_rows_of_a_variance_that_is_not_trained_stand_still(options: Options, tiny: Path) -> None:
