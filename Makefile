@@ -4,7 +4,7 @@
 # make check        format, lint, types, tests
 # make test-processors  the tests of numbers on the kernels of other processors, with one thread and two
 # make test-lowest  the tests that meet the libraries, with the oldest versions that pyproject.toml allows, in .venv-lowest
-# make test-gpu     the tests that need a CUDA device, in a minute on a large one
+# make test-gpu     the tests that need a CUDA device
 # make planted      every planted bug must turn a test red (half an hour; BUGS="sampling ema" for some, JOBS=2)
 # scripts/same_results.py COMMIT   runs a fixed list on that commit and on the working tree, and prints what differs
 PYTHON ?= python3
