@@ -114,8 +114,9 @@ def lora_sheets(sheets: Sheets, before: TextToImage, after: TextToImage, picture
             captions.append([f"{start + k + 1} {letter}" for k in range(len(chosen))])
     sheets.write("pairs", rows, captions)
     sheets.shuffled("after", list(zip(new, names, strict=True)))
-    sheets.answers["rows"] = ["upper: before", "lower: after"]
-    sheets.write("rows", [old, new], [])
+    sheets.answers["rows"] = ["upper two: before", "lower two: after"]
+    halves = [row[start : start + COLUMNS] for row in (old, new) for start in range(0, len(row), COLUMNS)]
+    sheets.write("rows", halves, [])  # the first half of the rows is before, at a size that can be looked at
 
 
 def main() -> None:
