@@ -102,7 +102,7 @@ def pointwise_value(golden: Golden, name: str) -> Tensor | None:
         case "posterior_log_variance_clipped":
             return posterior.log_variance
         case "learned_range_log_variance":
-            return process.learned_log_variance(schedule, inputs["var_channels"], t)
+            return process.learned_range_log_variance(schedule, inputs["var_channels"], t)
     return None
 
 
@@ -121,7 +121,8 @@ def hybrid_value(golden: Golden, name: str) -> Tensor | None:
     names: dict[str, Decoder] = {"exact_cdf": "discretized", "tanh_cdf": "discretized_tanh"}
     simple = objectives.simple_term(schedule, model_output, noised, "epsilon")
     variance_alone, decoder = objectives.variance_alone(model_output), names.get(rest[0], "gaussian")
-    vlb = objectives.vlb_term(schedule, variance_alone, noised, "epsilon", decoder=decoder)
+    literal: Variance = "learned_range"
+    vlb = objectives.vlb_term(schedule, variance_alone, noised, "epsilon", decoder=decoder, variance=literal)
     loss = simple + scale * vlb
     if rest[-1] == "grad":
         return torch.autograd.grad(loss.mean(), model_output)[0]
@@ -141,7 +142,7 @@ def gmm_value(golden: Golden, name: str) -> Tensor | None:
 @functools.cache
 def bound_of(golden: Golden, identifier: str, variance: str, decoder: Decoder) -> likelihood.Bound:
     original, schedule = golden.schedules("vlb", identifier)
-    variances: dict[str, Variance] = {"learned_range": "learned", "small": "beta_tilde", "large": "beta"}
+    variances: dict[str, Variance] = {"learned_range": "learned_range", "small": "beta_tilde", "large": "beta"}
     noise = golden.arrays[f"vlb/{identifier}/noise"]
     data = "gaussian" if decoder == "gaussian" else "discretized"
     return likelihood.variational_bound(

@@ -5,7 +5,7 @@ Which sampler uses which key is read from the table in `samplers.py`. No torch h
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -31,7 +31,7 @@ from pixart_ft.config.train import (
     Timestep,
     Weights,
 )
-from pixart_ft.diffusion.names import Predictor, ScheduleChoice, Spacing, TimeConditioning, Variance
+from pixart_ft.diffusion.names import LearnedVariance, Predictor, ScheduleChoice, Spacing, TimeConditioning, Variance
 
 _SAMPLERS = "; ".join(f"{facts.name}: {facts.summary}" for facts in EVERY_SAMPLER.values())
 
@@ -109,7 +109,9 @@ class GenerateConfig(Config):
         description="how the steps are spread; null = iddpm on indices and SDE, karras on levels, else linspace",
     )
     variance: Variance | None = Field(
-        None, description=_of("variance") + "of each step; null = beta_tilde for ddpm, learned for iddpm"
+        None,
+        description=_of("variance")
+        + "of each step; null = beta_tilde for ddpm, learned for iddpm; learned_range = as others read that",
     )
     eta: float | None = Field(None, ge=0, le=1, description=_of("eta") + "noise added back; null = 0 for ddim, else 1")
     rho: float | None = Field(
@@ -212,7 +214,7 @@ class GenerateConfig(Config):
         ),
         (
             ("sampler", "variance"),
-            lambda sampler, variance: sampler == "ddpm" and variance == "learned",
+            lambda sampler, variance: sampler == "ddpm" and variance in get_args(LearnedVariance),
             "sampler {} takes variance beta_tilde or beta, not {}; the sampler that steps by the learned one is iddpm",
         ),
     )

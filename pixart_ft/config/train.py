@@ -24,7 +24,7 @@ from pixart_ft.diffusion.names import (
     ScheduleChoice,
     TimeConditioning,
     TimestepLaw,
-    Variance,
+    TrainedVariance,
     Weighting,
 )
 
@@ -162,7 +162,7 @@ class Diffusion(Section):
     )
     min_snr_gamma: Scale = Field(5.0, description="cap of min_snr, knee of soft_min_snr")
     p2_gamma: float = Field(1.0, ge=0, le=5, description="exponent of p2")
-    variance: Variance = Field("learned", description="of the vlb objective")
+    variance: TrainedVariance = Field("learned", description="of the vlb objective")
     vlb_scale: Scale = Field(1.0, description="weight of the hybrid VLB term, per bit/dim")
     timestep_law: TimestepLaw = Field(
         "uniform",

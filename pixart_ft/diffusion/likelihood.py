@@ -13,8 +13,15 @@ from torch import Tensor
 
 from pixart_ft.diffusion.flow import Network, drift, eps_of, integrate
 from pixart_ft.diffusion.names import Decoder, PredictionType, Variance
-from pixart_ft.diffusion.objectives import log_variance_of, vlb_term
-from pixart_ft.diffusion.process import Noised, network_timesteps, predict, promoted, q_posterior
+from pixart_ft.diffusion.objectives import vlb_term
+from pixart_ft.diffusion.process import (
+    Noised,
+    log_variance_of,
+    network_timesteps,
+    predict,
+    promoted,
+    q_posterior,
+)
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 

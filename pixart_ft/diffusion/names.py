@@ -18,7 +18,11 @@ ScheduleName = Literal["linear", "scaled_linear", "cosine", "su_linear"]
 ScheduleChoice = Literal["base", ScheduleName]  # base: the one that the model knows
 TimeConditioning = Literal["index", "snr_matched"]  # what another schedule than its own tells a network
 FixedVariance = Literal["beta_tilde", "beta"]
-Variance = Literal["learned", FixedVariance]  # p's, that of x_{t-1} given x_t
+# The network's own: learned is read in the process that it was trained on and said in another by the error of x0 that
+# it means; learned_range takes it for the fraction of the step at hand (Nichol & Dhariwal 2021).
+LearnedVariance = Literal["learned", "learned_range"]
+Variance = Literal[LearnedVariance, FixedVariance]  # p's, that of x_{t-1} given x_t
+TrainedVariance = Literal["learned", FixedVariance]  # of a run, which trains whole processes: there the two are one
 VarianceState = Literal["trained", "stale", "none"]  # of a network's learned variance: fit to use, left behind, absent
 
 # Losses.

@@ -10,9 +10,8 @@ from torch import Tensor
 from pixart_ft.diffusion.names import Decoder, LossSpace, Norm, PredictionType, SuForm, Variance, check, unknown
 from pixart_ft.diffusion.process import (
     Noised,
-    Prediction,
     at,
-    fixed_log_variance,
+    log_variance_of,
     merge_noises,
     predict,
     promoted,
@@ -110,7 +109,7 @@ def vlb_term(
 
     For t > 0 it is KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)); at t = 0 the decoder's -log p(x0 | x_1). The
     Gaussian decoder fits latents; the discretized ones (8-bit data in [-1, 1]) are for comparison with
-    pixel-space code. variance is that of p: the network's own or a fixed one (`process.fixed_log_variance`).
+    pixel-space code. variance is that of p: the network's own or a fixed one (`process.log_variance_of`).
     For t uniform, T times its mean is the bound without its prior term. Raises ValueError when the variance
     is learned and the network has no variance channels.
     """
@@ -138,25 +137,6 @@ def variance_alone(model_output: Tensor) -> Tensor:
     """An output (N, 2C, H, W) whose prediction half is detached: a loss of it moves the variance alone."""
     mean_half, variance_half = model_output.chunk(2, dim=1)
     return torch.cat([mean_half.detach(), variance_half], dim=1)
-
-
-def log_variance_of(
-    schedule: NoiseSchedule,
-    prediction: Prediction,
-    x_t: Tensor,
-    t: Tensor,
-    variance: Variance,
-) -> Tensor:
-    """log variance (N, C, H, W) of p(x_{t-1} | x_t): the network's own, or a fixed one.
-
-    Raises ValueError when it is learned and the network has no variance channels.
-    """
-    if variance != "learned":
-        return at(fixed_log_variance(schedule, variance), t, x_t).expand_as(x_t)
-    if prediction.log_variance is None:
-        channels = x_t.shape[1]
-        raise ValueError(f"the bound needs a learned variance: {2 * channels} output channels, not {channels}")
-    return prediction.log_variance
 
 
 def _in_space(

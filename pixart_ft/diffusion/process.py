@@ -5,6 +5,7 @@ and inverts exactly, except that at zero SNR (alpha_bar = 0) eps, score and step
 asking for it raises ValueError. Symbols: `pixart_ft.diffusion`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Self
@@ -12,7 +13,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.names import FixedVariance, PredictionType, Quantity, unknown
+from pixart_ft.diffusion.names import (
+    FixedVariance,
+    PredictionType,
+    Quantity,
+    Variance,
+    unknown,
+)
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 
@@ -34,14 +41,14 @@ class Gaussian:
 class Prediction:
     """What a network's output says at x_t, at least float32.
 
-    x0            (N, C, H, W) its guess of the data
-    eps           (N, C, H, W) its guess of the noise
-    log_variance  (N, C, H, W) of p(x_{t-1} | x_t), or None for a network without variance channels
+    x0             (N, C, H, W) its guess of the data
+    eps            (N, C, H, W) its guess of the noise
+    variance_half  (N, C, H, W) what `log_variance_of` reads, or None for a network without variance channels
     """
 
     x0: Tensor
     eps: Tensor
-    log_variance: Tensor | None
+    variance_half: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -226,11 +233,58 @@ def split_output(model_output: Tensor, channels: int) -> tuple[Tensor, Tensor | 
     return mean_half, variance_half
 
 
-def learned_log_variance(schedule: NoiseSchedule, learned_range: Tensor, t: Tensor) -> Tensor:
+def log_variance_of(
+    schedule: NoiseSchedule, prediction: Prediction, x_t: Tensor, t: Tensor, variance: Variance
+) -> Tensor:
+    """log variance (N, C, H, W) of p(x_{t-1} | x_t): the network's own, or a fixed one.
+
+    Raises ValueError for one of its own that the network has no channels for.
+    """
+    if variance == "beta_tilde" or variance == "beta":
+        return at(fixed_log_variance(schedule, variance), t, x_t).expand_as(x_t)
+    read: Callable[[NoiseSchedule, Tensor, Tensor], Tensor]
+    if variance == "learned":
+        read = learned_log_variance
+    elif variance == "learned_range":
+        read = learned_range_log_variance
+    else:
+        raise unknown(variance, "variance", Variance)
+    if prediction.variance_half is None:
+        channels = x_t.shape[1]
+        raise ValueError(
+            f"variance {variance!r} needs a network with variance channels: {2 * channels} output channels, not "
+            f"{channels}; choose beta_tilde"
+        )
+    return read(schedule, prediction.variance_half, t)
+
+
+def learned_log_variance(schedule: NoiseSchedule, variance_half: Tensor, t: Tensor) -> Tensor:
+    """What a network says of these steps by a variance half that it may have learned on others.
+
+    On its own steps that is `learned_range_log_variance`. On a longer one, as of a respaced process, the same fraction
+    between beta tilde and beta is another variance: so the error of x0 that it means on its own (`LearnedSteps`) is
+    taken to log(beta tilde + w^2 error) of this one, for w the weight of x0 in the posterior's mean (Bao et al. 2022,
+    theorem 1). That error is at least 0 and at most sigma^2, as if the noise were read as x0, and the variance at least
+    the clipped beta tilde of its own process; what is beyond has no gradient. At the first step of its own process the
+    variance is the error and stays as it is.
+    """
+    if schedule.learned is None:
+        return learned_range_log_variance(schedule, variance_half, t)
+    own, fraction = schedule.learned, (promoted(variance_half) + 1) / 2
+    span, scale, first, top, least = (
+        at(table, t, fraction) for table in (own.span, own.scale, own.first, own.top, own.least)
+    )
+    error = scale * torch.expm1(torch.minimum(fraction.clamp(min=0), top) * span)
+    weight_x0 = at(schedule.posterior_x0_weight, t, fraction)
+    variance = at(schedule.posterior_variance, t, fraction) + weight_x0**2 * error
+    return torch.where(first > 0, scale.log() + fraction * span, torch.maximum(variance, least).log())
+
+
+def learned_range_log_variance(schedule: NoiseSchedule, learned_range: Tensor, t: Tensor) -> Tensor:
     """f log beta + (1 - f) log beta tilde for f = (r + 1) / 2 (Nichol & Dhariwal 2021, eq. 15).
 
     r is the network's variance half: -1 gives beta tilde (clipped at t = 0), 1 gives beta. It is not clamped:
-    outside it extrapolates.
+    outside it extrapolates. On a respaced process these are its own steps, as in the authors' code.
     """
     fraction = (promoted(learned_range) + 1) / 2
     high = at(schedule.log_betas, t, learned_range)
@@ -262,7 +316,7 @@ def predict(
     return Prediction(
         x0=to_x0(schedule, mean_half, x_t, t, prediction_type),
         eps=to_eps(schedule, mean_half, x_t, t, prediction_type),
-        log_variance=None if variance_half is None else learned_log_variance(schedule, variance_half, t),
+        variance_half=variance_half,
     )
 
 

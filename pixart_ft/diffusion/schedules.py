@@ -26,6 +26,48 @@ DIFFUSERS_KEYS = (
 
 
 @dataclass(frozen=True, eq=False)
+class LearnedSteps:
+    """What a network's variance says of x0, at the steps that it was trained on: tables of (T,) float64.
+
+    The fraction f between log beta tilde and log beta of such a step means Var[x0 | x_t] = scale expm1(f span), since
+    beta tilde exp(f span) = beta tilde + w^2 Var[x0 | x_t] for the weight w of x0 in the posterior's mean (Bao et al.
+    2022, theorem 1). At the first step beta tilde is 0, w is 1, and Var[x0 | x_t] is the variance itself.
+
+    span   log(beta / beta tilde); at the first step, beta tilde is the clipped one
+    scale  beta tilde / w^2; at the first step, the clipped beta tilde
+    first  1 at the first step, else 0
+    top    the f that means sigma^2, the error of who reads the noise as x0
+    least  the clipped beta tilde, everywhere: no variance of the process is smaller
+    """
+
+    span: Tensor
+    scale: Tensor
+    first: Tensor
+    top: Tensor
+    least: Tensor
+
+    @classmethod
+    def of(cls, schedule: "NoiseSchedule") -> Self:
+        """All steps of a process."""
+        before, noise, betas = schedule.alpha_bar_prev[1:], 1 - schedule.alpha_bar[1:], schedule.betas[1:]
+        clipped, later = schedule.posterior_log_variance[:1].exp(), torch.zeros_like(betas)
+        excess = before * betas / (1 - before)  # beta / beta tilde - 1, with all its digits where it is small
+        scale = noise / excess
+        top = (noise / schedule.alpha_bar[1:] / scale).log1p() / excess.log1p()
+        return cls(
+            span=torch.cat([(schedule.betas[:1] / clipped).log(), excess.log1p()]),
+            scale=torch.cat([clipped, scale]),
+            first=torch.cat([torch.ones_like(clipped), later]),
+            top=torch.cat([torch.ones_like(clipped), top]),
+            least=clipped.expand(schedule.num_steps),
+        )
+
+    def at(self, indices: Tensor) -> Self:
+        """Those of the indices."""
+        return type(self)(*(getattr(self, table.name)[indices] for table in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """The tables of one forward process, each (T,), float64, on the CPU. Index 0 is the least noise.
 
@@ -38,6 +80,8 @@ class NoiseSchedule:
     sigmas                  sqrt((1 - alpha_bar) / alpha_bar); infinite where alpha_bar is 0
     timesteps               what the network receives for each index, in the count of the process it was trained
                             on: int64, or float64 (fractional) after `matched_to`
+    learned                 the steps whose variance the network learned, where it was not trained on these but on
+                            those of the process that they were `respaced` from; None: on these
     """
 
     betas: Tensor
@@ -48,6 +92,7 @@ class NoiseSchedule:
     snr: Tensor
     sigmas: Tensor
     timesteps: Tensor
+    learned: LearnedSteps | None = None
 
     def __repr__(self) -> str:
         return f"NoiseSchedule({self.num_steps} steps, alpha_bar {self.alpha_bar[0]:.4g} to {self.alpha_bar[-1]:.4g})"
@@ -243,7 +288,9 @@ class NoiseSchedule:
         A count of 1 keeps index 0, as the authors' code does. Raises ValueError for what cannot be kept.
         """
         kept = torch.tensor(kept_indices(self.num_steps, spec))
-        return self._with_alpha_bar(self.alpha_bar[kept], self.timesteps[kept])
+        learned = self.learned or LearnedSteps.of(self)
+        fewer = self._with_alpha_bar(self.alpha_bar[kept], self.timesteps[kept])
+        return dataclasses.replace(fewer, learned=learned.at(kept))
 
     def matched_to(self, reference: "NoiseSchedule") -> Self:
         """The same process for a network trained on `reference`: it gets the timestep at which it saw this SNR.

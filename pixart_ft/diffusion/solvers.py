@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion.names import CorrectorNorms, Predictor, StepVariance, unknown
-from pixart_ft.diffusion.process import Prediction, at, q_posterior, to_eps
+from pixart_ft.diffusion.process import Prediction, at, log_variance_of, q_posterior, to_eps
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 
@@ -90,23 +90,14 @@ def ddpm_step(
 ) -> Tensor:
     """The posterior's mean plus noise of the chosen variance (Ho et al. 2020, Alg. 2); no noise at t = 0.
 
-    variance: beta_tilde (the posterior's), beta (the forward step's), learned (the network's own: iDDPM,
-    Nichol & Dhariwal 2021) or none (the mean alone: Su's greedy form). Raises ValueError when the noise or
-    the learned variance is missing.
+    variance: beta_tilde (the posterior's), beta (the forward step's), learned or learned_range (the network's own, see
+    `process.learned_log_variance`: iDDPM, Nichol & Dhariwal 2021) or none (the mean alone: Su's greedy form). Raises
+    ValueError when the noise or the learned variance is missing.
     """
     mean = q_posterior(schedule, prediction.x0, x_t, t).mean
     if variance == "none":
         return mean
-    if variance == "learned":
-        if prediction.log_variance is None:
-            raise ValueError("variance 'learned' needs a network with variance channels; choose beta_tilde")
-        log_variance = prediction.log_variance
-    elif variance == "beta_tilde":
-        log_variance = at(schedule.posterior_log_variance, t, x_t)
-    elif variance == "beta":
-        log_variance = at(schedule.log_betas, t, x_t)
-    else:
-        raise unknown(variance, "variance", StepVariance)
+    log_variance = log_variance_of(schedule, prediction, x_t, t, variance)
     is_last = (t == 0).to(x_t.device).view(-1, *[1] * (x_t.ndim - 1))
     std = torch.exp(0.5 * log_variance).masked_fill(is_last, 0)
     return mean + std * _required(noise, f"variance {variance!r}")

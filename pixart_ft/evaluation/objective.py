@@ -2,12 +2,21 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from pixart_ft.diffusion.intervals import WHOLE, Interval
-from pixart_ft.diffusion.names import LossSpace, Norm, ObjectiveKind, PredictionType, Variance, Weighting
+from pixart_ft.diffusion.names import (
+    LearnedVariance,
+    LossSpace,
+    Norm,
+    ObjectiveKind,
+    PredictionType,
+    Variance,
+    Weighting,
+)
 from pixart_ft.diffusion.objectives import simple_term, su_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised, at, network_timesteps
 from pixart_ft.diffusion.schedules import NoiseSchedule
@@ -53,7 +62,7 @@ class Objective:
     @property
     def trains_variance(self) -> bool:
         """Whether the network's variance half is trained; the other kinds leave it stale."""
-        return self.kind == "hybrid" or (self.kind == "vlb" and self.variance == "learned")
+        return self.kind == "hybrid" or (self.kind == "vlb" and self.variance in get_args(LearnedVariance))
 
     @property
     def titles(self) -> dict[str, str]:

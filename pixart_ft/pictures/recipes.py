@@ -1,6 +1,7 @@
 """Recipes: what a picture was drawn by, in its PNG file; for this package, for other programs, and to draw it again."""
 
 import json
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from pixart_ft.errors import UserError
 
 RECIPE_KEY = "pixart_ft"  # the text chunk that holds the recipe, as JSON
 PARAMETERS_KEY = "parameters"  # the one that other programs read
+FORMAT = 2  # of the words of a recipe; in 1, which says none, iddpm's variance `learned` was what `learned_range` is
 # Keys of a recipe that `pixart-ft generate` knows by the same name.
 _SAME = (
     "seed",
@@ -39,7 +41,7 @@ _SAME = (
 def chunks(recipe: Mapping[str, object]) -> PngImagePlugin.PngInfo:
     """The text chunks of a picture: its recipe, and where it has a prompt the same for other programs."""
     found = PngImagePlugin.PngInfo()
-    found.add_text(RECIPE_KEY, json.dumps(recipe, allow_nan=False))
+    found.add_text(RECIPE_KEY, json.dumps({**recipe, "format": FORMAT}, allow_nan=False))
     if "prompt" in recipe:
         found.add_text(PARAMETERS_KEY, parameters(recipe))
     return found
@@ -74,7 +76,11 @@ def parameters(recipe: Mapping[str, Any]) -> str:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe in a PNG file. Raises UserError when there is no such file, or no recipe in it."""
+    """The recipe in a PNG file, in today's words, so that an older picture is drawn again as it was.
+
+    A sheet of samplers does not say their variances: where an older one has iddpm, a warning.
+    Raises UserError when there is no such file, or no recipe in it.
+    """
     try:
         with Image.open(path) as image:
             recipe = json.loads(getattr(image, "text", {})[RECIPE_KEY])
@@ -86,6 +92,14 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} holds no recipe: it is not a PNG by pixart_ft, or a program that drops metadata saved it"
         )
+    if recipe.pop("format", None) != FORMAT:
+        if _inside(recipe, ("options", "variance")) == "learned":
+            recipe["options"]["variance"] = "learned_range"
+        if isinstance(recipe.get("sampler"), list) and "iddpm" in recipe["sampler"]:
+            warnings.warn(
+                f"the row iddpm of {path} was drawn by what is variance learned_range now; today's is by learned",
+                stacklevel=2,
+            )
     return recipe
 
 

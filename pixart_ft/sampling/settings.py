@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from PIL import Image
 
@@ -14,7 +14,14 @@ from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import Section
 from pixart_ft.config.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS
 from pixart_ft.diffusion.intervals import Interval, adapter_interval_faults, guidance_interval_faults
-from pixart_ft.diffusion.names import PredictionType, ScheduleChoice, TimeConditioning, VarianceState, unknown_word
+from pixart_ft.diffusion.names import (
+    LearnedVariance,
+    PredictionType,
+    ScheduleChoice,
+    TimeConditioning,
+    VarianceState,
+    unknown_word,
+)
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.errors import UserError
 from pixart_ft.schedulers import SCHEDULERS, build_scheduler
@@ -226,7 +233,8 @@ def recipe_of(settings: Settings) -> dict[str, object]:
 
 def _learned(settings: Settings) -> bool:
     """Whether the steps are to be taken by the network's own variance."""
-    return EVERY_SAMPLER[settings.sampler].needs_variance and settings.options.get("variance", "learned") == "learned"
+    variance = settings.options.get("variance", "learned")
+    return EVERY_SAMPLER[settings.sampler].needs_variance and variance in get_args(LearnedVariance)
 
 
 def _skipped(steps: int, strength: float) -> int:

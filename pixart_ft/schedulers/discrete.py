@@ -9,7 +9,7 @@ import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
 from torch import Tensor
 
-from pixart_ft.diffusion.names import FixedVariance, IndexSpacing, StepVariance, Variance, check
+from pixart_ft.diffusion.names import FixedVariance, IndexSpacing, LearnedVariance, StepVariance, Variance, check
 from pixart_ft.diffusion.process import Prediction, predict, promoted, to_eps, to_x0
 from pixart_ft.diffusion.respacing import spaced_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule
@@ -128,8 +128,9 @@ class GreedyDDPMScheduler(_Ancestral):
 class IDDPMScheduler(_Ancestral):
     """DDPM with the variance that the network learned (Nichol & Dhariwal 2021, eq. 15 and sec. 4).
 
-    It needs the network's whole output, which the stock pipeline cuts in half. variance: learned; or a fixed one, for a
-    network whose own was not trained.
+    It needs the network's whole output, which the stock pipeline cuts in half. variance: learned, on the steps chosen
+    by the error of x0 that it means on those it was trained on; learned_range, its fraction taken for that of the steps
+    chosen, as the authors and diffusers do; or a fixed one, for a network whose own was not trained.
     """
 
     sampler = "iddpm"
@@ -144,7 +145,7 @@ class IDDPMScheduler(_Ancestral):
         self.spacing, self.variance = spacing, variance
 
     def _predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
-        if self.variance == "learned" and output.shape[1] == x.shape[1]:
+        if self.variance in get_args(LearnedVariance) and output.shape[1] == x.shape[1]:
             raise ValueError(
                 f"iDDPM needs the network's {2 * x.shape[1]} channels, got {output.shape[1]}: the variance half is "
                 "missing. diffusers' PixArtSigmaPipeline throws it away; use pixart_ft.PixArtPipeline, which "

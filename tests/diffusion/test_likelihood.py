@@ -16,8 +16,9 @@ from torch import Tensor
 from pixart_ft.diffusion.flow import Network
 from pixart_ft.diffusion.likelihood import Bound, ode_likelihood, prior_bits, variational_bound
 from pixart_ft.diffusion.names import PredictionType
+from pixart_ft.diffusion.respacing import spaced_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from tests.helpers.networks import gaussian_output, level
+from tests.helpers.networks import best_variance, best_variance_half, gaussian_output, left_variance, level
 
 
 def float64(*values: float) -> Tensor:
@@ -29,28 +30,24 @@ MEANS, STDS = float64(0.3, -0.2, 0.5), float64(0.5, 1.0, 2.0)
 # Gauss-Hermite: the mean of f(z) for z ~ N(0, 1), exact for f up to the fifth degree.
 NODES, SHARES = float64(-math.sqrt(3), 0, math.sqrt(3)), float64(1 / 6, 2 / 3, 1 / 6)
 
+NATIVES: dict[str, NoiseSchedule] = {  # what the networks of the respaced ones were trained on
+    "respaced": NoiseSchedule.linear(),
+    "trailing": NoiseSchedule.cosine(300),
+    "zero_snr_respaced": NoiseSchedule.scaled_linear().zero_terminal_snr(),
+}
 SCHEDULES: dict[str, tuple[Callable[[int], NoiseSchedule], PredictionType]] = {
     "linear": (lambda count: NoiseSchedule.linear(count, rescale=True), "epsilon"),
     "cosine": (NoiseSchedule.cosine, "sample"),
-    "respaced": (lambda count: NoiseSchedule.linear(1000).respaced(count), "epsilon"),
+    "respaced": (lambda count: NATIVES["respaced"].respaced(count), "epsilon"),
+    "trailing": (lambda count: NATIVES["trailing"].respaced(spaced_indices(300, count, "trailing")), "sample"),
     "zero_snr": (lambda count: NoiseSchedule.linear(count, rescale=True).zero_terminal_snr(), "v_prediction"),
+    "zero_snr_respaced": (lambda count: NATIVES["zero_snr_respaced"].respaced(count), "v_prediction"),
 }
-
-
-def left_variance(schedule: NoiseSchedule, std: Tensor) -> Tensor:
-    """Var[x0 | x_t] (3, T)."""
-    noise, var = 1 - schedule.alpha_bar, std[:, None] ** 2
-    return var * noise / (schedule.alpha_bar * var + noise)
 
 
 def weight_of_x0(schedule: NoiseSchedule) -> Tensor:
     """c_1 (T,), the weight of x0 in the mean of q(x_{t-1} | x_t, x0)."""
     return schedule.alpha_bar_prev.sqrt() * schedule.betas / (1 - schedule.alpha_bar)
-
-
-def best_variance(schedule: NoiseSchedule) -> Tensor:
-    """Var[x_{t-1} | x_t] (3, T)."""
-    return schedule.posterior_variance + weight_of_x0(schedule) ** 2 * left_variance(schedule, STDS)
 
 
 def per_sample(values: Tensor) -> Tensor:
@@ -68,16 +65,15 @@ X0 = per_sample(MEANS) + per_sample(STDS) * NODES.repeat_interleave(3).repeat(3)
 EPS = NODES.repeat(9).view(27, 1, 1, 1)
 
 
-def gaussian_network(schedule: NoiseSchedule, kind: PredictionType) -> Network:
-    """The best mean and, in the variance half, the learned range that makes the best variance."""
-    low, high = schedule.posterior_log_variance, schedule.betas.log()
-    learned_range = 2 * (best_variance(schedule).log() - low) / (high - low) - 1
+def gaussian_network(native: NoiseSchedule, kind: PredictionType) -> Network:
+    """The best mean and, in the variance half, what makes the best variance of the steps of `native`."""
+    half = best_variance_half(native, STDS)
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
-        index = int((schedule.timesteps - timestep[0]).abs().argmin())
+        index = int((native.timesteps - timestep[0]).abs().argmin())
         mean, std = per_sample(MEANS).to(x.dtype), per_sample(STDS).to(x.dtype)
-        output = gaussian_output(kind, x, *level(schedule, schedule.timesteps[index]), mean, std)
-        return torch.cat([output, per_sample(learned_range[:, index]).to(x.dtype)], dim=1)
+        output = gaussian_output(kind, x, *level(native, native.timesteps[index]), mean, std)
+        return torch.cat([output, per_sample(half[:, index]).to(x.dtype)], dim=1)
 
     return network
 
@@ -86,7 +82,7 @@ def gaussian_network(schedule: NoiseSchedule, kind: PredictionType) -> Network:
 def bound_of(name: str, count: int, variance: Any = "learned", dtype: torch.dtype = torch.float64) -> Bound:
     build, kind = SCHEDULES[name]
     schedule = build(count)
-    x0, eps, network = X0.to(dtype), EPS.to(dtype), gaussian_network(schedule, kind)
+    x0, eps, network = X0.to(dtype), EPS.to(dtype), gaussian_network(NATIVES.get(name, schedule), kind)
     return variational_bound(schedule, network, x0, kind, noise=lambda t: eps, variance=variance)
 
 
@@ -94,7 +90,7 @@ def bound_of(name: str, count: int, variance: Any = "learned", dtype: torch.dtyp
     ("name", "count"),
     [
         ("linear", 25), ("linear", 100), ("linear", 1000), ("cosine", 25), ("cosine", 100),
-        ("respaced", 10), ("zero_snr", 50),
+        ("respaced", 10), ("respaced", 25), ("trailing", 20), ("zero_snr", 50), ("zero_snr_respaced", 10),
     ],
 )  # fmt: skip
 def test_with_the_best_variance_the_bound_is_tight(name: str, count: int) -> None:
@@ -132,7 +128,7 @@ def test_every_term_has_its_expectation_in_closed_form(name: str, variance: str)
     mse, posterior = left_variance(schedule, STDS), schedule.posterior_variance
     clipped = torch.cat([posterior[1:2], posterior[1:]])
     beta = torch.cat([posterior[1:2], schedule.betas[1:]])
-    var = {"learned": best_variance(schedule), "beta_tilde": clipped, "beta": beta}[variance].expand(3, -1)
+    var = {"learned": best_variance(schedule, STDS), "beta_tilde": clipped, "beta": beta}[variance].expand(3, -1)
     moved = weight_of_x0(schedule) ** 2 * mse
     kl = 0.5 * ((var / clipped).log() - 1 + clipped / var + moved / var)
     decoder = 0.5 * ((2 * math.pi * var[:, :1]).log() + mse[:, :1] / var[:, :1])

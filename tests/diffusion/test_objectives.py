@@ -263,11 +263,11 @@ def test_sus_raw_form_is_0_for_the_step_that_was_taken() -> None:
 def test_mistakes_are_named() -> None:
     noised = batch()
     eps = noised.eps
-    with pytest.raises(ValueError, match="needs a learned variance: 8 output channels, not 4"):
+    with pytest.raises(ValueError, match="needs a network with variance channels: 8 output channels, not 4"):
         vlb_term(LINEAR, variance_alone(eps), noised, "epsilon")
     with pytest.raises(ValueError, match="unknown prediction type 'flow'; choose epsilon, "):
         simple_term(LINEAR, eps, noised, "flow")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs a learned variance: 8 output channels, not 4"):
+    with pytest.raises(ValueError, match="needs a network with variance channels: 8 output channels, not 4"):
         vlb_term(LINEAR, eps, noised, "epsilon")
     with pytest.raises(ValueError, match="unknown loss space 'noise'; choose epsilon, "):
         simple_term(LINEAR, eps, noised, "epsilon", space="noise")  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import process
-from pixart_ft.diffusion.names import PredictionType, Quantity
+from pixart_ft.diffusion.names import PredictionType, Quantity, Variance
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from tests.helpers.networks import randn
 
@@ -135,7 +135,7 @@ def test_learned_range_ends_and_middle() -> None:
     high = schedule.betas[t].log().view(3, 1, 1, 1)
     for value, expected in ((-1.0, low), (0.0, (low + high) / 2), (1.0, high), (3.0, 2 * high - low)):
         learned_range = torch.full((3, 1, 1, 1), value, dtype=torch.float64)
-        ours = process.learned_log_variance(schedule, learned_range, t)
+        ours = process.learned_range_log_variance(schedule, learned_range, t)
         torch.testing.assert_close(ours, expected, rtol=1e-14, atol=0)
 
 
@@ -146,7 +146,7 @@ def test_learned_range_is_that_of_the_respaced_process() -> None:
     bar_prev, bar = respaced.alpha_bar[9:11].tolist()
     beta = 1 - bar / bar_prev
     expected = torch.tensor([[beta * (1 - bar_prev) / (1 - bar)], [beta]], dtype=torch.float64)
-    ours = process.learned_log_variance(respaced, ends, t).exp()
+    ours = process.learned_range_log_variance(respaced, ends, t).exp()
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=0)
 
 
@@ -191,9 +191,8 @@ def test_predict_splits_the_output_and_knows_its_type() -> None:
         prediction = process.predict(schedule, both, x_t, t, prediction_type)
         torch.testing.assert_close(prediction.x0, x0, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(prediction.eps, eps, rtol=1e-10, atol=1e-10)
-        expected = process.learned_log_variance(schedule, learned_range, t)
-        torch.testing.assert_close(prediction.log_variance, expected)
-        assert process.predict(schedule, output, x_t, t, prediction_type).log_variance is None
+        assert prediction.variance_half is not None and torch.equal(prediction.variance_half, learned_range)
+        assert process.predict(schedule, output, x_t, t, prediction_type).variance_half is None
     with pytest.raises(ValueError, match="must give 4 or 8, got 6"):
         process.predict(schedule, torch.zeros(2, 6, 2, 2), x_t, t, "epsilon")
     with pytest.raises(ValueError, match="unknown kind 'eps'; choose epsilon, "):
@@ -224,7 +223,12 @@ def test_half_types_are_promoted_and_float64_stays(dtype: torch.dtype) -> None:
     x, output = randn(2, 4, 2, 2, dtype=dtype), randn(2, 8, 2, 2, seed=1, dtype=dtype)
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     prediction = process.predict(schedule, output, x, t, "epsilon")
-    results = [prediction.x0, prediction.eps, prediction.log_variance, process.q_sample(schedule, x, t, x)]
-    assert {result.dtype for result in results if result is not None} == {expected}
+    log_variances = [
+        process.log_variance_of(spaced, prediction, x, t, variance)
+        for spaced in (schedule, schedule.respaced(range(1000)))
+        for variance in get_args(Variance)
+    ]
+    results = [prediction.x0, prediction.eps, *log_variances, process.q_sample(schedule, x, t, x)]
+    assert {result.dtype for result in results} == {expected}
     in_float64 = process.predict(schedule, output.double(), x.double(), t, "epsilon")
     torch.testing.assert_close(prediction.x0.double(), in_float64.x0, rtol=1e-5, atol=1e-5)

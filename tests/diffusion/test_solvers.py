@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import process
-from pixart_ft.diffusion.names import PredictionType
+from pixart_ft.diffusion.names import PredictionType, StepVariance
 from pixart_ft.diffusion.process import Prediction, predict
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import ddim_encode_step, ddim_step, ddpm_step
-from tests.helpers.networks import randn
+from tests.helpers.networks import best_variance_half, left_variance, randn
 
 LINEAR = NoiseSchedule.linear()
 Step = Callable[[NoiseSchedule, Prediction, Tensor, Tensor, Tensor], Tensor]
@@ -107,17 +107,18 @@ def test_final_variance_on_gaussian_data(
 def test_learned_variance_at_the_optimum_reproduces_the_data() -> None:
     """The true variance of x_{t-1} given x_t is beta tilde + w^2 Var[x0 | x_t]; the last step adds none."""
     schedule, std = LINEAR.respaced(10), 0.5
-    v = schedule.alpha_bar * std**2 + 1 - schedule.alpha_bar
-    weight = schedule.alpha_bar_prev.sqrt() * schedule.betas / (1 - schedule.alpha_bar)
-    left = std**2 * (1 - schedule.alpha_bar) / v
-    optimum = (schedule.posterior_variance + weight**2 * left).log()
+    half = best_variance_half(LINEAR, torch.tensor(std, dtype=torch.float64))[schedule.timesteps]
 
-    def step(schedule: NoiseSchedule, prediction: Prediction, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        learned = Prediction(prediction.x0, prediction.eps, process.at(optimum, t, x))
-        return ddpm_step(schedule, learned, x, t, variance="learned", noise=z)
+    def last(variance: StepVariance) -> float:
+        def step(schedule: NoiseSchedule, prediction: Prediction, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+            learned = Prediction(prediction.x0, prediction.eps, process.at(half, t, x))
+            return ddpm_step(schedule, learned, x, t, variance=variance, noise=z)
 
-    variance = final_moments(schedule, step, 0.3, std)[2]
-    assert variance + left[0].item() == pytest.approx(0.25, abs=3e-8)
+        return final_moments(schedule, step, 0.3, std)[2]
+
+    left = left_variance(schedule, torch.tensor(std, dtype=torch.float64))[0].item()
+    assert last("learned") + left == pytest.approx(0.25, abs=3e-8)
+    assert last("learned_range") + left < 0.24  # the fraction of a thousand steps, read as that of ten
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -198,5 +199,5 @@ def test_mistakes_are_named() -> None:
         ddpm_step(LINEAR, prediction, x, t, variance="beta")
     with pytest.raises(ValueError, match="'learned' needs a network with variance channels"):
         ddpm_step(LINEAR, prediction, x, t, variance="learned", noise=x)
-    with pytest.raises(ValueError, match="unknown variance 'small'; choose learned, beta_tilde, beta or none"):
+    with pytest.raises(ValueError, match="unknown variance 'small'; choose learned, learned_range, beta_tilde or beta"):
         ddpm_step(LINEAR, prediction, x, t, variance="small", noise=x)  # type: ignore[arg-type]

@@ -27,7 +27,7 @@ VARIANCES: dict[str, StepVariance] = {
     "tilde_beta": "beta_tilde",
     "beta": "beta",
     "greedy": "none",
-    "learned_range": "learned",
+    "learned_range": "learned_range",
 }
 
 

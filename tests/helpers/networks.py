@@ -55,6 +55,31 @@ def gaussian_output(
     return output(kind, mean + a * std**2 * share, s * share, a, s)
 
 
+def left_variance(schedule: NoiseSchedule, std: Tensor) -> Tensor:
+    """Var[x0 | x_t] (..., T) of data of deviation std (...)."""
+    noise, var = 1 - schedule.alpha_bar, std[..., None] ** 2
+    return var * noise / (schedule.alpha_bar * var + noise)
+
+
+def best_variance(schedule: NoiseSchedule, std: Tensor) -> Tensor:
+    """Var[x_{t-1} | x_t] (..., T): beta tilde + w^2 Var[x0 | x_t] for the weight w of x0 in the posterior's mean."""
+    weight = schedule.alpha_bar_prev.sqrt() * schedule.betas / (1 - schedule.alpha_bar)
+    return schedule.posterior_variance + weight**2 * left_variance(schedule, std)
+
+
+def best_variance_half(native: NoiseSchedule, std: Tensor) -> Tensor:
+    """The variance half (..., T) of a network trained on `native` that says its best variances.
+
+    r = 2 log(best / low) / log(beta / low) - 1 for low = beta tilde, which is clipped at t = 0.
+    """
+    left, first = left_variance(native, std), native.posterior_log_variance[:1]
+    weight = native.alpha_bar_prev.sqrt() * native.betas / (1 - native.alpha_bar)
+    over = (weight**2 * left / native.posterior_variance)[..., 1:]  # best / low - 1, and beta / low - 1:
+    most = ((native.alpha_bar_prev - native.alpha_bar) / (1 - native.alpha_bar_prev))[1:]
+    at_first = (left[..., :1].log() - first) / (native.betas[:1].log() - first)
+    return 2 * torch.cat([at_first, over.log1p() / most.log1p()], dim=-1) - 1
+
+
 def oracle(native: NoiseSchedule, kind: PredictionType, x0: Tensor) -> Network:
     """A network that knows x0 and answers exactly, at the level that its timestep has in `native`; any variance."""
 

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from pixart_ft import cli
 from pixart_ft.errors import UserError
-from pixart_ft.pictures.recipes import config_of, parameters, read_recipe
+from pixart_ft.pictures.recipes import RECIPE_KEY, config_of, parameters, read_recipe
 from pixart_ft.pictures.sheets import save_png
 from pixart_ft.sampling.text_to_image import TextToImage
 from tests.helpers.adapters import make_adapter
@@ -176,6 +176,26 @@ def test_what_changed_since_a_picture_was_drawn_is_told(tiny: Path, tmp_path: Pa
     save_png(Image.open(picture), picture, old | {"versions": old["versions"] | {"torch": "1.0"}})
     with pytest.warns(UserWarning, match=r"the adapter's weights, torch \(1\.0, now 2"):
         draw("--from", picture, "--out", tmp_path / "c")
+
+
+def test_an_older_picture_keeps_the_variance_that_it_was_drawn_by(tmp_path: Path) -> None:
+    """Its recipe names no format; `learned` meant then what `learned_range` means now."""
+
+    def kept(name: str, recipe: dict[str, Any]) -> Path:
+        chunk = PngInfo()
+        chunk.add_text(RECIPE_KEY, json.dumps(recipe))
+        Image.new("RGB", (8, 8)).save(tmp_path / name, pnginfo=chunk)
+        return tmp_path / name
+
+    now = {"prompt": "red", "sampler": "iddpm", "options": {"spacing": "iddpm", "variance": "learned"}}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "new.png", now)
+    assert read_recipe(tmp_path / "new.png") == now and config_of(tmp_path / "new.png")["variance"] == "learned"
+    assert config_of(kept("old.png", now))["variance"] == "learned_range"
+    fixed = now | {"options": {"variance": "beta_tilde"}}
+    assert read_recipe(kept("fixed.png", fixed)) == fixed
+    sheet = kept("sheet.png", now | {"sampler": ["ddim", "iddpm"], "steps": [4], "options": {}})
+    with pytest.warns(UserWarning, match=r"the row iddpm of .*sheet\.png was drawn by what is variance learned_range"):
+        assert "variance" not in config_of(sheet)
 
 
 def test_other_programs_read_the_parameters(tiny: Path, tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def test_text_to_image_gives_the_same_bytes(stock: Any, model: TextToImage, bflo
     assert half.dtype == torch.float32 and 0 < difference(half, wanted) < 0.05
 
 
-def iddpm_by_hand(stock: Any, steps: int, guidance: float, interval: tuple[float, float], learned: bool) -> Tensor:
-    """Nichol & Dhariwal 2021, eqs. 9 to 15, with the learned variance or beta tilde, in float64."""
+def iddpm_by_hand(stock: Any, steps: int, guidance: float, interval: tuple[float, float], variance: str) -> Tensor:
+    """Nichol & Dhariwal 2021, eqs. 9 to 15, and Bao et al. 2022, theorem 1, in float64."""
     text, mask, null, null_mask = stock.encode_prompt(PROMPTS[0], negative_prompt="", clean_caption=False)
     alpha_bar = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     kept = [round(999 * step / (steps - 1)) for step in range(steps)]
@@ -154,22 +154,38 @@ def iddpm_by_hand(stock: Any, steps: int, guidance: float, interval: tuple[float
         x0 = (x - (1 - now).sqrt() * eps) / now.sqrt()
         x = (before.sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - before) * x) / (1 - now)
         if step:
-            f = (r + 1) / 2 if learned else torch.zeros(())
-            log_variance = f * beta.log() + (1 - f) * (beta * (1 - before) / (1 - now)).log()
-            x = x + (0.5 * log_variance).exp() * torch.randn(1, 4, 8, 8, generator=generator)
+            f = torch.zeros(()) if variance == "beta_tilde" else (r + 1) / 2
+            taken = between(now, before, f)
+            if variance == "learned":
+                own = alpha_bar[kept[step] - 1]
+                error = (between(now, own, f) - between(now, own, 0 * f)) / weight_of_x0(now, own) ** 2
+                error = error.clamp(min=0).minimum((1 - now) / now)
+                taken = between(now, before, 0 * f) + weight_of_x0(now, before) ** 2 * error
+            x = x + taken.sqrt() * torch.randn(1, 4, 8, 8, generator=generator)
     return x
 
 
-@pytest.mark.parametrize("learned", [True, False])
+def between(now: Tensor, before: Tensor, f: Tensor) -> Tensor:
+    """The variance at the fraction f between beta tilde and beta of the step from alpha_bar `now` to `before`."""
+    beta = 1 - now / before
+    return (f * beta.log() + (1 - f) * (beta * (1 - before) / (1 - now)).log()).exp()
+
+
+def weight_of_x0(now: Tensor, before: Tensor) -> Tensor:
+    """Of x0 in the posterior's mean."""
+    return before.sqrt() * (1 - now / before) / (1 - now)
+
+
+@pytest.mark.parametrize("variance", ["learned", "learned_range", "beta_tilde"])
 @pytest.mark.parametrize(("guidance", "interval"), [(1.0, None), (4.5, None), (4.5, (333, 666))])
-def test_iddpm_by_hand(stock: PixArtSigmaPipeline, guidance: float, interval: Any, learned: bool) -> None:
+def test_iddpm_by_hand(stock: PixArtSigmaPipeline, guidance: float, interval: Any, variance: str) -> None:
     """Guidance on the mean half and all its channels, inside the interval with its ends; variance from the prompt."""
-    variance = "learned" if learned else "beta_tilde"
+    other = {"learned": "learned_range", "learned_range": "beta_tilde", "beta_tilde": "learned"}[variance]
     pipeline = ours(stock, IDDPMScheduler.from_config(stock.scheduler.config, variance=variance))
     found = latents(pipeline, guidance_scale=guidance, guidance_interval=interval)
     with torch.no_grad():
-        wanted, other = (iddpm_by_hand(stock, 4, guidance, interval or (0, 999), how) for how in (learned, not learned))
-    assert difference(found, wanted) < PICTURE and difference(found, other) > 1e-3
+        wanted, unlike = (iddpm_by_hand(stock, 4, guidance, interval or (0, 999), how) for how in (variance, other))
+    assert difference(found, wanted) < PICTURE and difference(found, unlike) > 1e-3
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -85,6 +85,8 @@ def test_settled_fills_in_the_size_and_every_option_of_the_sampler(sampler: str)
         ({"sampler": "iddpm"}, STALE, "use sampler ddpm, or set variance beta_tilde, or train with"),
         ({"sampler": "iddpm"}, BARE, "this network has no variance channels; use ddpm"),
         ({"sampler": "iddpm", "options": {"variance": "learned"}}, STALE, "leaves it stale"),
+        ({"sampler": "iddpm", "options": {"variance": "learned_range"}}, STALE, "leaves it stale"),
+        ({"sampler": "iddpm", "options": {"variance": "learned_range"}}, BARE, "no variance channels; use ddpm"),
         *(
             ({"sampler": name}, VELOCITY, f"sampler {name} divides by the signal, and this schedule has {INDEX}")
             for name, facts in SAMPLERS.items()

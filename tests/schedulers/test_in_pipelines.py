@@ -316,9 +316,15 @@ def test_guided_latents_come_out_of_the_stock_pipeline(pipelines: dict[torch.dty
     assert generate(pipeline, guidance=4.5).isfinite().all()
 
 
+LITERAL = {"variance": "learned_range"}
 STOCK: dict[str, tuple[Any, Case, dict[str, Any], float]] = {
     # ours float64, theirs with float32 tables; the exact tables are put into the two that allow it
-    "ddpm": (DDPMScheduler, ("iddpm", {}), {"variance_type": "learned_range", "timestep_spacing": "linspace"}, 1e-9),
+    "ddpm": (
+        DDPMScheduler,
+        ("iddpm", LITERAL),
+        {"variance_type": "learned_range", "timestep_spacing": "linspace"},
+        1e-9,
+    ),
     "ddim": (DDIMScheduler, ("ddim", {"spacing": "leading"}), {"timestep_spacing": "leading"}, 1e-9),
     "noisy": (DDIMScheduler, ("ddim", {"spacing": "leading", "eta": 1.0}), {"timestep_spacing": "leading"}, 1e-9),
     "euler": (EulerDiscreteScheduler, ("euler", {"spacing": "trailing"}), {"timestep_spacing": "trailing"}, 2e-5),
