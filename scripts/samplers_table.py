@@ -29,7 +29,8 @@ from demo_pictures import fetch, rendered, styled_emoji
 
 from pixart_ft.config.samplers import SAMPLERS
 from pixart_ft.data import datasets
-from pixart_ft.data.datasets import load_picture, picture_pixels, read_folder
+from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.pixels import load_picture, picture_pixels
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.vae import decode_to_pictures, encode_pixels

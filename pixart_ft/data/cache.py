@@ -6,6 +6,7 @@ Shapes: C latent channels, H W latent size, L tokens, D text width.
 import gc
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,16 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from diffusers.models import AutoencoderKL
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from pixart_ft.data.datasets import TRANSFORM, Row, in_threads, load_picture, verify_pictures
+from pixart_ft.data.datasets import Row, in_threads, verify_pictures
+from pixart_ft.data.pixels import TRANSFORM, departs, fitted, read_picture
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, probe, sha256, sweep, write_bytes, write_text
 from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
@@ -41,8 +41,10 @@ class TensorStore:
 
     A shard is written aside, fsynced and renamed, so an interrupted run leaves only whole shards; on
     opening, one whose bytes do not match its name is removed with a warning, and its keys are missing
-    again. Tensors are read from open memory-mapped files. Several processes may read and write, since a key
-    has only one possible value.
+    again. A tensor is read from its file each time, which keeps no file open and maps none: reading beyond the end of
+    a mapped file that was cut short would kill the process. Several processes may read and write, since a key has only
+    one possible value. What is left: a shard whose bytes are changed in place while a run reads it, at the same size,
+    is found by the next run alone.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -50,7 +52,7 @@ class TensorStore:
         with explained(self.folder, "used", "data.cache"):
             if self.folder.exists() and not self.folder.is_dir():
                 raise UserError(f"the cache folder {self.folder} is a file; remove it or choose another folder")
-        self._shards: dict[str, tuple[Path, int, Any]] = {}  # by key: the open file that has it, and its name and size
+        self._shards: dict[str, _Entry] = {}
         sweep(self.folder)
         for path in sorted(self.folder.glob("*.safetensors")):
             if not (_SHA256.fullmatch(path.stem) and path.is_file()):
@@ -72,14 +74,18 @@ class TensorStore:
 
         Raises UserError if its file is gone or was cut short.
         """
-        path, size, shard = self._shards[key]
-        # asked before, since reading beyond the end of a mapped file would kill the process
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            what = "is gone" if found is None else f"has {found:,} bytes instead of {size:,}"
-            raise UserError(f"data.cache: {path} {what}, while it is read; the next run encodes anew what was in it")
-        mapped: Tensor = shard.get_tensor(key)
-        return mapped.clone()  # writing into the mapped tensor would change what the next reader gets
+        entry = self._shards[key]
+        begin, end = entry.extent
+        with explained(entry.path, "read", "data.cache"):
+            found, data = _read_part(entry.path, entry.start + begin, end - begin)
+        if found != entry.size or len(data) != end - begin:
+            what = "is gone" if found is None else f"has {found:,} bytes instead of {entry.size:,}"
+            raise UserError(
+                f"data.cache: {entry.path} {what}, while it is read; the next run encodes anew what was in it"
+            )
+        alone = json.dumps({key: entry.about | {"data_offsets": [0, len(data)]}}).encode()
+        # a file of this tensor alone, since the library reads no part of bytes
+        return safetensors.torch.load(len(alone).to_bytes(8, "little") + alone + data)[key]
 
     def check_writable(self) -> None:
         """Raise UserError unless shards can be added; one that lacks nothing may be read-only."""
@@ -114,13 +120,46 @@ class TensorStore:
                 return False
         try:
             self._open(path)
-        except SafetensorError:
+        except (ValueError, KeyError, TypeError, AttributeError):
             return False
         return True
 
     def _open(self, path: Path) -> None:
-        shard: Any = safetensors.safe_open(path, framework="pt")
-        self._shards.update(dict.fromkeys(shard.keys(), (path, path.stat().st_size, shard)))
+        """Note where each tensor of a shard lies. Raises almost anything for a file that is none."""
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        entries = {key: _Entry(path, size, 8 + length, about) for key, about in header.items()}
+        if any(not 0 <= begin <= end <= size - 8 - length for begin, end in (e.extent for e in entries.values())):
+            raise ValueError("its tensors lie outside of it")
+        self._shards.update(entries)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a tensor lies: its shard, the size that has, where its tensors start, and what its header says."""
+
+    path: Path
+    size: int
+    start: int
+    about: dict[str, Any]
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        begin, end = self.about["data_offsets"]
+        return begin, end
+
+
+def _read_part(path: Path, start: int, length: int) -> tuple[int | None, bytes]:
+    """The size of a file, None if it is gone, and a part of it."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            return os.fstat(file.fileno()).st_size, file.read(length)
+    except FileNotFoundError:
+        return None, b""
 
 
 @dataclass(frozen=True)
@@ -184,8 +223,11 @@ def cache_captions(
 
 
 def picture_digests(rows: Sequence[Row]) -> list[str]:
-    """The SHA-256 of each picture's file; UserError for one that cannot be read."""
-    found = in_threads(lambda row: _file_sha256(row.path), rows)
+    """What names each picture: the SHA-256 of its file, and where it is not read in the usual way, how.
+
+    Raises UserError for one that cannot be read.
+    """
+    found = in_threads(lambda row: _picture_digest(_content(row.path)), rows)
     return list(tqdm(found, "pictures read", len(rows), delay=1, leave=False, disable=None))
 
 
@@ -209,22 +251,24 @@ def cache_pictures(
 
     load_vae   called only if something is missing and all of that can be read; its result is freed
     vae_id     names the VAE and its dtype: see `component_id`
-    digests    of the rows' files, where they are known: see `picture_digests`
+    digests    of the rows, where they are known: see `picture_digests`
     batch_size pictures of one call; None: `pictures_at_once`
 
-    Raises UserError listing the pictures that cannot be read, or for which the VAE gives NaN or infinity.
+    Raises UserError listing the pictures that cannot be read, that changed since their digest was taken, or for which
+    the VAE gives NaN or infinity.
     """
     about = {"transform": TRANSFORM, "size": size, "vae": vae_id}
-    keys = [_key(about, digest) for digest in (picture_digests(rows) if digests is None else digests)]
+    digests = picture_digests(rows) if digests is None else digests
+    keys = [_key(about, digest) for digest in digests]
     row_of = dict(zip(keys, rows, strict=True))
+    digest_of = dict(zip(keys, digests, strict=True))
     if missing := store.missing(keys):
         store.check_writable()
         verify_pictures([row_of[key] for key in missing], size, progress=progress)
         vae = load_vae()
         bad: list[Path] = []
-        pairs = _encode_pictures(
-            vae, {key: row_of[key].path for key in missing}, size, batch_size or pictures_at_once(size), bad
-        )
+        wanted = {key: (row_of[key].path, digest_of[key]) for key in missing}
+        pairs = _encode_pictures(vae, wanted, size, batch_size or pictures_at_once(size), bad)
         store.fill(tqdm(pairs, "pictures encoded", len(missing), disable=None if progress else True))
         if bad:
             listed = "".join(f"\n    {path}" for path in bad[:10]) + ("\n    ..." if len(bad) > 10 else "")
@@ -238,19 +282,39 @@ def cache_pictures(
 
 
 def _encode_pictures(
-    vae: AutoencoderKL, paths: Mapping[str, Path], size: int, batch_size: int, bad: list[Path]
+    vae: AutoencoderKL, wanted: Mapping[str, tuple[Path, str]], size: int, batch_size: int, bad: list[Path]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Key and (2, C, H, W), posterior mean and standard deviation; paths that fail are appended to `bad`."""
-    keys = list(paths)
+    """Key and (2, C, H, W), posterior mean and standard deviation; the paths of those that fail are added to `bad`.
+
+    wanted  path and digest of each key
+    """
+    keys = list(wanted)
     with ThreadPoolExecutor(batch_size) as pool:
         for start in range(0, len(keys), batch_size):
             batch = keys[start : start + batch_size]
-            pixels = torch.stack(list(pool.map(lambda key: load_picture(paths[key], size), batch)))
+            pixels = torch.stack(list(pool.map(lambda key: _pixels(*wanted[key], size), batch)))
             for key, moments in zip(batch, encode_moments(vae, pixels), strict=True):
                 if moments.isfinite().all():
                     yield key, moments
                 else:
-                    bad.append(paths[key])
+                    bad.append(wanted[key][0])
+
+
+def _pixels(path: Path, digest: str, size: int) -> Tensor:
+    """A picture's pixels, of the very bytes that its digest is of: another program may write it meanwhile."""
+    content = _content(path)
+    if _picture_digest(content) != digest:
+        raise UserError(f"{path} was changed while the run began; leave the pictures as they are and start again")
+    return fitted(read_picture(path, content).picture, size)
+
+
+def _picture_digest(content: bytes) -> str:
+    return f"{sha256(content)} {departs(content)}".rstrip()
+
+
+def _content(path: Path) -> bytes:
+    with explained(path, "read"):
+        return path.read_bytes()
 
 
 def component_id(
@@ -265,7 +329,7 @@ def component_id(
     A local folder is named by the SHA-256 of all files of the subfolders; a Hub id, whose files may not be
     here yet, by id and commit.
 
-    memo   a JSON file that remembers each file's hash by path, size and time, since hashing T5-XXL takes long
+    memo   a JSON file that remembers each file's hash by path and `_stamp`, since hashing T5-XXL takes long
     """
     folder = Path(base)
     if not folder.is_dir():
@@ -287,12 +351,21 @@ def component_id(
 
 
 def _remembered(path: Path, known: dict[str, list[object]]) -> object:
-    status = path.stat()
-    stamp = [status.st_size, status.st_mtime_ns]
-    name = str(path.resolve())
-    if known.get(name, [])[:2] != stamp:
+    name, stamp = str(path.resolve()), _stamp(path)  # before it is hashed: what comes later has another stamp
+    if known.get(name, [])[:-1] != stamp:
         known[name] = [*stamp, _file_sha256(path)]
-    return known[name][2]
+    return known[name][-1]
+
+
+def _stamp(path: Path) -> list[object]:
+    """What changes when a file does, without reading it.
+
+    Size and time of change are no proof: fine-tunes of one model have one size, and `cp -p`, rsync and unpacking set
+    the time of another file. Its inode changes with a file moved into its place, and the time at which the inode
+    changed cannot be set (on Windows that is the file's birth, which what is written into it there leaves alone).
+    """
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _read_memo(memo: Path | None) -> dict[str, list[object]]:
@@ -304,7 +377,7 @@ def _read_memo(memo: Path | None) -> dict[str, list[object]]:
     return {
         name: entry
         for name, entry in entries
-        if isinstance(entry, list) and len(entry) == 3 and _SHA256.fullmatch(str(entry[2]))
+        if isinstance(entry, list) and entry and _SHA256.fullmatch(str(entry[-1]))
     }
 
 

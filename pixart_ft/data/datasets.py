@@ -1,4 +1,4 @@
-"""A captioned picture folder in, rows out; and the one way from a picture file to the VAE's pixels."""
+"""A captioned picture folder in, rows out."""
 
 import csv
 import hashlib
@@ -9,27 +9,24 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from pixart_ft.config.text import is_text, read_text, visible
+from pixart_ft.data.pixels import is_picture, picture_types, read_picture, refused_types
 from pixart_ft.errors import UserError
+from pixart_ft.files import reason_of
 
-if TYPE_CHECKING:  # torch waits until there is a picture to load: a wrong folder is known at once
-    from torch import Tensor
-
-PICTURE_TYPES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-_REFUSED_TYPES = frozenset({".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".tga"})
-_TABLE_TYPES = (".json", ".csv", ".tsv", ".ndjson", ".parquet")
-_METADATA = ("metadata.jsonl", "metadata.csv")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 _CAPTION_COLUMNS = ("text", "caption")
+_TABLE_TYPES = (".json", ".csv", ".tsv", ".ndjson")
+_PACKED_TYPES = frozenset({".tar", ".tgz", ".gz", ".zip", ".rar", ".7z", ".parquet", ".arrow"})
+_NEARLY_TXT = frozenset({".txt", ".caption", ".captions", ".cap", ".text"})
+_REST = "\0"  # the cells of a row that no column has; a name that no column can have
 Found = TypeVar("Found")
-
-TRANSFORM = "exif, on white, centre square, lanczos, 1"
-"""Names what `load_picture` does; part of every cache key. Change it when `load_picture` changes."""
 
 DEMO_PICTURES = Path(__file__).parents[1] / "demo" / "pictures"
 
@@ -43,22 +40,49 @@ class Row:
     name: str
 
 
+@dataclass(frozen=True)
+class Account:
+    """What a folder holds, to the last picture.
+
+    rows      that can be used
+    pictures  in it, with or without a caption, also those of types that are not read and links that lead nowhere
+    orphans   captions without a picture
+    wrong     by kind, what keeps the other pictures and captions from being used
+    """
+
+    folder: Path
+    rows: list[Row]
+    pictures: int
+    orphans: int
+    wrong: dict[str, list[str]]
+
+    def usable(self, *, strict: bool = True) -> list[Row]:
+        """The rows. Raises UserError with all that is wrong; not strict, it warns of that unless no row is left."""
+        if self.wrong and strict:
+            hint = "\n  --data.strict false leaves out what is named here" if self.rows else ""
+            raise UserError(self._told(f"the picture folder {self.folder} cannot be used as it is:") + hint)
+        if not self.rows:
+            raise UserError(self._told(f"the picture folder {self.folder} has no picture that can be used:"))
+        if self.wrong:
+            warnings.warn(self._told(f"left out of {self.folder}:"), stacklevel=3)
+        return self.rows
+
+    def _told(self, subject: str) -> str:
+        return "\n".join([subject, *(listed(kind, items) for kind, items in self.wrong.items())])
+
+
 class _Report:
-    """Everything wrong, kind by kind with the paths concerned, raised as one message."""
+    """Everything wrong, kind by kind with the paths concerned."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[str]] = {}
 
     def add(self, kind: str, item: str) -> None:
-        self.found.setdefault(kind, []).append(item)
-
-    def raise_if_any(self, subject: str) -> None:
-        if self.found:
-            listed = [_listed(kind, items) for kind, items in self.found.items()]
-            raise UserError("\n".join([subject, *listed]))
+        self.found.setdefault(kind, []).append(visible(item))
 
 
-def _listed(kind: str, items: Sequence[str], most: int = 10) -> str:
+def listed(kind: str, items: Sequence[str], most: int = 10) -> str:
+    """A kind of fault, how many there are, and the first of them."""
     shown = [f"    {item}" for item in items[:most]]
     rest = [f"    and {len(items) - most} more"] if len(items) > most else []
     return "\n".join([f"  {kind}: {len(items)}", *shown, *rest])
@@ -71,46 +95,119 @@ def picture_folder(name: str, part: str) -> Path:
 
 def check_folder(folder: Path) -> None:
     """Raise UserError unless there is such a folder."""
+    if folder.is_file():
+        packed = folder.suffix.lower() in _PACKED_TYPES
+        remedy = "unpack it into files in a folder, and give that" if packed else f"give the folder: {folder.parent}"
+        raise UserError(f"the picture folder {folder} is a file (data.folder); {remedy}")
     if not folder.is_dir():
         raise UserError(f"the picture folder {folder} does not exist or is not a folder (data.folder)")
 
 
 def read_folder(folder: str | Path) -> list[Row]:
-    """The captioned pictures below a folder, sorted by name.
+    """The captioned pictures below a folder, see `survey`. Raises one UserError with all that is wrong."""
+    return survey(folder).usable()
 
-    Captions come from `metadata.jsonl` or `metadata.csv` in the folder (columns `file_name` and `text` or
-    `caption`), else from a .txt beside each picture. Pictures in subfolders count, hidden files do not.
-    Raises one UserError that lists every picture without a caption, every row without a picture, and all
-    else that is wrong.
+
+def survey(folder: str | Path) -> Account:
+    """The captioned pictures below a folder, sorted by name, and every picture and caption that cannot be used.
+
+    Captions come from `metadata.jsonl`, `.csv` or `.tsv` in the folder (columns `file_name` and `text` or `caption`),
+    else from a .txt beside each picture. Pictures in subfolders count, also behind links, each folder once; hidden
+    files do not. Raises UserError unless there is such a folder.
     """
     folder = Path(folder)
     check_folder(folder)
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    files = {name: found[name] for name in sorted(found) if not name.startswith(".") and "/." not in name}
-    pictures = [name for name, path in files.items() if path.suffix.lower() in PICTURE_TYPES]
-    metadata = [name for name in _METADATA if name in files]
     report = _Report()
+    files, lost = _files(folder, report)
+    pictures = [name for name, path in files.items() if _is_taken(path)]
+    refused = [name for name, path in files.items() if path.suffix.lower() in refused_types()]
+    metadata = [name for name in _METADATA if name in files]
     if metadata:
-        captions = _from_metadata(files[metadata[0]], files, report)
+        captions, orphans = _from_metadata(files[metadata[0]], files, {*pictures, *refused}, report)
+        _warn_of_other_words(metadata[0], files, pictures, captions)
     else:
-        captions = _from_text_files(files, report)
+        captions, orphans = _from_text_files(files, pictures, report)
     for name in metadata[1:]:
         report.add(f"caption files beside {metadata[0]} (keep one)", name)
+    rows = []
     for name in pictures:
+        caption = captions.get(name, "")
         if not is_text(name):
             report.add("pictures whose file names are not UTF-8 (rename them)", visible(name))
-        elif not captions.get(name, "").strip():
+        elif caption is None:  # reported
+            continue
+        elif caption.strip():
+            rows.append(Row(files[name], caption.strip(), name))
+        else:
             remedy = f"a row in {metadata[0]}" if metadata else "a .txt beside it, or a row in metadata.jsonl"
             report.add(f"pictures without a caption (give each {remedy})", name)
-    for name, path in files.items():
-        if path.suffix.lower() in _REFUSED_TYPES:
-            report.add("pictures of a type that is not read (convert to PNG, or move them out)", name)
-        elif not metadata and path.suffix.lower().startswith(_TABLE_TYPES) and (report.found or not pictures):
-            report.add("files that are not read (captions? name them metadata.jsonl, right here)", name)
+    for name in refused:
+        report.add("pictures of a type that is not read (convert to PNG, or move them out)", name)
+    if not metadata and (report.found or not pictures):
+        _point_at_near_misses(folder, files, pictures, report)
     if not pictures:
-        report.add(f"folders without a picture ({' '.join(sorted(PICTURE_TYPES))})", str(folder))
-    report.raise_if_any(f"the picture folder {folder} cannot be used as it is:")
-    return [Row(files[name], captions[name].strip(), name) for name in pictures]
+        report.add("folders without a picture (JPEG, PNG, WebP and others by their first bytes)", str(folder))
+    lost_pictures = [name for name in lost if Path(name).suffix.lower() in picture_types() | refused_types()]
+    return Account(folder, rows, len(pictures) + len(refused) + len(lost_pictures), orphans, report.found)
+
+
+def _files(folder: Path, report: _Report) -> tuple[dict[str, Path], list[str]]:
+    """By name, in order, all files below a folder that are not hidden; and the names of links that lead nowhere.
+
+    Links are followed, to each folder once: by its own name if it lies below, else by the first link to it.
+    """
+    found: dict[str, Path] = {}
+    lost, seen = [], set()
+    waiting, linked = [folder], list[Path]()
+    while waiting or linked:
+        place = waiting.pop() if waiting else linked.pop(linked.index(min(linked)))
+        try:
+            status, inside = place.stat(), list(place.iterdir())
+        except OSError as error:
+            report.add("folders that cannot be read", f"{place}: {reason_of(error)}")
+            continue
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for path in inside:
+            if path.name.startswith("."):
+                continue
+            name = path.relative_to(folder).as_posix()
+            if path.is_dir():
+                (linked if path.is_symlink() else waiting).append(path)
+            elif path.is_file():
+                found[name] = path
+            elif path.is_symlink():
+                lost.append(name)
+    for name in sorted(lost):
+        report.add("links that lead nowhere (mend or delete them)", f"{visible(name)} -> {os.readlink(folder / name)}")
+    return {name: found[name] for name in sorted(found)}, lost
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether a file is a picture to train on: by how its name ends, or by its first bytes if that says nothing."""
+    end = path.suffix.lower()
+    if end in picture_types():
+        return True
+    says_another = end in refused_types() | _PACKED_TYPES | _NEARLY_TXT or end.startswith(_TABLE_TYPES)
+    return not says_another and is_picture(path)
+
+
+def _point_at_near_misses(folder: Path, files: dict[str, Path], pictures: Sequence[str], report: _Report) -> None:
+    """Report files that hold what is missed, under a name by which they are not read."""
+    stems = {Path(name).with_suffix("") for name in pictures}
+    for name, path in files.items():
+        end, stem = path.suffix.lower(), Path(name).with_suffix("")
+        if end in _NEARLY_TXT and stem.suffix.lower() in picture_types():
+            stem = stem.with_suffix("")  # of a.png.txt
+        right = f"{stem.as_posix()}.txt"
+        if end in _NEARLY_TXT and stem in stems and right != name and right not in files:
+            report.add("captions by another name (rename them)", f"{name} -> {right}")
+        elif end.startswith(_TABLE_TYPES):
+            there = f"   (or give its folder: {path.parent})" if "/" in name and path.name in _METADATA else ""
+            report.add("files that are not read (captions? name them metadata.jsonl, right here)", name + there)
+        elif end in _PACKED_TYPES:
+            report.add("archives and tables that are not read (unpack them into files)", name)
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -132,26 +229,38 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
     return [row for row in rows if row.name not in held_out], [row for row in rows if row.name in held_out]
 
 
-def verify_pictures(rows: Sequence[Row], size: int, *, progress: bool = True) -> None:
-    """Decode every picture in full. Raises one UserError that lists those that cannot be read.
+def verify_pictures(rows: Sequence[Row], size: int, *, strict: bool = True, progress: bool = True) -> list[Row]:
+    """Decode every picture in full; returns the rows of those that can be read.
 
-    Warns of pictures that `load_picture(path, size)` will enlarge, or lose more than half of to the crop.
+    Raises one UserError that lists the others; not strict, it warns of them unless none is left. Warns of pictures that
+    `load_picture(path, size)` will enlarge, or lose more than half of to the crop, or reads in a way to be known.
     """
-    report = _Report()
-    small, cropped = [], []
-    sizes = tqdm(in_threads(_size_or_problem, rows), "pictures checked", len(rows), disable=None if progress else True)
-    for row, found in zip(rows, sizes, strict=True):
-        if isinstance(found, str):
-            report.add("pictures that cannot be read (repair them or move them out)", found)
-        elif min(found) < size:
+    unread, small, cropped, good = [], [], [], []
+    told: list[str] = []
+    found = tqdm(in_threads(_size_or_problem, rows), "pictures checked", len(rows), disable=None if progress else True)
+    for row, seen in zip(rows, found, strict=True):
+        if isinstance(seen, str):
+            unread.append(seen)
+            continue
+        good.append(row)
+        (width, height), notes = seen
+        told += [f"{row.path}: {note}" for note in notes]
+        if min(width, height) < size:
             small.append(str(row.path))
-        elif max(found) > 2 * min(found):
+        elif max(width, height) > 2 * min(width, height):
             cropped.append(str(row.path))
-    report.raise_if_any("some pictures cannot be used:")
+    if unread:
+        named = listed("pictures that cannot be read (repair them or move them out)", unread)
+        if strict or not good:
+            raise UserError(f"some pictures cannot be used:\n{named}\n  --data.strict false leaves them out")
+        warnings.warn(f"left out:\n{named}", stacklevel=2)
     if small:
-        warnings.warn(_listed(f"pictures below {size} px, enlarged and so blurred", small, 3), stacklevel=2)
+        warnings.warn(listed(f"pictures below {size} px, enlarged and so blurred", small, 3), stacklevel=2)
     if cropped:
-        warnings.warn(_listed("pictures that lose over half to the centre crop", cropped, 3), stacklevel=2)
+        warnings.warn(listed("pictures that lose over half to the centre crop", cropped, 3), stacklevel=2)
+    if told:
+        warnings.warn(listed("pictures that are not read as they may seem", told, 3), stacklevel=2)
+    return good
 
 
 def in_threads(work: Callable[[Row], Found], rows: Sequence[Row]) -> Iterator[Found]:
@@ -161,111 +270,91 @@ def in_threads(work: Callable[[Row], Found], rows: Sequence[Row]) -> Iterator[Fo
             yield from pool.map(work, rows[start : start + 1024])
 
 
-def load_picture(path: str | Path, size: int | tuple[int, int]) -> "Tensor":
-    """The picture as (3, height, width) float32 in [-1, 1]; `size` is its side, or (width, height).
-
-    Upright by EXIF, transparency on white, cropped to the centre, Lanczos. Raises UserError naming the path.
-    """
-    return _fitted(open_picture(path), size)
-
-
-def picture_pixels(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
-    """As `load_picture`, of a picture in memory."""
-    return _fitted(_rgb(picture), size)
-
-
-def _fitted(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
-    fitted = ImageOps.fit(picture, (size, size) if isinstance(size, int) else size, Image.Resampling.LANCZOS)
-    import numpy
-    import torch
-
-    pixels = torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1).contiguous()
-    return pixels.to(torch.float32) / 127.5 - 1
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """In RGB, upright by EXIF, transparency on white. Raises UserError naming the path."""
+def _size_or_problem(row: Row) -> tuple[tuple[int, int], tuple[str, ...]] | str:
     try:
-        with Image.open(path) as opened:
-            return _rgb(opened)
-    except Exception as error:  # a broken file makes Pillow raise almost anything
-        raise UserError(f"{path}: {error}") from error
-
-
-def _rgb(opened: Image.Image) -> Image.Image:
-    """Upright by EXIF, transparency on white."""
-    picture = ImageOps.exif_transpose(opened)
-    if picture.mode.startswith("I"):
-        picture = _eight_bits(picture)
-    elif picture.mode == "F":
-        raise ValueError("its numbers have no known white; save it with 8 or 16 bits")
-    if picture.has_transparency_data:
-        colours = picture.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
-    return picture.convert("RGB")
-
-
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """16-bit greys (modes I;16 and I) to 8 bits; Pillow's own conversion clips all above 255 to white."""
-    import numpy
-
-    values = numpy.asarray(picture).astype(numpy.float64)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError("its numbers have no known white; save it with 8 or 16 bits")
-    return Image.fromarray((values / 257).round().astype(numpy.uint8))
-
-
-def _size_or_problem(row: Row) -> tuple[int, int] | str:
-    try:
-        return open_picture(row.path).size
+        opened = read_picture(row.path)
     except UserError as error:
         return str(error)
+    return opened.picture.size, opened.notes
 
 
-def _from_metadata(path: Path, files: dict[str, Path], report: _Report) -> dict[str, str]:
-    captions: dict[str, str] = {}
+Captions = dict[str, str | None]  # by picture; None: what is wrong with it is reported
+
+
+def _from_metadata(path: Path, files: dict[str, Path], there: set[str], report: _Report) -> tuple[Captions, int]:
+    """Captions, and how many have no picture. `there`: the names of pictures, also of those that are not read."""
+    captions: Captions = {}
+    orphans, columns = 0, dict[str, None]()
     for where, row in _metadata_rows(path, report):
+        columns.update((key, None) for key in row if key != _REST)
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
-            found = ", ".join(str(key) for key in row) or "nothing"
+            found = ", ".join(key for key in row if key != _REST) or "nothing"
             report.add(f"rows without a file_name in {path.name}", f"{where}: has {found}")
             continue
-        caption = next((row[column] for column in _CAPTION_COLUMNS if row.get(column)), "")
-        caption = caption if isinstance(caption, str) else ""
-        if not (is_text(name) and is_text(caption)):
+        said = next((row[column] for column in _CAPTION_COLUMNS if row.get(column) not in (None, "")), "")
+        caption = said if isinstance(said, str) else None
+        if not (is_text(name) and is_text(caption or "")):
             report.add(
                 f"rows of {path.name} with half a surrogate pair, which is no text (write the whole letter)",
-                f"{where}: {visible(name)}: {visible(caption)[:60]}",
+                f"{where}: {visible(name)}: {visible(caption or '')[:60]}",
             )
-            captions[name] = "?"  # reported
+            captions[name] = None
             continue
         name = os.path.normpath(name).replace(os.sep, "/")
-        if name not in files or files[name].suffix.lower() not in PICTURE_TYPES | _REFUSED_TYPES:
+        if name not in there:
+            orphans += 1
             report.add(
                 f"rows of {path.name} that name an absent picture (correct the name or delete the row)",
                 f"{where}: {row['file_name']}",
             )
+        elif _REST in row:  # an unquoted comma: what follows it would be lost
+            report.add("rows with too many cells (put a caption with commas in quotation marks)", where)
+            caption = None
         elif name in captions:
             report.add(f"rows of {path.name} that repeat a picture", f"{where}: {name}")
+            caption = None
+        elif caption is None:
+            report.add(
+                f"captions of {path.name} that are no text (write one, in quotation marks)",
+                f"{where}: {name}: {visible(str(said))[:60]}",
+            )
         captions[name] = caption
-    return captions
+    if columns:
+        _point_at_columns(path, list(columns), report)
+    return captions, orphans
+
+
+def _point_at_columns(path: Path, columns: Sequence[str], report: _Report) -> None:
+    """Report the columns that no row has, and what may be meant for them."""
+    for wanted in (("file_name",), _CAPTION_COLUMNS):
+        if not set(wanted) & set(columns):
+            near = [(column, get_close_matches(column.strip().lower(), wanted, 1)) for column in columns]
+            meant = "".join(f'; write {match[0]} instead of "{column}"' for column, match in near if match)
+            there = ", ".join(f'"{column}"' for column in columns)
+            report.add(
+                f"columns that {path.name} lacks", f"{' or '.join(wanted)}: it has {visible(there)}{visible(meant)}"
+            )
 
 
 def _metadata_rows(path: Path, report: _Report) -> list[tuple[str, dict[str, object]]]:
     """Each row with where it stands, for messages."""
     text = _read_text(path, report)
     rows: list[tuple[str, dict[str, object]]] = []
-    if path.suffix == ".csv":
-        reader = csv.DictReader(io.StringIO(text, newline=""))
+    if path.suffix != ".jsonl":
+        # strict: else a quotation mark that is not closed takes the rows after it into its cell
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, restkey=_REST)
+        begin = 1
         try:
+            if reader.fieldnames:  # the first row is read by itself
+                begin = reader.line_num + 1
             for row in reader:
-                where = f"{path.name} line {reader.line_num}"
-                if None in row:  # an unquoted comma: what follows it would be lost
-                    report.add("rows with too many cells (put a caption with commas in quotation marks)", where)
-                rows.append((where, dict(row)))
-        except csv.Error as error:  # a quotation mark that is never closed makes one endless cell
-            report.add("lines that are not CSV", f"{path.name} line {reader.line_num}: {error}")
+                rows.append((f"{path.name} line {reader.line_num}", dict(row)))
+                begin = reader.line_num + 1
+        except csv.Error as error:
+            kind = "rows that are not CSV, and with them all below (is a quotation mark not closed, or not doubled?)"
+            report.add(kind, f"{path.name}, the row that begins in line {begin}: {error}")
         return rows
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -282,17 +371,31 @@ def _metadata_rows(path: Path, report: _Report) -> list[tuple[str, dict[str, obj
     return rows
 
 
-def _from_text_files(files: dict[str, Path], report: _Report) -> dict[str, str]:
-    captions, used = {}, set()
-    for name, path in files.items():
-        beside = path.with_suffix(".txt")
-        if path.suffix.lower() in PICTURE_TYPES and beside.is_file():
+def _from_text_files(files: dict[str, Path], pictures: Sequence[str], report: _Report) -> tuple[Captions, int]:
+    """Captions, and how many text files have no picture."""
+    captions: Captions = {}
+    used = set()
+    for name in pictures:
+        beside = files[name].with_suffix(".txt")
+        if beside.is_file():
             captions[name] = _read_text(beside, report)
             used.add(beside)
     orphans = [name for name, path in files.items() if path.suffix == ".txt" and path not in used]
     if orphans:  # only a warning: it may be a licence
-        warnings.warn(_listed("text files without a picture beside them, ignored", orphans, 3), stacklevel=3)
-    return captions
+        warnings.warn(listed("text files without a picture beside them, ignored", orphans, 3), stacklevel=4)
+    return captions, len(orphans)
+
+
+def _warn_of_other_words(metadata: str, files: dict[str, Path], pictures: Sequence[str], captions: Captions) -> None:
+    """Warn of text files that say something else of a picture than the metadata, which counts."""
+    differ = []
+    for name in pictures:
+        beside, caption = files[name].with_suffix(".txt"), captions.get(name)
+        if caption and beside.is_file() and _read_text(beside, _Report()).split() != caption.split():
+            differ.append(Path(name).with_suffix(".txt").as_posix())
+    if differ:
+        told = listed(f"text files that say something else than {metadata}, which counts", differ, 3)
+        warnings.warn(told, stacklevel=3)
 
 
 def _read_text(path: Path, report: _Report) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from pixart_ft.adapters.acting import loaded
 from pixart_ft.adapters.pipelines import fuse, load_lora, set_adapters, set_scale, unload
 from pixart_ft.config.train import Weights
-from pixart_ft.data.datasets import picture_pixels
+from pixart_ft.data.pixels import picture_pixels
 from pixart_ft.diffusion.intervals import Interval
 from pixart_ft.diffusion.names import unknown_word
 from pixart_ft.errors import UserError

@@ -18,7 +18,7 @@ from pixart_ft.adapters.acting import Attached, limit_adapter, load_adapter, loa
 from pixart_ft.adapters.adopting import like_base, taken_in
 from pixart_ft.adapters.files import UNKNOWN_BASE, Adapter, acting_interval, find_adapter
 from pixart_ft.config.train import Attention, Weights
-from pixart_ft.data.datasets import load_picture, picture_pixels
+from pixart_ft.data.pixels import load_picture, picture_pixels
 from pixart_ft.diffusion.intervals import WHOLE, Interval, shown
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.errors import UserError

@@ -16,7 +16,6 @@ from torch import nn
 
 from pixart_ft.config.optimizers import check_installed
 from pixart_ft.config.train import PlanConfig, TrainConfig
-from pixart_ft.data.datasets import verify_pictures
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.files import versions
 from pixart_ft.model import loading
@@ -24,7 +23,7 @@ from pixart_ft.model.attention import xformers_fault
 from pixart_ft.model.base import Base
 from pixart_ft.model.text import prepare_text, token_ids
 from pixart_ft.training import memory
-from pixart_ft.training.encode import read_prior, read_rows
+from pixart_ft.training.encode import read_pictures
 from pixart_ft.training.memory import Case, Need
 from pixart_ft.training.places import check_training
 from pixart_ft.training.processes import asked_for
@@ -170,7 +169,7 @@ def _of_data(config: TrainConfig, card: int | None) -> dict[str, str]:
         lines = dry_run(config)
     else:
         start = look(config, None)
-        verify_pictures([*start.rows, *start.prior_rows, *start.held_rows], start.resolution)
+        start.verify()
         lines = start.facts(config, f"an NVIDIA GPU of {_gib(card)}", 1)
     return {line[:18].strip(): line[19:] for line in lines}
 
@@ -178,8 +177,8 @@ def _of_data(config: TrainConfig, card: int | None) -> dict[str, str]:
 def _longest(config: TrainConfig, base: Base) -> int | None:
     """The tokens of the longest caption, where pictures and tokenizer are at hand."""
     try:
-        sets = [*read_rows(config), read_prior(config)] if config.data.folder else []
-        captions = [row.caption for rows in sets for row in rows]
+        found = read_pictures(config) if config.data.folder else None
+        captions = [row.caption for row in (*found.train, *found.held, *found.prior)] if found else []
         tokenizer = loading.load_tokenizer(base, here_only=True)
     except UserError:
         return None

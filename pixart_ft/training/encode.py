@@ -1,5 +1,6 @@
 """The data of a run: rows from the folders, everything that T5 and the VAE are needed for encoded once."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
-from pixart_ft.data.datasets import Row, picture_folder, read_folder, split
+from pixart_ft.data.datasets import Account, Row, listed, picture_folder, split, survey, verify_pictures
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.model import loading
@@ -26,21 +27,75 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.train.mixed_precision]
 
 
-def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
-    """Training and held-out pictures; every problem of the two folders is reported by `read_folder`."""
-    rows = read_folder(picture_folder(config.data.folder, "train"))
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a run; `unmeasured` are held out and more than validation.pictures."""
+
+    train: list[Row]
+    held: list[Row]
+    prior: list[Row]
+    unmeasured: int
+    accounts: dict[str, Account]  # of each folder, by its key
+
+    def facts(self) -> list[str]:
+        """What became of every picture in the folders, a line each."""
+        apart = "data.held_out" in self.accounts
+        of = {"trained on": self.train, "measured": self.held, "of the prior": self.prior}
+        uses = {"data.folder": ["trained on"], "data.held_out": ["measured"], "data.prior": ["of the prior"]}
+        uses["data.folder"] += [] if apart else ["measured"]
+        lines = []
+        for key, account in self.accounts.items():
+            counts = {use: len(of[use]) for use in uses[key]}
+            if "measured" in counts:
+                counts["held out beyond validation.pictures"] = self.unmeasured
+            counts["left out"] = account.pictures - sum(counts.values())
+            told = ", ".join(f"{count:,} {use}" for use, count in counts.items() if count)
+            orphans = f"; {account.orphans:,} captions or text files without a picture" if account.orphans else ""
+            lines.append(f"{'in ' + key:<18} {account.pictures:,} pictures: {told}{orphans}")
+        return lines
+
+
+def read_pictures(config: TrainConfig, size: int | None = None) -> Pictures:
+    """All pictures of a run; every problem of the folders is reported by `Account.usable`.
+
+    size   of the training; given, and data.strict is false, every picture is decoded, and those that cannot be are
+           left out. None: they are taken as they are.
+    """
+    accounts: dict[str, Account] = {}
+
+    def read(key: str, part: str) -> list[Row]:
+        name = getattr(config.data, key)
+        account = accounts[f"data.{key}"] = survey(picture_folder(name, part))
+        rows = account.usable(strict=config.data.strict)
+        return rows if size is None or config.data.strict else verify_pictures(rows, size, strict=False)
+
+    rows, seed = read("folder", "train"), config.run.seed
     if config.data.held_out is not None:
-        held = read_folder(picture_folder(config.data.held_out, "held_out"))
+        held = read("held_out", "held_out")
     else:
-        rows, held = split(rows, config.data.held_out_fraction, config.run.seed)
+        rows, held = split(rows, config.data.held_out_fraction, seed)
     if not rows:
         raise UserError(f"data.held_out_fraction {config.data.held_out_fraction} leaves nothing to train on; lower it")
-    return rows, held[: config.validation.pictures]
+    prior = [] if config.data.prior is None else read("prior", "train")
+    measured = held[: config.validation.pictures]
+    return Pictures(rows, measured, prior, len(held) - len(measured), accounts)
 
 
-def read_prior(config: TrainConfig) -> list[Row]:
-    """The pictures of data.prior, if there is one; problems are reported by `read_folder`."""
-    return [] if config.data.prior is None else read_folder(picture_folder(config.data.prior, "train"))
+def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
+    """Training and held-out pictures, see `read_pictures`."""
+    pictures = read_pictures(config)
+    return pictures.train, pictures.held
+
+
+def warn_of_copies(learned: Sequence[Row], held: Sequence[Row], digests: Sequence[str]) -> None:
+    """Warn of held-out pictures that are trained on too; `digests` of the one, then of the other."""
+    trained = dict(zip(digests, learned, strict=False))
+    held_out = zip(held, digests[len(learned) :], strict=True)
+    copies = [f"{row.name} = {trained[digest].name}" for row, digest in held_out if digest in trained]
+    if copies:
+        warnings.warn(
+            listed("held-out pictures that are trained on too, so they measure nothing", copies), stacklevel=2
+        )
 
 
 def vae_id(config: TrainConfig, base: Base) -> str:

@@ -32,7 +32,7 @@ from pixart_ft.training import speed
 from pixart_ft.training.batches import TrainingSet
 from pixart_ft.training.before_after import HELD_OUT, LEARNED
 from pixart_ft.training.ema import Ema, OwnAverage
-from pixart_ft.training.encode import Encoded, compute_dtype, encode_once
+from pixart_ft.training.encode import Encoded, compute_dtype, encode_once, warn_of_copies
 from pixart_ft.training.keeping import Keeper
 from pixart_ft.training.kinds import Source
 from pixart_ft.training.objective import abilities_after, warn_of_relearning
@@ -92,6 +92,7 @@ def _run(
         print("\n".join(start.facts(config, str(accelerator.device), accelerator.num_processes)))
     with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered; pictures are read anew
         digests = picture_digests([*learned, *held_rows])
+        warn_of_copies(learned, held_rows, digests)
         about = trained_on(
             config, base, start.rows, start.prior_rows, held_rows, digests, schedule_config, objective, resolution
         )

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from pixart_ft.config.train import TrainConfig
+from pixart_ft.data.cache import picture_digests
 from pixart_ft.data.datasets import Row, verify_pictures
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.objective import Objective
@@ -19,7 +20,7 @@ from pixart_ft.model.quantized import check_quantization
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.sampling.settings import side_fault
 from pixart_ft.training.batches import DrawLaws
-from pixart_ft.training.encode import compute_dtype, read_prior, read_rows
+from pixart_ft.training.encode import Pictures, compute_dtype, read_pictures, warn_of_copies
 from pixart_ft.training.kinds import Kind, count, kind_of
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective
@@ -44,11 +45,30 @@ class Start:
     laws: DrawLaws
     learning_rate: LearningRate
     checkpoint: Path | None  # to continue from
-    rows: list[Row]
-    prior_rows: list[Row]
-    held_rows: list[Row]
+    pictures: Pictures
     kind: Kind
     parameters: int  # that are trained
+
+    @property
+    def rows(self) -> list[Row]:
+        """The pictures that are trained on."""
+        return self.pictures.train
+
+    @property
+    def prior_rows(self) -> list[Row]:
+        """The pictures of the prior."""
+        return self.pictures.prior
+
+    @property
+    def held_rows(self) -> list[Row]:
+        """The pictures that are measured."""
+        return self.pictures.held
+
+    def verify(self, *, progress: bool = True) -> None:
+        """Open every picture; UserError for those that cannot be read, a warning of what is held out and trained on."""
+        learned = [*self.rows, *self.prior_rows]
+        verify_pictures([*learned, *self.held_rows], self.resolution, progress=progress)
+        warn_of_copies(learned, self.held_rows, picture_digests([*learned, *self.held_rows]))
 
     def facts(self, config: TrainConfig, device: str, processes: int) -> list[str]:
         """Where it trains, how much, and how often it sees its pictures, a line each."""
@@ -68,6 +88,7 @@ class Start:
             f"steps per epoch    {pictures / draws:.4g}, of {batch} pictures each",
             f"length             {self.plan.steps:,} steps: each picture {epochs:.4g} times",
             *([f"trained at         {part} alone; there it is measured, and acts"] if part else []),
+            *self.pictures.facts(),
         ]
 
 
@@ -78,9 +99,7 @@ def dry_run(config: TrainConfig, resume: str | None = None) -> list[str]:
     start = look(config, resume)
     if accelerator.is_main_process:
         RunFolder(config.run.folder).probe()
-    verify_pictures(
-        [*start.rows, *start.prior_rows, *start.held_rows], start.resolution, progress=accelerator.is_main_process
-    )
+    start.verify(progress=accelerator.is_main_process)
     if not accelerator.is_main_process:
         return []
     going_on = [] if start.checkpoint is None else [f"continues          {start.checkpoint}"]
@@ -97,7 +116,6 @@ def look(config: TrainConfig, resume: str | None) -> Start:
     trained = kind.trained(loading.skeleton(base))
     check_trained(config.optim, trained)
     checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
-    rows, held_rows = read_rows(config)
     return Start(
         base=base,
         resolution=resolution,
@@ -107,9 +125,7 @@ def look(config: TrainConfig, resume: str | None) -> Start:
         laws=_draw_laws(config),
         learning_rate=learning_rate_of(config),
         checkpoint=checkpoint,
-        rows=rows,
-        prior_rows=read_prior(config),
-        held_rows=held_rows,
+        pictures=read_pictures(config, resolution),
         kind=kind,
         parameters=count(trained),
     )

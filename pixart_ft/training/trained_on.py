@@ -19,7 +19,8 @@ from pixart_ft.adapters.targets import named
 from pixart_ft.config.hub import Hub
 from pixart_ft.config.reading import default, flat, keys
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.datasets import TRANSFORM, Row
+from pixart_ft.data.datasets import Row
+from pixart_ft.data.pixels import TRANSFORM
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.files import read_object, sha256
@@ -37,6 +38,7 @@ _BY_CONTENT = {
     "data.held_out",
     "data.held_out_fraction",
     "data.prior",
+    "data.strict",
     "data.resolution",
     "data.max_tokens",
     "diffusion.schedule",

@@ -124,7 +124,9 @@ def test_captions_from_notepad_and_an_endless_cell(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("añ 漢\r\n".encode("utf-16"))
     assert [row.caption for row in read_folder(tmp_path)] == ["añ 漢"]
     (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"never closed' + "x" * 200_000)
-    with pytest.raises(UserError, match=r"lines that are not CSV: 1\n    metadata\.csv line 1: field larger"):
+    with pytest.raises(
+        UserError, match=r"not CSV.*: 1\n    metadata\.csv, the row that begins in line 2: field larger"
+    ):
         read_folder(tmp_path)
 
 

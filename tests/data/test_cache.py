@@ -3,6 +3,7 @@
 Oracles: encoding the same thing directly; loaders that raise when they should not be called.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,10 +18,19 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 import pixart_ft.data.cache as cache
-from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
-from pixart_ft.data.datasets import Row, load_picture, read_folder
+from pixart_ft.data.cache import (
+    CachedPictures,
+    TensorStore,
+    cache_captions,
+    cache_pictures,
+    component_id,
+    picture_digests,
+)
+from pixart_ft.data.datasets import Row, read_folder
+from pixart_ft.data.pixels import load_picture
 from pixart_ft.errors import UserError
 from pixart_ft.model.text import encode_captions, null_caption
+from tests.helpers.pictures import wide_profile
 
 
 def refuse() -> NoReturn:
@@ -137,6 +147,32 @@ def test_a_file_in_the_way_is_a_users_mistake(tmp_path: Path) -> None:
         TensorStore(tmp_path / "cache")
 
 
+@pytest.mark.parametrize("length", [0, 100, -1])
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_a_shard_that_is_cut_short_while_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, asked_before: bool
+) -> None:
+    """Also where it is cut after it was asked for its size: from a mapped file, reading on would kill the process."""
+    store = TensorStore(tmp_path)
+    store.add({"key": torch.ones(4096)})
+    (path,) = tmp_path.iterdir()
+    true = path.stat()
+    os.truncate(path, length % true.st_size)
+    if asked_before:
+        monkeypatch.setattr(os, "fstat", lambda _: true)
+    with pytest.raises(UserError, match=r"data\.cache: .* bytes instead of [\d,]+, while it is read"):
+        store.get("key")
+
+
+def test_reading_keeps_no_file_open(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    for number in range(20):
+        store.add({str(number): torch.full((3,), float(number))})
+    before = len(os.listdir("/proc/self/fd"))
+    assert [store.get(str(number))[0].item() for number in range(20)] == list(range(20))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 # Pictures
 
 
@@ -226,6 +262,36 @@ def test_unreadable_pictures_are_reported_before_a_model_is_loaded(tmp_path: Pat
         cached_pictures(tmp_path / "store", rows)
     assert all((str(row.path) in str(caught.value)) == (index < 2) for index, row in enumerate(rows))
     assert not (tmp_path / "store").exists()
+
+
+def test_a_picture_swapped_after_it_was_hashed_is_not_kept_under_its_name(
+    tmp_path: Path, folder: Path, vae: AutoencoderKL
+) -> None:
+    rows = read_folder(folder)
+    digests = picture_digests(rows)
+
+    def load() -> AutoencoderKL:  # by now all were hashed and verified
+        Image.new("RGB", (64, 64), "pink").save(rows[5].path)
+        return vae
+
+    store = TensorStore(tmp_path / "store")
+    with pytest.raises(UserError, match=rf"{rows[5].path} was changed while the run began"):
+        cache_pictures(store, rows, load_vae=load, vae_id="vae", size=32, digests=digests, progress=False)
+    store, keys = cached_pictures(tmp_path / "store", rows, lambda: vae)
+    assert all(
+        torch.allclose(store.get(key)[0], latents_alone(vae, row)[0], atol=1e-5)
+        for key, row in zip(keys, rows, strict=True)
+    )
+
+
+def test_a_picture_read_in_another_way_has_another_name_in_the_cache(tmp_path: Path, folder: Path) -> None:
+    """What an earlier version encoded in wrong colours is encoded again, and nothing else is."""
+    row = read_folder(folder)[0]
+    plain = hashlib.sha256(row.path.read_bytes()).hexdigest()
+    assert picture_digests([row]) == [plain]
+    with Image.open(row.path) as opened:
+        opened.convert("RGB").save(row.path, format="PNG", icc_profile=wide_profile())
+    assert picture_digests([row]) == [hashlib.sha256(row.path.read_bytes()).hexdigest() + " to sRGB 1"]
 
 
 def test_pictures_that_give_nan_are_named_and_the_others_kept(tmp_path: Path, tiny: Path) -> None:
@@ -337,6 +403,22 @@ def test_a_local_model_is_named_by_its_files(tiny: Path, tmp_path: Path) -> None
     assert component_id(base, "vae", dtype=torch.float32, memo=memo) == changed
     with pytest.raises(UserError, match="has no subfolder unet"):
         component_id(base, "unet", dtype=torch.float32)
+
+
+def test_another_file_of_the_same_size_and_time_is_another_model(tiny: Path, tmp_path: Path) -> None:
+    """Moved into its place, or written into it, and its time set back, as `cp -p` and rsync do."""
+    base, memo = Path(shutil.copytree(tiny, tmp_path / "base")), tmp_path / "memo.json"
+    weights = base / "vae" / "diffusion_pytorch_model.safetensors"
+    times = (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
+    content, names = bytearray(weights.read_bytes()), set()
+    for place in (weights, weights, tmp_path / "another"):
+        names.add(component_id(base, "vae", dtype=torch.float32, memo=memo))
+        content[-1] ^= 1 << len(names)
+        place.write_bytes(content)
+        os.utime(place, ns=times)
+        place.replace(weights)
+    names.add(component_id(base, "vae", dtype=torch.float32, memo=memo))
+    assert len(names) == 4
 
 
 def test_the_memo_spares_reading_unchanged_files(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

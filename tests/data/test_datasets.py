@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_ft.data.datasets import Row, load_picture, read_folder, split, verify_pictures
+from pixart_ft.data.datasets import Row, read_folder, split, verify_pictures
+from pixart_ft.data.pixels import load_picture
 from pixart_ft.errors import UserError
 
 
@@ -90,7 +91,7 @@ def test_hidden_files_and_folders_are_no_pictures(tmp_path: Path) -> None:
 def test_one_report_lists_all_that_is_wrong(tmp_path: Path) -> None:
     for name in ("good.png", "alone.png", "blank.png", "number.png", "twice.png"):
         picture(tmp_path / name)
-    Image.new("P", (8, 8)).save(tmp_path / "moving.gif")
+    (tmp_path / "phone.heic").write_bytes(b"of another program")
     (tmp_path / "notes.pdf").write_text("no picture")
     jsonl(
         tmp_path,
@@ -99,7 +100,7 @@ def test_one_report_lists_all_that_is_wrong(tmp_path: Path) -> None:
         {"file_name": "number.png", "text": 7},
         {"file_name": "gone.png", "text": "gone"},
         {"file_name": "notes.pdf", "text": "notes"},
-        {"file_name": "moving.gif", "text": "moving"},
+        {"file_name": "phone.heic", "text": "a phone's"},
         {"file_name": "twice.png", "text": "one"},
         {"file_name": "twice.png", "text": "two"},
         {"image": "good.png", "text": "wrong column"},
@@ -110,6 +111,8 @@ def test_one_report_lists_all_that_is_wrong(tmp_path: Path) -> None:
         "  lines that are not a JSON object: 2",
         "    metadata.jsonl line 11",
         "    metadata.jsonl line 12",
+        "  captions of metadata.jsonl that are no text (write one, in quotation marks): 1",
+        "    metadata.jsonl line 3: number.png: 7",
         "  rows of metadata.jsonl that name an absent picture (correct the name or delete the row): 2",
         "    metadata.jsonl line 4: gone.png",
         "    metadata.jsonl line 5: notes.pdf",
@@ -117,12 +120,12 @@ def test_one_report_lists_all_that_is_wrong(tmp_path: Path) -> None:
         "    metadata.jsonl line 8: twice.png",
         "  rows without a file_name in metadata.jsonl: 1",
         "    metadata.jsonl line 9: has image, text",
-        "  pictures without a caption (give each a row in metadata.jsonl): 3",
+        "  pictures without a caption (give each a row in metadata.jsonl): 2",
         "    alone.png",
         "    blank.png",
-        "    number.png",
         "  pictures of a type that is not read (convert to PNG, or move them out): 1",
-        "    moving.gif",
+        "    phone.heic",
+        "  --data.strict false leaves out what is named here",
     ]
 
 

@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, PixArtSigmaPipeline
 from torch import Tensor
 
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_pictures
-from pixart_ft.data.datasets import load_picture, read_folder
+from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.pixels import load_picture
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import load_vae

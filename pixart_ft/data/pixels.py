@@ -1,0 +1,276 @@
+"""The one way from a picture file to the VAE's pixels: which files are pictures, which frame, in what colours."""
+
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageOps, PngImagePlugin
+
+from pixart_ft.errors import UserError
+
+if TYPE_CHECKING:  # torch waits until there is a picture to load: a wrong folder is known at once
+    from torch import Tensor
+
+TRANSFORM = "exif, on white, centre square, lanczos, 1"
+"""Names what `load_picture` does; part of every cache key. Change it when `load_picture` changes."""
+
+# What Pillow reads of itself and what is one picture. No video, no vector graphics: those it hands to other programs.
+_FORMATS = (
+    *("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000"),
+    *("PPM", "QOI", "TGA", "PSD", "ICO", "ICNS", "PCX", "SGI", "DDS"),
+)
+_SIGNED = frozenset(_FORMATS) - {"TGA", "PCX", "DIB", "SGI"}  # those that no other file is taken for
+_MOVING = frozenset({"GIF", "WEBP", "PNG", "AVIF"})  # frames of a film; those of others are pages, layers, views
+_SAME_COLOUR = 2  # of 255: a profile that is within this of sRGB is one of the many makers' sRGB
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A picture in RGB, upright, on white.
+
+    departs   how it was read where that is not the usual way, a part of its name in the cache; "" for most
+    notes     what its owner should know of that
+    """
+
+    picture: Image.Image
+    departs: str
+    notes: tuple[str, ...]
+
+
+@cache
+def picture_types() -> frozenset[str]:
+    """How the names of picture files end that are read whatever is inside, in small letters, dot included."""
+    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in _FORMATS)
+
+
+@cache
+def refused_types() -> frozenset[str]:
+    """How the names of picture files end that are not read, but named: other programs', and raw ones of cameras."""
+    others = {".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".hdr", ".xcf", ".psb", ".ai"}
+    raw = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
+    no_pictures = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib", ".iim"}
+    return frozenset((others | raw | set(Image.registered_extensions())) - picture_types() - no_pictures)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its first bytes, whatever its name."""
+    try:
+        with _large_pictures(), Image.open(path, formats=[kind for kind in _known() if kind in _SIGNED]):
+            return True
+    except Exception:  # a file that is none makes Pillow raise almost anything
+        return False
+
+
+def load_picture(path: str | Path, size: int | tuple[int, int]) -> "Tensor":
+    """The picture as (3, height, width) float32 in [-1, 1]; `size` is its side, or (width, height).
+
+    As `read_picture` gives it, cropped to the centre, Lanczos. Raises UserError naming the path.
+    """
+    return fitted(open_picture(path), size)
+
+
+def picture_pixels(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
+    """As `load_picture`, of a picture in memory."""
+    return fitted(_rgb(picture, _to_srgb(picture)), size)
+
+
+def fitted(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
+    """An RGB picture as pixels, see `load_picture`."""
+    square = ImageOps.fit(picture, (size, size) if isinstance(size, int) else size, Image.Resampling.LANCZOS)
+    import numpy
+    import torch
+
+    pixels = torch.from_numpy(numpy.array(square)).permute(2, 0, 1).contiguous()
+    return pixels.to(torch.float32) / 127.5 - 1
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """The picture in a file, see `read_picture`. Raises UserError naming the path."""
+    return read_picture(path).picture
+
+
+def read_picture(path: str | Path, content: bytes | None = None) -> Opened:
+    """In RGB: upright by EXIF, colours to sRGB by its profile, transparency on white; of an animation one frame.
+
+    content   the file's bytes, where they were read before
+
+    Raises UserError naming the path.
+    """
+    try:
+        with (
+            _large_pictures(),
+            Image.open(io.BytesIO(content) if content is not None else path, formats=_known()) as it,
+        ):
+            return _read(it)
+    except Exception as error:  # a broken file makes Pillow raise almost anything
+        raise UserError(f"{path}: {str(error) or type(error).__name__}") from error
+
+
+def departs(content: bytes) -> str:
+    """How `read_picture` would depart from its usual way for a file of these bytes, mostly without decoding it."""
+    try:
+        with _large_pictures(), Image.open(io.BytesIO(content), formats=_known()) as opened:
+            return _departs(_turn_to_frame(opened), _to_srgb(opened))
+    except Exception:  # it cannot be read: said where it is
+        return ""
+
+
+def _departs(frame: int, transform: object) -> str:
+    return " ".join(([f"frame {frame}"] if frame else []) + (["to sRGB 1"] if transform is not None else []))
+
+
+def _read(opened: Image.Image) -> Opened:
+    notes = []
+    frame, count = _turn_to_frame(opened), getattr(opened, "n_frames", 1)
+    if count > 1 and opened.format not in ("MPO", "PSD"):  # whose others are views of the whole, and layers of it
+        before = ", since those before are of one colour" if frame else ""
+        notes.append(f"the frame or page {frame + 1} of {count} is taken{before}")
+    transform = _to_srgb(opened)
+    if transform is None and opened.info.get("icc_profile") and not _fits(opened):
+        notes.append("its colour profile cannot be used and is ignored")
+    return Opened(_rgb(opened, transform), _departs(frame, transform), tuple(notes))
+
+
+def _turn_to_frame(opened: Image.Image) -> int:
+    """To the first frame of an animation that is not of one colour, since many begin with an empty one; its number."""
+    if opened.format in _MOVING and getattr(opened, "is_animated", False):
+        for frame in range(getattr(opened, "n_frames", 1)):
+            opened.seek(frame)
+            if opened.convert("RGBA").getcolors(1) is None:
+                return frame
+        opened.seek(0)
+    return 0
+
+
+def _rgb(opened: Image.Image, transform: "_Transform | None") -> Image.Image:
+    """Upright by EXIF, in sRGB, transparency on white."""
+    picture = ImageOps.exif_transpose(opened)
+    if picture.mode.startswith("I"):
+        picture = _eight_bits(picture)
+    elif picture.mode == "F":
+        raise ValueError("its numbers have no known white; save it with 8 or 16 bits")
+    if transform is not None:
+        alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+        picture = transform(picture)
+        if alpha is not None:
+            picture.putalpha(alpha)
+    if picture.has_transparency_data:
+        colours = picture.convert("RGBA")
+        white = Image.new("RGBA", colours.size, "white")
+        return Image.alpha_composite(white, colours).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit greys (modes I;16 and I) to 8 bits; Pillow's own conversion clips all above 255 to white."""
+    import numpy
+
+    values = numpy.asarray(picture).astype(numpy.float64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its numbers have no known white; save it with 8 or 16 bits")
+    return Image.fromarray((values / 257).round().astype(numpy.uint8))
+
+
+# Colours
+
+
+class _Transform:
+    """Colours of a profile to sRGB."""
+
+    def __init__(self, profile: bytes) -> None:
+        from PIL import ImageCms
+
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        self.mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
+        self._transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), self.mode, "RGB")
+        self._lock = threading.Lock()  # it keeps the colour it met last
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        from PIL import ImageCms
+
+        with self._lock:
+            found = ImageCms.applyTransform(picture.convert(self.mode), self._transform)
+        assert found is not None
+        return found
+
+    def changes(self) -> bool:
+        """Whether colours come out as others; those of the many makers' sRGB profiles do not."""
+        import numpy
+
+        steps = numpy.linspace(0, 255, 18).round().astype(numpy.uint8)
+        bands = len(Image.new(self.mode, (1, 1)).getbands())
+        colours = numpy.stack(numpy.meshgrid(*[steps] * min(bands, 3)), -1).reshape(-1, 18, min(bands, 3))
+        if self.mode == "CMYK":
+            return True
+        before = Image.fromarray(colours if bands == 3 else colours[..., 0])
+        difference = numpy.asarray(self(before)).astype(int) - numpy.asarray(before.convert("RGB")).astype(int)
+        return bool(abs(difference).max() > _SAME_COLOUR)
+
+
+@lru_cache(16)  # the pictures of a folder share a few
+def _transform_of(profile: bytes) -> _Transform | None:
+    """None where its colours are those of sRGB. Raises almost anything for what is no profile."""
+    found = _Transform(profile)
+    return found if found.changes() else None
+
+
+def _fits(opened: Image.Image) -> bool:
+    """Whether the picture's profile is one, and of such pictures."""
+    try:
+        transform = _Transform(opened.info["icc_profile"])
+    except Exception:
+        return False
+    return _is_for(transform, opened)
+
+
+def _is_for(transform: _Transform, opened: Image.Image) -> bool:
+    grey = opened.mode in ("1", "L", "LA", "La") or opened.mode.startswith("I")
+    return {"CMYK": opened.mode == "CMYK", "L": grey, "RGB": opened.mode != "CMYK"}[transform.mode]
+
+
+def _to_srgb(opened: Image.Image) -> _Transform | None:
+    """What brings the picture's colours to sRGB; None where they are, or its profile says nothing of use."""
+    profile = opened.info.get("icc_profile")
+    try:
+        transform = _transform_of(profile) if profile else None
+    except Exception:  # no profile, or one of colours that no picture here has: noted by `_read`
+        return None
+    return transform if transform is not None and _is_for(transform, opened) else None
+
+
+# Pillow's limits
+
+
+@cache
+def _known() -> tuple[str, ...]:
+    """The formats that this build of Pillow reads."""
+    Image.init()
+    return tuple(kind for kind in _FORMATS if kind in Image.OPEN)
+
+
+_limits = threading.Lock()
+_readers: list[tuple[int | None, int, int]] = []
+
+
+@contextmanager
+def _large_pictures() -> Iterator[None]:
+    """Read what is large and sound: up to a billion pixels and 64 MiB of text in a PNG.
+
+    Pillow's own limits guard a service against strangers' files, so they come back when the last reader is done.
+    """
+    with _limits:
+        before = (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
+        _readers.append(_readers[0] if _readers else before)
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**29, 2**26, 2**28
+    try:
+        yield
+    finally:
+        with _limits:
+            first = _readers.pop()
+            if not _readers:
+                Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = first
