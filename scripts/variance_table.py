@@ -17,7 +17,7 @@ from pixart_ft.evaluation.held_out import held_out_bound, mean_over_pictures, pa
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.training.encode import encode_once, read_rows
-from pixart_ft.training.start import accelerator_for
+from pixart_ft.training.start import accelerator_for, with_precision
 
 STEPS = (10, 25, 50)
 VARIANCES: tuple[Variance, ...] = ("beta_tilde", "beta", "learned_range", "learned")
@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the encoded pictures")
     parser.add_argument("--pictures", type=int, default=16)
     args = parser.parse_args()
-    config = load_config("quickstart", {"run.folder": str(args.work / "run"), "data.cache": str(args.work / "cache")})
+    config = with_precision(
+        load_config("quickstart", {"run.folder": str(args.work / "run"), "data.cache": str(args.work / "cache")})
+    )
     base = Base.read("demo")
     held_out = encode_once(config, base, *read_rows(config), 256, accelerator_for(config)).held_out
     assert held_out is not None

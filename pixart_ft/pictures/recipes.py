@@ -14,7 +14,8 @@ from pixart_ft.errors import UserError
 
 RECIPE_KEY = "pixart_ft"  # the text chunk that holds the recipe, as JSON
 PARAMETERS_KEY = "parameters"  # the one that other programs read
-FORMAT = 2  # of the words of a recipe; in 1, which says none, iddpm's variance `learned` was what `learned_range` is
+FORMAT_KEY = "pixart_ft_format"  # the one that says which words the recipe is in
+FORMAT = "2"  # where none is said, iddpm's variance `learned` was what `learned_range` is now
 # Keys of a recipe that `pixart-ft generate` knows by the same name.
 _SAME = (
     "seed",
@@ -41,7 +42,8 @@ _SAME = (
 def chunks(recipe: Mapping[str, object]) -> PngImagePlugin.PngInfo:
     """The text chunks of a picture: its recipe, and where it has a prompt the same for other programs."""
     found = PngImagePlugin.PngInfo()
-    found.add_text(RECIPE_KEY, json.dumps({**recipe, "format": FORMAT}, allow_nan=False))
+    found.add_text(RECIPE_KEY, json.dumps(recipe, allow_nan=False))
+    found.add_text(FORMAT_KEY, FORMAT)
     if "prompt" in recipe:
         found.add_text(PARAMETERS_KEY, parameters(recipe))
     return found
@@ -83,16 +85,17 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     try:
         with Image.open(path) as image:
-            recipe = json.loads(getattr(image, "text", {})[RECIPE_KEY])
+            texts = getattr(image, "text", {})
+            recipe, words = json.loads(texts[RECIPE_KEY]), texts.get(FORMAT_KEY)
     except FileNotFoundError:
         raise UserError(f"{path}: no such picture") from None
     except Exception:  # a broken file makes Pillow raise almost anything
-        recipe = None
+        recipe = words = None
     if not isinstance(recipe, dict):
         raise UserError(
             f"{path} holds no recipe: it is not a PNG by pixart_ft, or a program that drops metadata saved it"
         )
-    if recipe.pop("format", None) != FORMAT:
+    if words != FORMAT:
         if _inside(recipe, ("options", "variance")) == "learned":
             recipe["options"]["variance"] = "learned_range"
         if isinstance(recipe.get("sampler"), list) and "iddpm" in recipe["sampler"]:

@@ -179,7 +179,7 @@ def test_what_changed_since_a_picture_was_drawn_is_told(tiny: Path, tmp_path: Pa
 
 
 def test_an_older_picture_keeps_the_variance_that_it_was_drawn_by(tmp_path: Path) -> None:
-    """Its recipe names no format; `learned` meant then what `learned_range` means now."""
+    """It names no format of its recipe; `learned` meant then what `learned_range` means now."""
 
     def kept(name: str, recipe: dict[str, Any]) -> Path:
         chunk = PngInfo()
