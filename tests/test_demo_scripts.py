@@ -239,27 +239,33 @@ def base_training(folder: Path, copies: int = 2, *, finishing: bool = False) -> 
     )
 
 
+def noised_by(monkeypatch: pytest.MonkeyPatch) -> list[Noised]:
+    """Every batch that is noised from now on."""
+    found: list[Noised] = []
+    of = Noised.of
+
+    def watched(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Noised:
+        found.append(of(schedule, x0, t, eps))
+        return found[-1]
+
+    monkeypatch.setattr(Noised, "of", watched)
+    return found
+
+
 def test_the_base_learns_nothing_that_is_held_out_and_moved_pictures_only_when_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read off the x0 that is noised: rows 0 and 2, the plain ones at share 0, moved ones alone at share 1."""
     training = base_training(tmp_path)
-    drawn: list[Tensor] = []
-    of = Noised.of
-
-    def watched(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Noised:
-        drawn.append(x0)
-        return of(schedule, x0, t, eps)
-
-    monkeypatch.setattr(Noised, "of", watched)
+    drawn = noised_by(monkeypatch)
     for share, copies in ((0.0, {0}), (1.0, {1, 2})):
         drawn.clear()
         for step in range(12):
             training.loss(step, share)
         found = {
             next((copy, row) for copy in range(3) for row in range(3) if torch.equal(x0, training.mean[copy, row]))
-            for batch in drawn
-            for x0 in batch
+            for noised in drawn
+            for x0 in noised.x0
         }
         assert found == {(copy, row) for copy in copies for row in (0, 2)}
 
@@ -270,18 +276,11 @@ def test_half_of_a_finish_is_of_the_high_noise(
 ) -> None:
     """Two draws a step, one of each half of the law: with a finish one of them is always above, else at times none."""
     training = base_training(tmp_path, finishing=finishing)
-    drawn: list[Tensor] = []
-    of = Noised.of
-
-    def watched(schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Noised:
-        drawn.append(t)
-        return of(schedule, x0, t, eps)
-
-    monkeypatch.setattr(Noised, "of", watched)
+    drawn = noised_by(monkeypatch)
     for step in range(12):
         training.loss(step)
-    assert all(int(t.max()) >= 1000 * FINISHING_HIGH for t in drawn) == finishing
-    assert min(int(t.min()) for t in drawn) < 200
+    assert all(int(noised.t.max()) >= 1000 * FINISHING_HIGH for noised in drawn) == finishing
+    assert min(int(noised.t.min()) for noised in drawn) < 200
 
 
 def test_a_look_at_what_is_held_out_is_repeatable_and_moves_nothing(tmp_path: Path) -> None:

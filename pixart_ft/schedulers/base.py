@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
@@ -63,7 +64,7 @@ def with_process(init: Callable[..., None]) -> Callable[..., None]:
     return cast(Callable[..., None], register_to_config(whole))
 
 
-class PixArtScheduler(SchedulerMixin, ConfigMixin):
+class PixArtScheduler(SchedulerMixin, ConfigMixin, ABC):
     """A diffusers scheduler around the functions of `diffusion/solvers.py`; it adds state and no formula.
 
     The process is read from the keys of a diffusers scheduler_config.json (`NoiseSchedule.from_diffusers_config`), so
@@ -214,9 +215,9 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
         previous, x0 = previous.to(sample.dtype), x0.to(sample.dtype)
         return StepOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
+    @abstractmethod
     def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """The next sample and the guess of x0, from the promoted sample of call number `call`."""
-        raise NotImplementedError
 
     def _position(self, timestep: Tensor | float) -> int:
         """The number of this call; its timestep is checked where looking at it does not wait for a GPU."""
@@ -242,9 +243,9 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin):
         if self.num_inference_steps is None:
             raise ValueError(f"sampler {self.sampler} has no steps yet: call set_timesteps first")
 
+    @abstractmethod
     def _call_levels(self) -> Tensor:
         """The sigma (M,) float64 of each call."""
-        raise NotImplementedError
 
     def levels(self, timesteps: Tensor) -> Tensor:
         """The noise-to-signal ratio sigma (M,) float64 at which the network receives these timesteps."""

@@ -1,5 +1,6 @@
 """Samplers on the indices of the schedule: DDPM, its greedy form, iDDPM and DDIM."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -70,18 +71,22 @@ class IndexScheduler(PixArtScheduler):
             prediction = replace(prediction, x0=x0, eps=to_eps(self.respaced, x0, x, t, "sample"))
         return prediction
 
+
+class _DownIndices(IndexScheduler):
+    """One call a step, each a step down the kept indices."""
+
     def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         index = len(self.kept) - 1 - call
         t = torch.full((len(x),), index, dtype=torch.int64, device=x.device)
         prediction = self._predict(output, x, t)
         return self._down(prediction, x, t, new_noise if index > 0 else None), prediction.x0
 
+    @abstractmethod
     def _down(self, prediction: Prediction, x: Tensor, t: Tensor, new_noise: Callable[[], Tensor] | None) -> Tensor:
         """x one kept step on; `new_noise` is None at the last, which adds no noise."""
-        raise NotImplementedError
 
 
-class _Ancestral(IndexScheduler):
+class _Ancestral(_DownIndices):
     """DDPM (Ho et al. 2020, Alg. 2) on a subset of the steps, whatever its variance.
 
     diffusers' DDPM, where its last step is not at t = 0 (trailing, or leading with an offset), adds noise there that
@@ -154,7 +159,7 @@ class IDDPMScheduler(_Ancestral):
         return super()._predict(output, x, t)
 
 
-class RespacedDDIMScheduler(IndexScheduler):
+class RespacedDDIMScheduler(_DownIndices):
     """DDIM (Song et al. 2021a, eq. 12), any eta in 0..1.
 
     diffusers' DDIM takes t - T // N for the previous step, whatever the next one in the list is: 0.05 off with linspace

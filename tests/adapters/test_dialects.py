@@ -30,6 +30,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.model.original import to_diffusers as plain_names
 from tests.helpers.foreign import comfy_merged, kohya_merged
 from tests.helpers.original import original_weights
+from tests.helpers.tiny import build_tiny_transformer
 
 WEIGHTS, _ = plain_names(original_weights())
 LAYERS = [name.removesuffix(".weight") for name, value in WEIGHTS.items() if name.endswith(".weight")]
@@ -121,16 +122,7 @@ def test_the_settings_are_those_of_peft(base_network: Callable[[], PixArtTransfo
 @pytest.fixture
 def base_network() -> Callable[[], PixArtTransformer2DModel]:
     def make() -> PixArtTransformer2DModel:
-        network = PixArtTransformer2DModel(
-            num_attention_heads=4,
-            attention_head_dim=16,
-            num_layers=2,
-            cross_attention_dim=64,
-            caption_channels=32,
-            sample_size=8,
-            interpolation_scale=0.125,
-            use_additional_conditions=False,
-        )
+        network = build_tiny_transformer()
         network.load_state_dict(WEIGHTS)
         return network.requires_grad_(False).eval()
 

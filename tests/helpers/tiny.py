@@ -24,6 +24,23 @@ GROUNDS = ("grey", "pink", "brown", "cyan")
 WORDS = ("a", "on", "of", "the", "photo", "picture", *COLOURS, *SHAPES, *GROUNDS)
 
 
+def build_tiny_transformer(out_channels: int = 8) -> PixArtTransformer2DModel:
+    """As diffusers begins it, by the global random state."""
+    return PixArtTransformer2DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        num_layers=2,
+        cross_attention_dim=64,
+        caption_channels=32,
+        sample_size=8,
+        in_channels=4,
+        out_channels=out_channels,
+        patch_size=2,
+        interpolation_scale=0.125,
+        use_additional_conditions=False,
+    )
+
+
 def build_tiny_pipeline(folder: Path | str, *, seed: int = 0, out_channels: int = 8) -> Path:
     """Write a standard diffusers PixArt-Sigma folder (1 MB) with weights decided by `seed`, and return it.
 
@@ -58,19 +75,7 @@ def build_tiny_pipeline(folder: Path | str, *, seed: int = 0, out_channels: int 
             sample_size=64,
             scaling_factor=0.13025,
         )
-        transformer = PixArtTransformer2DModel(
-            num_attention_heads=4,
-            attention_head_dim=16,
-            num_layers=2,
-            cross_attention_dim=64,
-            caption_channels=32,
-            sample_size=8,
-            in_channels=4,
-            out_channels=out_channels,
-            patch_size=2,
-            interpolation_scale=0.125,
-            use_additional_conditions=False,
-        )
+        transformer = build_tiny_transformer(out_channels)
         # A fresh model barely listens to time and text; larger tables and projections make every input count.
         with torch.no_grad():
             transformer.adaln_single.linear.weight.normal_(std=0.1)
