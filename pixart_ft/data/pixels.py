@@ -51,7 +51,7 @@ def picture_types() -> frozenset[str]:
 @cache
 def refused_types() -> frozenset[str]:
     """How the names of picture files end that are not read, but named: other programs', and raw ones of cameras."""
-    others = {".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".hdr", ".xcf", ".psb", ".ai"}
+    others = {".avif", ".heic", ".heif", ".hif", ".jxl", ".svg", ".exr", ".hdr", ".xcf", ".psb", ".ai"}
     raw = {".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"}
     no_pictures = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib", ".iim"}
     return frozenset((others | raw | set(Image.registered_extensions())) - picture_types() - no_pictures)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from pixart_ft.data.datasets import Row, read_folder, verify_pictures
-from pixart_ft.data.pixels import departs, is_picture, open_picture, read_picture
+from pixart_ft.data.pixels import departs, is_picture, open_picture, read_picture, refused_types
 from tests.helpers.pictures import profile_of, srgb_profile, wide_profile
 
 
@@ -98,7 +98,7 @@ def test_large_and_sound_is_read_and_the_limits_of_pillow_come_back(
     path, about = tmp_path / "a.png", PngImagePlugin.PngInfo()
     about.add_text("workflow", "a" * 2**21, zip=True)
     Image.new("RGB", (16, 16), "red").save(path, pnginfo=about)
-    with pytest.raises(ValueError, match="too large"):
+    with pytest.raises(ValueError, match=r"(?i)too large"):
         Image.open(path)
     assert colour(path) == (255, 0, 0)
     Image.new("RGB", (16, 16), "red").save(path)
@@ -124,6 +124,8 @@ def test_sixteen_bits_of_colour_keep_their_high_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jfif", "a.JPE", "a", "a.jpg_large", "a.gif", "a.avif", "a.jp2", "a.ppm", "a.tga"])
 def test_pictures_are_known_by_name_or_by_their_first_bytes(tmp_path: Path, name: str) -> None:
+    if Path(name).suffix in refused_types():
+        pytest.skip("this Pillow reads no AVIF")
     kind = {"a.gif": "GIF", "a.avif": "AVIF", "a.jp2": "JPEG2000", "a.ppm": "PPM", "a.tga": "TGA"}.get(name, "JPEG")
     Image.new("RGB", (8, 8), "red").save(tmp_path / name, format=kind)
     (tmp_path / "a.txt").write_text("red")
