@@ -1,5 +1,5 @@
 # make quickstart   install into .venv, fine-tune the embedded demo, leave pictures in runs/quickstart
-# make test         the test suite (installs into .venv if needed)
+# make test         the test suite, in two processes (WORKERS=8 for more; installs into .venv if needed)
 # make fast         its mathematics and configuration alone, in half a minute
 # make check        format, lint, types, tests
 # make test-processors  the tests of numbers on the kernels of other processors, with one thread and two
@@ -14,6 +14,7 @@ INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
 
 JOBS ?= 1
+WORKERS ?= 2
 
 # The oldest Python that will do: asked before pip is, which would speak of conflicting dependencies.
 OLDEST_PYTHON := $(shell sed -n 's/^requires-python = ">=\(.*\)"/\1/p' pyproject.toml)
@@ -55,7 +56,7 @@ quickstart: $(INSTALLED)
 		--seed 7 --out runs/quickstart/generated
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 fast: $(INSTALLED)
 	$(BIN)/python -m pytest -q $(FAST)
