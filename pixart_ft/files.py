@@ -170,7 +170,7 @@ def read_object(path: Path, subject: str, remedy: str) -> dict[str, Any]:
 
 
 @contextmanager
-def explained(path: Path, what: str = "written", key: str = "") -> Iterator[None]:
+def explained(path: object, what: str = "written", key: str = "") -> Iterator[None]:
     """Turn what the system refuses inside into a UserError that names `path`, the reason and the remedy."""
     try:
         yield

@@ -26,7 +26,6 @@ from demo_captions import EYE_NAMES
 from demo_pictures import FAMILIAR, SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, STYLES, fetch, render, styled_emoji
 
 from pixart_ft.data.datasets import read_folder
-from pixart_ft.data.pixels import open_picture
 from pixart_ft.pictures.sheets import grid
 from pixart_ft.sampling.text_to_image import TextToImage
 
@@ -102,7 +101,7 @@ def lora_sheets(sheets: Sheets, before: TextToImage, after: TextToImage, picture
     """The questions about the adapter: pairs beside four real pictures, and all of its pictures alone."""
     names = (*SHOWN_LEARNED, *SHOWN_KNOWN, *SHOWN_NEW)
     real = [row for row in read_folder(pictures / "train") if row.caption not in names]
-    style = [open_picture(real[i].path) for i in sheets.random.permutation(len(real))[:4]]
+    style = [real[i].opened().picture for i in sheets.random.permutation(len(real))[:4]]
     old, new = (draw(model, names, seed, LORA_GUIDANCE) for model in (before, after))
     order, swapped = sheets.random.permutation(len(names)), sheets.random.random(len(names)) < 0.5
     sheets.answers["pairs"] = [f"{'A' if swapped[k] else 'B'}: {names[i]}" for k, i in enumerate(order)]

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import importlib
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -68,8 +67,9 @@ def build_pictures(folder: Path) -> None:
     """Four of the demo's."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in read_folder(picture_folder("demo", "train"))[:4]:
-        shutil.copy(row.path, folder)
-        (folder / row.path.name).with_suffix(".txt").write_text(row.caption)
+        path = folder / Path(row.name).name
+        path.write_bytes(row.content())
+        path.with_suffix(".txt").write_text(row.caption)
 
 
 def settings(changes: dict[str, object], work: Path, steps: int) -> dict[str, object]:

@@ -30,7 +30,7 @@ from demo_pictures import fetch, rendered, styled_emoji
 from pixart_ft.config.samplers import SAMPLERS
 from pixart_ft.data import datasets
 from pixart_ft.data.datasets import read_folder
-from pixart_ft.data.pixels import load_picture, picture_pixels
+from pixart_ft.data.pixels import fitted, picture_pixels
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.vae import decode_to_pictures, encode_pixels
@@ -68,7 +68,7 @@ def real_pictures(noto: Path | None, count: int) -> tuple[list[str], list[Image.
     """Captions and pictures of the training set, spread over it, and as many others of it."""
     if noto is None:
         rows = read_folder(datasets.DEMO_PICTURES / "train")
-        loaded = [((load_picture(row.path, 256) + 1) * 127.5).round().byte() for row in rows[: 2 * count]]
+        loaded = [((fitted(row.opened().picture, 256) + 1) * 127.5).round().byte() for row in rows[: 2 * count]]
         pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in loaded]
         return [row.caption for row in rows[:count]], pictures[:count], pictures[count : 2 * count]
     emojis = styled_emoji(fetch(noto / "npm"), "noto")

@@ -227,7 +227,7 @@ def picture_digests(rows: Sequence[Row]) -> list[str]:
 
     Raises UserError for one that cannot be read.
     """
-    found = in_threads(lambda row: _picture_digest(_content(row.path)), rows)
+    found = in_threads(lambda row: _picture_digest(row.content()), rows)
     return list(tqdm(found, "pictures read", len(rows), delay=1, leave=False, disable=None))
 
 
@@ -266,12 +266,12 @@ def cache_pictures(
         store.check_writable()
         verify_pictures([row_of[key] for key in missing], size, progress=progress)
         vae = load_vae()
-        bad: list[Path] = []
-        wanted = {key: (row_of[key].path, digest_of[key]) for key in missing}
+        bad: list[Row] = []
+        wanted = {key: (row_of[key], digest_of[key]) for key in missing}
         pairs = _encode_pictures(vae, wanted, size, batch_size or pictures_at_once(size), bad)
         store.fill(tqdm(pairs, "pictures encoded", len(missing), disable=None if progress else True))
         if bad:
-            listed = "".join(f"\n    {path}" for path in bad[:10]) + ("\n    ..." if len(bad) > 10 else "")
+            listed = "".join(f"\n    {row.where}" for row in bad[:10]) + ("\n    ..." if len(bad) > 10 else "")
             raise UserError(
                 f"the VAE ({vae.dtype}) gave NaN or infinity for {len(bad)} of {len(missing)} pictures; "
                 f"load it in float32 or bfloat16:{listed}"
@@ -282,11 +282,11 @@ def cache_pictures(
 
 
 def _encode_pictures(
-    vae: AutoencoderKL, wanted: Mapping[str, tuple[Path, str]], size: int, batch_size: int, bad: list[Path]
+    vae: AutoencoderKL, wanted: Mapping[str, tuple[Row, str]], size: int, batch_size: int, bad: list[Row]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Key and (2, C, H, W), posterior mean and standard deviation; the paths of those that fail are added to `bad`.
+    """Key and (2, C, H, W), posterior mean and standard deviation; those that fail are added to `bad`.
 
-    wanted  path and digest of each key
+    wanted  row and digest of each key
     """
     keys = list(wanted)
     with ThreadPoolExecutor(batch_size) as pool:
@@ -300,21 +300,16 @@ def _encode_pictures(
                     bad.append(wanted[key][0])
 
 
-def _pixels(path: Path, digest: str, size: int) -> Tensor:
+def _pixels(row: Row, digest: str, size: int) -> Tensor:
     """A picture's pixels, of the very bytes that its digest is of: another program may write it meanwhile."""
-    content = _content(path)
+    content = row.content()
     if _picture_digest(content) != digest:
-        raise UserError(f"{path} was changed while the run began; leave the pictures as they are and start again")
-    return fitted(read_picture(path, content).picture, size)
+        raise UserError(f"{row.where} was changed while the run began; leave the pictures as they are and start again")
+    return fitted(read_picture(row.where, content).picture, size)
 
 
 def _picture_digest(content: bytes) -> str:
     return f"{sha256(content)} {departs(content)}".rstrip()
-
-
-def _content(path: Path) -> bytes:
-    with explained(path, "read"):
-        return path.read_bytes()
 
 
 def component_id(

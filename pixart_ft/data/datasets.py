@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from tqdm import tqdm
 
 from pixart_ft.config.text import is_text, read_text, visible
-from pixart_ft.data.pixels import is_picture, picture_types, read_picture, refused_types
+from pixart_ft.data.pixels import Opened, is_picture, picture_types, read_picture, refused_types
 from pixart_ft.errors import UserError
-from pixart_ft.files import reason_of
+from pixart_ft.files import explained, reason_of
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 _CAPTION_COLUMNS = ("text", "caption")
@@ -31,13 +31,28 @@ Found = TypeVar("Found")
 DEMO_PICTURES = Path(__file__).parents[1] / "demo" / "pictures"
 
 
-@dataclass(frozen=True)
+class Place(Protocol):
+    """Where the bytes of a picture lie, a Path or what is like one; as text it is named in messages."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One captioned picture; `name` is its path relative to the data folder, with forward slashes."""
 
-    path: Path
+    where: Place
     caption: str
     name: str
+
+    def content(self) -> bytes:
+        """The bytes of its file. Raises UserError naming it."""
+        with explained(self.where, "read"):
+            return self.where.read_bytes()
+
+    def opened(self) -> Opened:
+        """The picture, see `read_picture`. Raises UserError naming it."""
+        return read_picture(self.where, self.content())
 
 
 @dataclass(frozen=True)
@@ -244,11 +259,11 @@ def verify_pictures(rows: Sequence[Row], size: int, *, strict: bool = True, prog
             continue
         good.append(row)
         (width, height), notes = seen
-        told += [f"{row.path}: {note}" for note in notes]
+        told += [f"{row.where}: {note}" for note in notes]
         if min(width, height) < size:
-            small.append(str(row.path))
+            small.append(str(row.where))
         elif max(width, height) > 2 * min(width, height):
-            cropped.append(str(row.path))
+            cropped.append(str(row.where))
     if unread:
         named = listed("pictures that cannot be read (repair them or move them out)", unread)
         if strict or not good:
@@ -272,7 +287,7 @@ def in_threads(work: Callable[[Row], Found], rows: Sequence[Row]) -> Iterator[Fo
 
 def _size_or_problem(row: Row) -> tuple[tuple[int, int], tuple[str, ...]] | str:
     try:
-        opened = read_picture(row.path)
+        opened = row.opened()
     except UserError as error:
         return str(error)
     return opened.picture.size, opened.notes

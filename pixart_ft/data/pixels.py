@@ -71,7 +71,7 @@ def load_picture(path: str | Path, size: int | tuple[int, int]) -> "Tensor":
 
     As `read_picture` gives it, cropped to the centre, Lanczos. Raises UserError naming the path.
     """
-    return fitted(open_picture(path), size)
+    return fitted(read_picture(path).picture, size)
 
 
 def picture_pixels(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
@@ -89,26 +89,22 @@ def fitted(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
     return pixels.to(torch.float32) / 127.5 - 1
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """The picture in a file, see `read_picture`. Raises UserError naming the path."""
-    return read_picture(path).picture
-
-
-def read_picture(path: str | Path, content: bytes | None = None) -> Opened:
+def read_picture(where: object, content: bytes | None = None) -> Opened:
     """In RGB: upright by EXIF, colours to sRGB by its profile, transparency on white; of an animation one frame.
 
-    content   the file's bytes, where they were read before
+    where     the path, or as text what messages name
+    content   the file's bytes; None: they are read from the path
 
-    Raises UserError naming the path.
+    Raises UserError naming it.
     """
     try:
         with (
             _large_pictures(),
-            Image.open(io.BytesIO(content) if content is not None else path, formats=_known()) as it,
+            Image.open(str(where) if content is None else io.BytesIO(content), formats=_known()) as it,
         ):
             return _read(it)
     except Exception as error:  # a broken file makes Pillow raise almost anything
-        raise UserError(f"{path}: {str(error) or type(error).__name__}") from error
+        raise UserError(f"{where}: {str(error) or type(error).__name__}") from error
 
 
 def departs(content: bytes) -> str:

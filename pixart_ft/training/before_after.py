@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from pixart_ft.data.datasets import Row
-from pixart_ft.data.pixels import open_picture
 from pixart_ft.model.text import prepare_text
 from pixart_ft.pictures.sheets import grid, stacked
 
@@ -35,7 +34,7 @@ def before_after(
             chosen = numbers[start : start + _COLUMNS]
             shown = {label: [before[i] for i in chosen], "after": [after[i] for i in chosen]}
             if pictures:
-                shown["real"] = [open_picture(pictures[prepare_text(prompts[i])].path) for i in chosen]
+                shown["real"] = [pictures[prepare_text(prompts[i])].opened().picture for i in chosen]
             bands.append(
                 grid(
                     list(shown.values()),

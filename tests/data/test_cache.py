@@ -27,10 +27,10 @@ from pixart_ft.data.cache import (
     picture_digests,
 )
 from pixart_ft.data.datasets import Row, read_folder
-from pixart_ft.data.pixels import load_picture
+from pixart_ft.data.pixels import fitted
 from pixart_ft.errors import UserError
 from pixart_ft.model.text import encode_captions, null_caption
-from tests.helpers.pictures import wide_profile
+from tests.helpers.pictures import path_of, wide_profile
 
 
 def refuse() -> NoReturn:
@@ -69,7 +69,7 @@ def cached_pictures(
 
 def latents_alone(vae: AutoencoderKL, row: Row, size: int = 32) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        posterior = vae.encode(load_picture(row.path, size)[None]).latent_dist
+        posterior = vae.encode(fitted(row.opened().picture, size)[None]).latent_dist
     return posterior.mean[0], posterior.std[0]
 
 
@@ -205,9 +205,9 @@ def test_a_second_run_loads_nothing_and_a_copy_counts_as_the_same(
 def test_an_edited_picture_alone_is_encoded_again(tmp_path: Path, folder: Path, vae: AutoencoderKL) -> None:
     rows = read_folder(folder)
     store, before = cached_pictures(tmp_path / "store", rows, lambda: vae)
-    edited = Image.open(rows[3].path)
+    edited = Image.open(path_of(rows[3]))
     edited.putpixel((0, 0), (1, 2, 3))
-    edited.save(rows[3].path)
+    edited.save(path_of(rows[3]))
     held = sum(1 for key in before if key in store)
     store, after = cached_pictures(store, rows, lambda: vae)
     assert [a == b for a, b in zip(before, after, strict=True)] == [index != 3 for index in range(12)]
@@ -257,10 +257,10 @@ def test_killed_in_the_middle_the_next_run_completes_it(
 def test_unreadable_pictures_are_reported_before_a_model_is_loaded(tmp_path: Path, folder: Path) -> None:
     rows = read_folder(folder)
     for row in rows[:2]:
-        row.path.write_bytes(row.path.read_bytes()[:-40])
+        path_of(row).write_bytes(row.content()[:-40])
     with pytest.raises(UserError) as caught:
         cached_pictures(tmp_path / "store", rows)
-    assert all((str(row.path) in str(caught.value)) == (index < 2) for index, row in enumerate(rows))
+    assert all((str(row.where) in str(caught.value)) == (index < 2) for index, row in enumerate(rows))
     assert not (tmp_path / "store").exists()
 
 
@@ -271,11 +271,11 @@ def test_a_picture_swapped_after_it_was_hashed_is_not_kept_under_its_name(
     digests = picture_digests(rows)
 
     def load() -> AutoencoderKL:  # by now all were hashed and verified
-        Image.new("RGB", (64, 64), "pink").save(rows[5].path)
+        Image.new("RGB", (64, 64), "pink").save(path_of(rows[5]))
         return vae
 
     store = TensorStore(tmp_path / "store")
-    with pytest.raises(UserError, match=rf"{rows[5].path} was changed while the run began"):
+    with pytest.raises(UserError, match=rf"{rows[5].where} was changed while the run began"):
         cache_pictures(store, rows, load_vae=load, vae_id="vae", size=32, digests=digests, progress=False)
     store, keys = cached_pictures(tmp_path / "store", rows, lambda: vae)
     assert all(
@@ -287,11 +287,11 @@ def test_a_picture_swapped_after_it_was_hashed_is_not_kept_under_its_name(
 def test_a_picture_read_in_another_way_has_another_name_in_the_cache(tmp_path: Path, folder: Path) -> None:
     """What an earlier version encoded in wrong colours is encoded again, and nothing else is."""
     row = read_folder(folder)[0]
-    plain = hashlib.sha256(row.path.read_bytes()).hexdigest()
+    plain = hashlib.sha256(row.content()).hexdigest()
     assert picture_digests([row]) == [plain]
-    with Image.open(row.path) as opened:
-        opened.convert("RGB").save(row.path, format="PNG", icc_profile=wide_profile())
-    assert picture_digests([row]) == [hashlib.sha256(row.path.read_bytes()).hexdigest() + " to sRGB 1"]
+    with Image.open(path_of(row)) as opened:
+        opened.convert("RGB").save(path_of(row), format="PNG", icc_profile=wide_profile())
+    assert picture_digests([row]) == [hashlib.sha256(row.content()).hexdigest() + " to sRGB 1"]
 
 
 def test_pictures_that_give_nan_are_named_and_the_others_kept(tmp_path: Path, tiny: Path) -> None:
@@ -302,12 +302,12 @@ def test_pictures_that_give_nan_are_named_and_the_others_kept(tmp_path: Path, ti
         fragile.encoder.down_blocks[0].downsamplers[0].conv.weight[:, 0] = 0
     rows = [Row(tmp_path / f"{colour}.png", "a colour", colour) for colour in ("red", "black", "grey", "blue")]
     for row in rows:
-        Image.new("RGB", (32, 32), row.name).save(row.path)
+        Image.new("RGB", (32, 32), row.name).save(path_of(row))
     with pytest.raises(UserError) as caught:
         cached_pictures(tmp_path / "store", rows, lambda: fragile, batch_size=3)
     message = str(caught.value)
     assert "float16) gave NaN or infinity for 1 of 4 pictures; load it in float32 or bfloat16" in message
-    assert str(rows[1].path) in message and message.count(".png") == 1
+    assert str(rows[1].where) in message and message.count(".png") == 1
     _, keys = cached_pictures(tmp_path / "store", [rows[0], *rows[2:]])
     assert len(set(keys)) == 3
 

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from pixart_ft.data.datasets import Row, read_folder, verify_pictures
-from pixart_ft.data.pixels import departs, is_picture, open_picture, read_picture, refused_types
+from pixart_ft.data.pixels import departs, is_picture, read_picture, refused_types
 from tests.helpers.pictures import profile_of, srgb_profile, wide_profile
 
 
 def colour(path: Path) -> tuple[int, ...]:
-    found = open_picture(path).getpixel((1, 1))
+    found = read_picture(path).picture.getpixel((1, 1))
     assert isinstance(found, tuple)
     return found
 

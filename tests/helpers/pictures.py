@@ -1,8 +1,17 @@
 """Pictures as cameras, phones and other programs write them."""
 
 import struct
+from pathlib import Path
 
 from PIL import ImageCms
+
+from pixart_ft.data.datasets import Row
+
+
+def path_of(row: Row) -> Path:
+    """The file of a row from a folder."""
+    assert isinstance(row.where, Path)
+    return row.where
 
 
 def profile_of(primaries: dict[str, tuple[float, float, float]], gamma: float, space: bytes = b"RGB ") -> bytes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_pictures
 from pixart_ft.data.datasets import read_folder
-from pixart_ft.data.pixels import load_picture
+from pixart_ft.data.pixels import fitted
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import load_vae
@@ -46,7 +46,7 @@ def test_training_and_sampling_have_the_same_latents(shifted: Path, pictures: Pa
     store.add({"text": torch.zeros(1, 3)})
     data = TrainingSet(CachedPictures(store, keys, ["text"]), Base.read(shifted).latent_scale, torch.zeros(1, 3))
     x0 = draw_batch(data, [0], replace(LAWS, timestep_law="uniform"), global_batch=1, num_steps=10).x0
-    picture = load_picture(row.path, 64)[None]
+    picture = fitted(row.opened().picture, 64)[None]
     with torch.no_grad():
         posterior = vae.encode(picture).latent_dist
     noise = normal(seed, [0], "posterior", (4, 8, 8))

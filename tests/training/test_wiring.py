@@ -18,7 +18,7 @@ from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import Adapter, LoraSettings
 from pixart_ft.config.train import load_config
 from pixart_ft.data.datasets import read_folder
-from pixart_ft.data.pixels import load_picture
+from pixart_ft.data.pixels import fitted
 from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
@@ -91,7 +91,7 @@ def text_of(tiny: Path, captions: list[str]) -> list[torch.Tensor]:
 def encoded(tiny: Path, folder: Path | str) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Mean and standard deviation of each picture's latents, shifted and scaled, and the captions' embeddings."""
     rows, vae = read_folder(folder), loading.load_vae(Base.read(tiny), dtype=torch.float32)
-    given = vae.encode(torch.stack([load_picture(row.path, 64) for row in rows])).latent_dist
+    given = vae.encode(torch.stack([fitted(row.opened().picture, 64) for row in rows])).latent_dist
     factor = vae.config.scaling_factor
     return (given.mode() - 0.5) * factor, given.std * factor, text_of(tiny, [row.caption for row in rows])
 
