@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the encoded pictures")
     parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--noises", type=int, default=1, help="drawn for each picture and step")
     args = parser.parse_args()
     config = with_precision(
         load_config("quickstart", {"run.folder": str(args.work / "run"), "data.cache": str(args.work / "cache")})
@@ -42,7 +43,13 @@ def main() -> None:
         schedule = base.schedule.respaced(steps)
         bounds = {
             variance: held_out_bound(
-                transformer, schedule, base.prediction_type, held_out, variance=variance, batch_size=16
+                transformer,
+                schedule,
+                base.prediction_type,
+                held_out,
+                variance=variance,
+                batch_size=16,
+                noises=args.noises,
             )
             for variance in VARIANCES
         }

@@ -5,8 +5,9 @@ Bits per dimension of whatever x0 is, here latents: not comparable with those of
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Bound:
     predicted_variance  (N, T) mean of p's variance
     empirical_variance  (N, T) expected squared distance of x_{t-1} from p's mean, given x_t and x0; at t = 0 that of
                         x0. A calibrated variance equals it on average
+    noise_error         (N,) standard error of `total` over the noises that it is the mean of; NaN of one alone
     """
 
     terms: Tensor
@@ -43,11 +45,21 @@ class Bound:
     eps_mse: Tensor
     predicted_variance: Tensor
     empirical_variance: Tensor
+    noise_error: Tensor
 
     @property
     def total(self) -> Tensor:
         """The bound (N,) on -log2 p(x0) / d: the terms and the prior."""
         return self.terms.sum(dim=1) + self.prior
+
+    @classmethod
+    def averaged(cls, bounds: Sequence[Self]) -> Self:
+        """The Monte-Carlo mean of bounds of the same samples, each by noises of its own."""
+        if len(bounds) == 1:
+            return bounds[0]
+        mean = cls(*(torch.stack([getattr(bound, f.name) for bound in bounds]).mean(dim=0) for f in fields(cls)))
+        totals = torch.stack([bound.total for bound in bounds])
+        return replace(mean, noise_error=totals.std(dim=0, correction=1) / len(bounds) ** 0.5)
 
 
 @torch.no_grad()
@@ -63,9 +75,9 @@ def variational_bound(
 ) -> Bound:
     """-log2 p(x0) / d is at most `total` (Ho et al. 2020, eq. 5), one sample of x_t for each t; T network calls.
 
-    noise(t) is eps (N, C, H, W) for index t. With a respaced schedule it is the bound of that shorter process (not for
-    posterior_mean prediction: that is the mean of the step the network was trained on). Raises ValueError when
-    `variance` is learned and the network has no variance channels.
+    noise(t) is eps (N, C, H, W) for index t; `Bound.averaged` makes one of several. With a respaced schedule it is the
+    bound of that shorter process (not for posterior_mean prediction: that is the mean of the step the network was
+    trained on). Raises ValueError when `variance` is learned and the network has no variance channels.
     """
     columns: list[tuple[Tensor, ...]] = []
     for index in range(schedule.num_steps):
@@ -81,7 +93,8 @@ def variational_bound(
         term = vlb_term(schedule, output, noised, prediction_type, decoder=decoder, variance=variance)
         columns.append((term, *(x.flatten(1).mean(dim=1) for x in means)))
     terms, x0_mse, eps_mse, predicted, empirical = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-    return Bound(terms, prior_bits(schedule, x0), x0_mse, eps_mse, predicted, empirical)
+    alone = torch.full_like(terms[:, 0], math.nan)
+    return Bound(terms, prior_bits(schedule, x0), x0_mse, eps_mse, predicted, empirical, alone)
 
 
 def prior_bits(schedule: NoiseSchedule, x0: Tensor) -> Tensor:

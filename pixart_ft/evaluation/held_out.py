@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -97,12 +98,20 @@ def held_out_bound(
     *,
     variance: Variance,
     batch_size: int,
+    noises: int = 1,
     device: torch.device | str = "cpu",
 ) -> Bound:
-    """The variational bound of the held-out pictures' latents, one noise for each picture and t, on the CPU.
+    """The variational bound of the held-out pictures' latents, the mean of `noises` for each picture and t, on the CPU.
 
-    Takes T network calls for each picture: give a respaced schedule, and say so, for it is that process's bound.
+    Takes T network calls for each picture and noise: give a respaced schedule, and say so, for it is that process's
+    bound. More noises only add to the first.
     """
+
+    def noise(pictures: Sequence[int], number: int, index: int) -> Tensor:
+        purpose = f"held-out bound {number}" if number else "held-out bound"
+        rows = [p * schedule.num_steps + index for p in pictures]
+        return normal(held_out.seed, rows, purpose, tuple(held_out.x0.shape[1:])).to(device)
+
     parts = []
     with evaluating(transformer):
         for start in range(0, len(held_out.x0), batch_size):
@@ -113,11 +122,11 @@ def held_out_bound(
             def network(x_t: Tensor, timesteps: Tensor, embeds: Tensor = embeds, mask: Tensor = mask) -> Tensor:
                 return network_output(transformer, x_t, timesteps, embeds, mask)
 
-            def noise(index: int, pictures: Sequence[int] = pictures) -> Tensor:
-                numbers = [p * schedule.num_steps + index for p in pictures]
-                return normal(held_out.seed, numbers, "held-out bound", tuple(held_out.x0.shape[1:])).to(device)
-
-            parts.append(variational_bound(schedule, network, x0, prediction_type, noise=noise, variance=variance))
+            drawn = (partial(noise, pictures, number) for number in range(noises))
+            bounds = [
+                variational_bound(schedule, network, x0, prediction_type, noise=eps, variance=variance) for eps in drawn
+            ]
+            parts.append(Bound.averaged(bounds))
     return Bound(*(torch.cat([getattr(part, f.name) for part in parts]).cpu() for f in fields(Bound)))
 
 

@@ -145,6 +145,36 @@ def test_every_term_has_its_expectation_in_closed_form(name: str, variance: str)
     torch.testing.assert_close(expectation(bound.empirical_variance), posterior + moved, rtol=1e-10, atol=0)
 
 
+def test_the_standard_error_over_noises_is_that_of_the_closed_form() -> None:
+    """Beside a best mean, x0's guess is g x0 + h eps off, so that a term is const + k (g x0 + h eps)^2, whose variance
+    over eps is k^2 (4 (g x0 h)^2 + 2 h^4), and terms have noises of their own. M times the squared error estimates it:
+    to its own spread over a thousand samples, five times.
+    """
+    schedule, std, count = NoiseSchedule.linear().respaced(5), 0.5, 8
+    a2, s2 = schedule.alpha_bar, 1 - schedule.alpha_bar
+    x0 = std * torch.randn(1000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draw = torch.Generator().manual_seed(1)
+    averaged = Bound.averaged(
+        [
+            variational_bound(
+                schedule,
+                lambda x, step: gaussian_output("epsilon", x, *level(schedule, step[0]), 0.0, std),
+                x0,
+                "epsilon",
+                noise=lambda t: torch.randn(x0.shape, generator=draw, dtype=torch.float64),
+                variance="beta",
+            )
+            for _ in range(count)
+        ]
+    )
+    k = weight_of_x0(schedule) ** 2 / (2 * schedule.large_log_variance.exp()) / math.log(2)
+    whole = a2 * std**2 + s2
+    g, h = s2 / whole, (a2 * s2).sqrt() * std**2 / whole
+    expected = (k**2 * (4 * (g * h) ** 2 * x0.view(-1, 1) ** 2 + 2 * h**4)).sum(dim=1)
+    found = count * averaged.noise_error**2 - expected
+    assert abs(found.mean()) < 5 * found.std() / len(found) ** 0.5 < 0.2 * expected.mean()
+
+
 def test_the_prior_term_of_one_sample() -> None:
     """A difference of numbers near 1: its digits are kept where hardly any signal is left."""
     schedule = NoiseSchedule.linear()

@@ -127,7 +127,29 @@ def test_bound_is_that_of_each_picture_by_itself_without_dropout(tiny: Path, hel
         alone = variational_bound(schedule, network, held_out.x0[[p]], "epsilon", noise=noise, variance="learned")
         for field in fields(Bound):
             ours, expected = (getattr(found, field.name) for found in (bound, alone))
-            torch.testing.assert_close(ours[[p]], expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(ours[[p]], expected, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+def test_bound_of_several_noises_begins_with_that_of_one(
+    transformer: PixArtTransformer2DModel, held_out: HeldOutSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the mean and the standard error of a sample, of the bounds that one noise gives, kept by hand."""
+    schedule, kept = NoiseSchedule.linear().respaced(3), list[Bound]()
+    one = held_out_bound(transformer, schedule, "epsilon", held_out, variance="learned", batch_size=3)
+    averaged = Bound.averaged
+
+    def watched(bounds: list[Bound]) -> Bound:
+        kept.extend(bounds)
+        return averaged(bounds)
+
+    monkeypatch.setattr(Bound, "averaged", watched)
+    three = held_out_bound(transformer, schedule, "epsilon", held_out, variance="learned", batch_size=3, noises=3)
+    totals = torch.stack([bound.total for bound in kept])
+    assert torch.equal(totals[0], one.total) and one.noise_error.isnan().all()
+    assert len(totals) == 3 and len(totals.flatten().unique()) == 9
+    torch.testing.assert_close(three.total, totals.mean(dim=0))
+    variance = (totals - totals.mean(dim=0)).square().sum(dim=0) / 2
+    torch.testing.assert_close(three.noise_error, (variance / 3).sqrt())
 
 
 def test_dropout_is_off_while_the_loss_is_measured(tiny: Path, held_out: HeldOutSet) -> None:
