@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.data.datasets import Row, in_threads, verify_pictures
-from pixart_ft.data.pixels import TRANSFORM, departs, fitted, read_picture
+from pixart_ft.data.pixels import TRANSFORM, fitted
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, probe, sha256, sweep, write_bytes, write_text
 from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
@@ -227,7 +227,7 @@ def picture_digests(rows: Sequence[Row]) -> list[str]:
 
     Raises UserError for one that cannot be read.
     """
-    found = in_threads(lambda row: _picture_digest(row.content()), rows)
+    found = in_threads(lambda row: row.digest(row.content()), rows)
     return list(tqdm(found, "pictures read", len(rows), delay=1, leave=False, disable=None))
 
 
@@ -303,13 +303,9 @@ def _encode_pictures(
 def _pixels(row: Row, digest: str, size: int) -> Tensor:
     """A picture's pixels, of the very bytes that its digest is of: another program may write it meanwhile."""
     content = row.content()
-    if _picture_digest(content) != digest:
+    if row.digest(content) != digest:
         raise UserError(f"{row.where} was changed while the run began; leave the pictures as they are and start again")
-    return fitted(read_picture(row.where, content).picture, size)
-
-
-def _picture_digest(content: bytes) -> str:
-    return f"{sha256(content)} {departs(content)}".rstrip()
+    return fitted(row.opened(content).picture, size)
 
 
 def component_id(

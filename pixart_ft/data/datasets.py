@@ -16,9 +16,9 @@ from typing import Protocol, TypeVar
 from tqdm import tqdm
 
 from pixart_ft.config.text import is_text, read_text, visible
-from pixart_ft.data.pixels import Opened, is_picture, picture_types, read_picture, refused_types
+from pixart_ft.data.pixels import Opened, departs, is_picture, picture_types, read_picture, refused_types
 from pixart_ft.errors import UserError
-from pixart_ft.files import explained, reason_of
+from pixart_ft.files import explained, reason_of, sha256
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 _CAPTION_COLUMNS = ("text", "caption")
@@ -50,9 +50,13 @@ class Row:
         with explained(self.where, "read"):
             return self.where.read_bytes()
 
-    def opened(self) -> Opened:
-        """The picture, see `read_picture`. Raises UserError naming it."""
-        return read_picture(self.where, self.content())
+    def digest(self, content: bytes) -> str:
+        """What names the picture in a cache: the SHA-256 of its bytes and, where it is not read as usual, how."""
+        return f"{sha256(content)} {departs(content)}".rstrip()
+
+    def opened(self, content: bytes | None = None) -> Opened:
+        """The picture, of its bytes where they were read before; see `read_picture`. Raises UserError naming it."""
+        return read_picture(self.where, self.content() if content is None else content)
 
 
 @dataclass(frozen=True)
