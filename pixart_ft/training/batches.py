@@ -22,7 +22,10 @@ from pixart_ft.diffusion.weighting import (
 )
 from pixart_ft.model.text import drop_captions, pad_text
 from pixart_ft.model.vae import LatentScale
-from pixart_ft.randomness import epoch_order, normal, uniform
+from pixart_ft.randomness import normal, permuted, uniform
+
+ORDER = "a keyed permutation"
+"""Names how the pictures of an epoch follow each other; a run that began in another order is not the same run."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class TrainingSet:
 
 def _shuffled(seed: int, number: int, count: int) -> int:
     """Which of `count` samples comes as number `number`, epoch after epoch."""
-    return int(epoch_order(seed, number // count, count)[number % count])
+    epoch, place = divmod(number, count)
+    return permuted(seed, epoch, "epoch order", count, place)
 
 
 @dataclass(frozen=True)

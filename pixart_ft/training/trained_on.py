@@ -28,6 +28,7 @@ from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.text import TEXT_PREPARATION, prepare_text
 from pixart_ft.runs.folder import TRAINED_ON, RunFolder, step_of
+from pixart_ft.training.batches import ORDER
 from pixart_ft.training.encode import text_encoder_id, vae_id
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import variance_stands_still
@@ -160,6 +161,7 @@ def trained_on(
     for name, part in (("training", rows), ("prior", prior), ("held-out", held)):
         parts[f"{name} pictures"] = Part.of(islice(each, len(part)), str(len(part)))
         parts[f"{name} captions"] = Part.of((prepare_text(row.caption) for row in part), str(len(part)))
+    parts["training order"] = Part.of([ORDER], ORDER)
     parts["size of the pictures"] = Part.of([resolution, TRANSFORM], f"{resolution} pixels")
     parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])
     parts["text encoder"] = Part.of([text_encoder_id(config, base), config.data.max_tokens, TEXT_PREPARATION])
@@ -186,7 +188,7 @@ class Changes:
 def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> Changes:
     """What differs between a checkpoint after `step` steps and the run that is to continue it at `rate`.
 
-    Parts that only one of the two knows yet are left out, but for a prior, which was not there before it was known.
+    Parts that only one of the two knows yet are left out, but for those that were otherwise before they were known.
     Raises UserError for what cannot be continued at all.
     """
     if rate.steps < step:
@@ -210,7 +212,7 @@ def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> 
     if never:
         raise UserError("--resume cannot go on: " + "; ".join(never) + "; start another run (--init-from)")
     without = {name: Part.of([], "0") for name in ("prior pictures", "prior captions")}
-    known_then = {**without, **began.parts}
+    known_then = {**without, "training order": Part("", "a shuffled table"), **began.parts}
     for name in (name for name in now.parts if name in known_then):
         before, after = known_then[name], now.parts[name]
         if before.digest != after.digest:

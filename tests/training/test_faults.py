@@ -16,7 +16,7 @@ import torch
 
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained
-from pixart_ft.randomness import epoch_order
+from pixart_ft.randomness import permuted
 from pixart_ft.training.trainer import Trainer
 from tests.helpers.toy_run import LAWS, toy_trainer
 
@@ -52,7 +52,8 @@ def test_a_skipped_step_says_what_it_met(tmp_path: Path) -> None:
         trainer.run()
     (record,) = (record for record in log(tmp_path / "run") if "skipped" in record)
     draws = list(range(16, 20))
-    pictures = [f"picture {int(epoch_order(LAWS.seed, d // 6, 6)[d % 6])}" for d in draws]
+    rows = [permuted(LAWS.seed, d // 6, "epoch order", 6, d % 6) for d in draws]
+    pictures = [f"picture {row}" for row in rows]
     expected = {"what": "gradient", "draws": draws, "pictures": pictures, "layer": "layer.weight"}
     assert (record["step"], record["samples"], record["skipped"]) == (5, 20, expected)
     assert [record["step"] for record in log(tmp_path / "run") if "train" in record] == [1, 2, 3, 4, 5, 6]
@@ -76,7 +77,7 @@ def test_a_picture_whose_loss_is_not_finite_is_named(tmp_path: Path, monkeypatch
     ):
         trainer.run()
     (record,) = (record for record in log(tmp_path / "run") if "skipped" in record)
-    name = f"{int(epoch_order(LAWS.seed, 1, 6)[0])}.png"
+    name = f"{permuted(LAWS.seed, 1, 'epoch order', 6, 0)}.png"
     assert record["skipped"] == {"what": "loss", "draws": [6], "pictures": [name], "layer": "layer.bias"}
 
 

@@ -324,6 +324,14 @@ def test_what_would_make_another_run_is_refused() -> None:
         assert refused(key) == []
 
 
+def test_another_order_of_the_pictures_is_refused_and_keeps_the_comparison() -> None:
+    """Checkpoints from before the order had a name were shuffled by a table."""
+    now = TrainedOn({"training order": Part.of(["b"], "b")}, settings(RATE))
+    found = changes(TrainedOn({}, settings(RATE)), now, RATE, 3)
+    assert list(found.refused) == ["training order: a shuffled table before, b now"] and not found.begins_anew
+    assert not changes(now, now, RATE, 3).refused
+
+
 def test_a_warm_up_that_was_cut_is_no_change_of_the_rate() -> None:
     """Settings keep the warm-up as asked for; a short try of a recipe with a longer one can be resumed."""
     short = replace(RATE, steps=10, warmup_steps=1, decay="constant")

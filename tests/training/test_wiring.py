@@ -26,7 +26,7 @@ from pixart_ft.evaluation import objective
 from pixart_ft.model import loading, shared_calls
 from pixart_ft.model.base import Base
 from pixart_ft.model.text import encode_captions, pad_text
-from pixart_ft.randomness import epoch_order, normal, uniform
+from pixart_ft.randomness import normal, permuted, uniform
 from pixart_ft.training.run import run_training
 from pixart_ft.training.trainer import Trainer
 from tests.helpers.runs import blank_curves
@@ -131,7 +131,7 @@ def test_first_steps_by_hand(run: Path, tiny: Path, pictures: Path) -> None:
     assert len(logged) == STEPS
     for step, record in enumerate(logged):
         draws = range(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
-        chosen = [int(epoch_order(SEED, 0, len(mean))[d]) for d in draws]
+        chosen = [permuted(SEED, 0, "epoch order", len(mean), d) for d in draws]
         noise = normal(SEED, draws, "posterior", mean.shape[1:])
         eps = normal(SEED, draws, "noise", mean.shape[1:])
         t = ((torch.arange(GLOBAL_BATCH) + uniform(SEED, draws, "timestep")) / GLOBAL_BATCH * 1000).long()
