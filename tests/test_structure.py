@@ -27,7 +27,7 @@ HOUSE = {
     "model": "place faults weights vae text attention repeated engine adapter_switch network shared_calls base "
     "loading saving original convert text_encoder quantized",
     "adapters": "files targets attach weights acting dialects adopting pipelines full export",
-    "data": "pixels datasets cache",
+    "data": "pixels datasets store cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "objective held_out",
     "training": "places shell stopping processes nested ahead ema sharding importance step_numbers "

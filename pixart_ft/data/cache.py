@@ -6,17 +6,12 @@ Shapes: C latent channels, H W latent size, L tokens, D text width.
 import gc
 import hashlib
 import json
-import os
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import safetensors.torch
 import torch
 from diffusers.models import AutoencoderKL
 from torch import Tensor
@@ -25,169 +20,37 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.data.datasets import Row, in_threads, verify_pictures
 from pixart_ft.data.pixels import TRANSFORM, fitted
+from pixart_ft.data.store import TensorStore
 from pixart_ft.errors import UserError
-from pixart_ft.files import explained, probe, sha256, sweep, write_bytes, write_text
+from pixart_ft.files import explained, sha256, write_text
 from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 
 CAPTIONS_AT_ONCE = 16  # encoded in one call
-_SHARD_ITEMS = 256
-_SHARD_BYTES = 64 * 2**20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class TensorStore:
-    """Tensors by key in a folder of safetensors shards, each named by the SHA-256 of its bytes.
-
-    A shard is written aside, fsynced and renamed, so an interrupted run leaves only whole shards; on
-    opening, one whose bytes do not match its name is removed with a warning, and its keys are missing
-    again. A tensor is read from its file each time, which keeps no file open and maps none: reading beyond the end of
-    a mapped file that was cut short would kill the process. Several processes may read and write, since a key has only
-    one possible value. What is left: a shard whose bytes are changed in place while a run reads it, at the same size,
-    is found by the next run alone.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        with explained(self.folder, "used", "data.cache"):
-            if self.folder.exists() and not self.folder.is_dir():
-                raise UserError(f"the cache folder {self.folder} is a file; remove it or choose another folder")
-        self._shards: dict[str, _Entry] = {}
-        sweep(self.folder)
-        for path in sorted(self.folder.glob("*.safetensors")):
-            if not (_SHA256.fullmatch(path.stem) and path.is_file()):
-                continue  # somebody else's file: a cache may stand in a folder of other things
-            if not self._opened(path):
-                warnings.warn(f"the cache file {path} is damaged: removed, to be encoded again", stacklevel=2)
-                with suppress(OSError):  # a read-only cache keeps it, and its keys are missing all the same
-                    path.unlink()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._shards
-
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys not held, each once, in the order given."""
-        return [key for key in dict.fromkeys(keys) if key not in self._shards]
-
-    def get(self, key: str) -> Tensor:
-        """The tensor under a key, on the CPU; KeyError if it is missing.
-
-        Raises UserError if its file is gone or was cut short.
-        """
-        entry = self._shards[key]
-        begin, end = entry.extent
-        with explained(entry.path, "read", "data.cache"):
-            found, data = _read_part(entry.path, entry.start + begin, end - begin)
-        if found != entry.size or len(data) != end - begin:
-            what = "is gone" if found is None else f"has {found:,} bytes instead of {entry.size:,}"
-            raise UserError(
-                f"data.cache: {entry.path} {what}, while it is read; the next run encodes anew what was in it"
-            )
-        alone = json.dumps({key: entry.about | {"data_offsets": [0, len(data)]}}).encode()
-        # a file of this tensor alone, since the library reads no part of bytes
-        return safetensors.torch.load(len(alone).to_bytes(8, "little") + alone + data)[key]
-
-    def check_writable(self) -> None:
-        """Raise UserError unless shards can be added; one that lacks nothing may be read-only."""
-        probe(self.folder, "data.cache")
-
-    def add(self, items: Mapping[str, Tensor]) -> None:
-        """Write one shard; when this returns it is on the disk."""
-        data = safetensors.torch.save({key: tensor.contiguous().cpu() for key, tensor in items.items()})
-        path = self.folder / f"{sha256(data)}.safetensors"
-        write_bytes(path, data)
-        self._open(path)
-
-    def fill(self, items: Iterable[tuple[str, Tensor]]) -> None:
-        """Store items as they are made, a shard at a time; what was made before an interruption is kept."""
-        pending: dict[str, Tensor] = {}
-        size = 0
-        try:
-            for key, tensor in items:
-                pending[key] = tensor
-                size += tensor.nbytes
-                if len(pending) == _SHARD_ITEMS or size >= _SHARD_BYTES:
-                    self.add(pending)
-                    pending, size = {}, 0
-        finally:
-            if pending:
-                self.add(pending)
-
-    def _opened(self, path: Path) -> bool:
-        """Open a shard, unless it is not what its name says, or nothing that this class wrote."""
-        with explained(path, "read", "data.cache"):
-            if sha256(path) != path.stem:
-                return False
-        try:
-            self._open(path)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return False
-        return True
-
-    def _open(self, path: Path) -> None:
-        """Note where each tensor of a shard lies. Raises almost anything for a file that is none."""
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(min(length, size)))
-        header.pop("__metadata__", None)
-        entries = {key: _Entry(path, size, 8 + length, about) for key, about in header.items()}
-        if any(not 0 <= begin <= end <= size - 8 - length for begin, end in (e.extent for e in entries.values())):
-            raise ValueError("its tensors lie outside of it")
-        self._shards.update(entries)
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """Where a tensor lies: its shard, the size that has, where its tensors start, and what its header says."""
-
-    path: Path
-    size: int
-    start: int
-    about: dict[str, Any]
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        begin, end = self.about["data_offsets"]
-        return begin, end
-
-
-def _read_part(path: Path, start: int, length: int) -> tuple[int | None, bytes]:
-    """The size of a file, None if it is gone, and a part of it."""
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            return os.fstat(file.fileno()).st_size, file.read(length)
-    except FileNotFoundError:
-        return None, b""
-
-
-@dataclass(frozen=True)
 class CachedPictures:
-    """The training data as indices into a store: item i is latent_keys[i] with text_keys[i]."""
+    """The training data as indices into a store: item i is latent_keys[i] with text_keys[i], which are all held."""
 
-    store: TensorStore
-    latent_keys: Sequence[str]
-    text_keys: Sequence[str]
-
-    def __post_init__(self) -> None:
-        assert len(self.latent_keys) == len(self.text_keys)
-        assert not self.store.missing([*self.latent_keys, *self.text_keys])
+    def __init__(self, store: TensorStore, latent_keys: Sequence[str], text_keys: Sequence[str]) -> None:
+        assert len(latent_keys) == len(text_keys)
+        self._latents, self._texts = store.held(latent_keys), store.held(text_keys)
 
     def __len__(self) -> int:
-        return len(self.latent_keys)
+        return len(self._latents)
 
     def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, each (N, C, H, W) float32, as the VAE gives them.
 
         `model.vae.LatentScale` makes the transformer's latents of them, so neither its scale nor its shift is in a key.
         """
-        mean, std = torch.stack([self.store.get(self.latent_keys[index]) for index in indices]).unbind(1)
+        mean, std = torch.stack([self._latents[index] for index in indices]).unbind(1)
         return mean, std
 
     def texts(self, indices: Sequence[int]) -> list[Tensor]:
         """The caption embeddings, each (L_i, D) in the text encoder's dtype."""
-        return [self.store.get(self.text_keys[index]) for index in indices]
+        return [self._texts[index] for index in indices]
 
 
 def cache_captions(

@@ -6,7 +6,7 @@ Oracles: encoding the same thing directly; loaders that raise when they should n
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 import pixart_ft.data.cache as cache
+import pixart_ft.data.store
 from pixart_ft.data.cache import (
     CachedPictures,
     TensorStore,
@@ -73,106 +74,6 @@ def latents_alone(vae: AutoencoderKL, row: Row, size: int = 32) -> tuple[Tensor,
     return posterior.mean[0], posterior.std[0]
 
 
-# The store
-
-
-def tensors() -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(0)
-    return {f"key{index}": torch.randn(index + 1, 3, generator=draw) for index in range(7)}
-
-
-def test_what_is_stored_comes_back_after_reopening(tmp_path: Path) -> None:
-    items = tensors() | {"half": torch.ones(2, dtype=torch.bfloat16), "view": torch.arange(6.0).view(2, 3).T}
-    store = TensorStore(tmp_path / "new" / "store")
-    assert not (tmp_path / "new").exists()
-    store.add(items)
-    for opened in (store, TensorStore(store.folder)):
-        assert opened.missing(["key1", "none", "half", "none"]) == ["none"]
-        for key, value in items.items():
-            assert key in opened and opened.get(key).dtype == value.dtype and torch.equal(opened.get(key), value)
-    with pytest.raises(KeyError):
-        store.get("none")
-
-
-def test_writing_into_a_tensor_does_not_change_the_store(tmp_path: Path) -> None:
-    store = TensorStore(tmp_path)
-    store.add({"a": torch.ones(3)})
-    store.get("a").zero_()
-    assert store.get("a").tolist() == [1, 1, 1]
-
-
-@pytest.mark.parametrize("damage", ["byte", "header", "truncated", "empty"])
-def test_a_damaged_shard_is_named_and_forgotten(tmp_path: Path, damage: str) -> None:
-    store = TensorStore(tmp_path)
-    store.add({"good": torch.ones(3)})
-    (good,) = tmp_path.iterdir()
-    store.add(tensors())
-    (bad,) = set(tmp_path.iterdir()) - {good}
-    content = bytearray(bad.read_bytes())
-    if damage in ("byte", "header"):
-        content[-5 if damage == "byte" else 12] ^= 1
-    bad.write_bytes(content[: {"truncated": len(content) - 1, "empty": 0}.get(damage)])
-    with pytest.warns(UserWarning, match=f"{bad} is damaged"):
-        opened = TensorStore(tmp_path)
-    assert "good" in opened and opened.missing(tensors()) == list(tensors())
-    opened.add(tensors())
-    assert all(torch.equal(TensorStore(tmp_path).get(key), value) for key, value in tensors().items())
-
-
-@pytest.mark.parametrize("stop", [3, 5, 7])
-def test_an_interruption_keeps_what_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    monkeypatch.setattr(cache, "_SHARD_ITEMS", 2)
-
-    def until_interrupted() -> Iterator[tuple[str, Tensor]]:
-        yield from list(tensors().items())[:stop]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        TensorStore(tmp_path).fill(until_interrupted())
-    opened = TensorStore(tmp_path)
-    assert opened.missing(tensors()) == list(tensors())[stop:]
-    assert len(list(tmp_path.iterdir())) == (stop + 1) // 2
-
-
-def test_large_tensors_make_small_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "_SHARD_BYTES", 1000)
-    TensorStore(tmp_path).fill((f"key{index}", torch.full((100,), float(index))) for index in range(9))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 3  # 3 x 400 bytes pass the limit
-    assert TensorStore(tmp_path).get("key8")[0] == 8
-
-
-def test_a_file_in_the_way_is_a_users_mistake(tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("")
-    with pytest.raises(UserError, match=r"cache folder .*cache is a file"):
-        TensorStore(tmp_path / "cache")
-
-
-@pytest.mark.parametrize("length", [0, 100, -1])
-@pytest.mark.parametrize("asked_before", [True, False])
-def test_a_shard_that_is_cut_short_while_it_is_read_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, asked_before: bool
-) -> None:
-    """Also where it is cut after it was asked for its size: from a mapped file, reading on would kill the process."""
-    store = TensorStore(tmp_path)
-    store.add({"key": torch.ones(4096)})
-    (path,) = tmp_path.iterdir()
-    true = path.stat()
-    os.truncate(path, length % true.st_size)
-    if asked_before:
-        monkeypatch.setattr(os, "fstat", lambda _: true)
-    with pytest.raises(UserError, match=r"data\.cache: .* bytes instead of [\d,]+, while it is read"):
-        store.get("key")
-
-
-def test_reading_keeps_no_file_open(tmp_path: Path) -> None:
-    store = TensorStore(tmp_path)
-    for number in range(20):
-        store.add({str(number): torch.full((3,), float(number))})
-    before = len(os.listdir("/proc/self/fd"))
-    assert [store.get(str(number))[0].item() for number in range(20)] == list(range(20))
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
 # Pictures
 
 
@@ -195,6 +96,7 @@ def test_a_second_run_loads_nothing_and_a_copy_counts_as_the_same(
 ) -> None:
     rows = read_folder(folder)
     _, keys = cached_pictures(tmp_path / "store", rows, lambda: vae)
+    TensorStore(tmp_path / "store")  # writes the index
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").iterdir()}
     folder.rename(tmp_path / "renamed")
     moved = [Row(tmp_path / "renamed" / row.name, "another caption", "x") for row in rows[::-1]]
@@ -211,7 +113,7 @@ def test_an_edited_picture_alone_is_encoded_again(tmp_path: Path, folder: Path, 
     held = sum(1 for key in before if key in store)
     store, after = cached_pictures(store, rows, lambda: vae)
     assert [a == b for a, b in zip(before, after, strict=True)] == [index != 3 for index in range(12)]
-    assert held == 12 and len(store._shards) == 13
+    assert held == 12 and len(store) == 13
     torch.testing.assert_close(store.get(after[3])[0], latents_alone(vae, rows[3])[0], rtol=1e-5, atol=1e-5)
 
 
@@ -240,7 +142,7 @@ def test_another_transform_is_another_encoding(
 def test_killed_in_the_middle_the_next_run_completes_it(
     tmp_path: Path, pictures: Path, vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_SHARD_ITEMS", 4)
+    monkeypatch.setattr(pixart_ft.data.store, "_SHARD_ITEMS", 4)
     rows = read_folder(pictures)
     whole, keys = cached_pictures(tmp_path / "whole", rows, lambda: vae)
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -353,7 +255,7 @@ def test_only_what_changed_is_encoded_again(
     first = keys_of(CAPTIONS)
     edited = keys_of([CAPTIONS[0], "a blue square on the grey picture", ""])
     assert edited[0] == first[0] and edited[2] == first[2] and edited[1] not in first
-    assert len(store._shards) == 4
+    assert len(store) == 4
     assert not set(first) & set(keys_of(CAPTIONS, max_tokens=30))
     assert not set(first) & set(keys_of(CAPTIONS, encoder_id="other"))
     with pytest.warns(UserWarning, match="1 of 3 texts exceed max_tokens 5"):

@@ -69,8 +69,8 @@ def test_dropout_takes_the_null_caption_at_its_rate(data: TrainingSet) -> None:
     assert everything.embeds.shape == (8, 1, 3) and (everything.embeds == -1).all()
 
 
-def test_the_posterior_is_sampled_with_its_own_deviation(data: TrainingSet) -> None:
-    store = data.pictures.store
+def test_the_posterior_is_sampled_with_its_own_deviation(data: TrainingSet, tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
     store.add({"wide": torch.stack([torch.zeros(4, 2, 2), torch.full((4, 2, 2), 2.0)])})
     one = TrainingSet(CachedPictures(store, ["wide"], ["text0"]), LatentScale(0.1, 3.0), data.null_caption)
     x0 = draw(one, range(500)).x0
