@@ -31,10 +31,13 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class CachedPictures:
-    """The training data as indices into a store: item i is latent_keys[i] with text_keys[i], which are all held."""
+    """The training data as indices into a store: item i is latent_keys[i] with text_keys[i], which are all held.
+
+    Text keys beyond those are further captions.
+    """
 
     def __init__(self, store: TensorStore, latent_keys: Sequence[str], text_keys: Sequence[str]) -> None:
-        assert len(latent_keys) == len(text_keys)
+        assert len(latent_keys) <= len(text_keys)
         self._latents, self._texts = store.held(latent_keys), store.held(text_keys)
 
     def __len__(self) -> int:

@@ -39,11 +39,23 @@ class Place(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One captioned picture; `name` is its path relative to the data folder, with forward slashes."""
+    """One captioned picture.
+
+    name     its path relative to the data folder, with forward slashes
+    others   further captions of it
+    shares   of the draws that each caption has, the first before the others, where there are several; 1 together
+    """
 
     where: Place
     caption: str
     name: str
+    others: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of them, the one that is measured first."""
+        return (self.caption, *self.others)
 
     def content(self) -> bytes:
         """The bytes of its file. Raises UserError naming it."""

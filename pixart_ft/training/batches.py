@@ -5,8 +5,10 @@ posterior sample, noise, t and caption dropout are functions of (seed, draw inde
 bit for bit, and another number of processes or accumulation steps sees the same samples.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -48,6 +50,8 @@ class TrainingSet:
                    each two draws one is of them then, at random which
     prior_weight   what their losses are multiplied by
     names          of the pictures, for messages
+    captions       of each picture that has several: the numbers of their texts, and the share of the draws that each
+                   has; of the others the text has the picture's number
     """
 
     pictures: CachedPictures
@@ -56,6 +60,7 @@ class TrainingSet:
     prior: int = 0
     prior_weight: float = 1.0
     names: Sequence[str] = ()
+    captions: Mapping[int, tuple[Sequence[int], Sequence[float]]] = field(default_factory=dict)
 
     def row(self, seed: int, draw: int) -> int:
         """The number of the picture that a draw shows."""
@@ -70,6 +75,14 @@ class TrainingSet:
         """The name of that picture."""
         row = self.row(seed, draw)
         return self.names[row] if self.names else f"picture {row}"
+
+    def text(self, seed: int, draw: int, row: int) -> int:
+        """The number of the text that a draw shows with this picture."""
+        if row not in self.captions:
+            return row
+        numbers, shares = self.captions[row]
+        ends = list(accumulate(shares))[:-1]
+        return numbers[bisect(ends, float(uniform(seed, [draw], "caption")))]
 
     def weights(self, rows: Sequence[int]) -> Tensor:
         """What the losses of these pictures are multiplied by, (N,) float32."""
@@ -127,7 +140,8 @@ def draw_batch(
     shape = tuple(mean.shape[1:])
     t, weight = _timesteps(draws, laws, global_batch, num_steps, within or range(num_steps), law)
     dropped = uniform(laws.seed, draws, "caption dropout") < laws.caption_dropout
-    texts = drop_captions(data.pictures.texts(rows), dropped.tolist(), data.null_caption)
+    captions = data.pictures.texts([data.text(laws.seed, draw, row) for draw, row in zip(draws, rows, strict=True)])
+    texts = drop_captions(captions, dropped.tolist(), data.null_caption)
     embeds, mask = pad_text(texts)
     return Batch(
         x0=data.scale.scaled(mean + std * normal(laws.seed, draws, "posterior", shape)),

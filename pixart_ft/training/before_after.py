@@ -48,8 +48,8 @@ def before_after(
 
 
 def _by_caption(rows: Sequence[Row]) -> dict[str, Row]:
-    """The first row of every caption."""
-    return {prepare_text(row.caption): row for row in reversed(rows)}
+    """The first row with every caption."""
+    return {prepare_text(caption): row for row in reversed(rows) for caption in row.captions}
 
 
 def _headed(prompts: Sequence[str], rows: Mapping[str, Sequence[Row]]) -> dict[str, list[int]]:

@@ -178,7 +178,9 @@ def _longest(config: TrainConfig, base: Base) -> int | None:
     """The tokens of the longest caption, where pictures and tokenizer are at hand."""
     try:
         found = read_pictures(config) if config.data.folder else None
-        captions = [row.caption for row in (*found.train, *found.held, *found.prior)] if found else []
+        captions = (
+            [caption for row in (*found.train, *found.held, *found.prior) for caption in row.captions] if found else []
+        )
         tokenizer = loading.load_tokenizer(base, here_only=True)
     except UserError:
         return None

@@ -121,13 +121,17 @@ def text_dtype(config: TrainConfig) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Everything that T5 and the VAE are needed for, made before the transformer is loaded."""
+    """Everything that T5 and the VAE are needed for, made before the transformer is loaded.
+
+    captions   of the pictures of `train` that have several, see `TrainingSet`
+    """
 
     train: CachedPictures
     held_out: HeldOutSet | None
     null_caption: Tensor
     prompts: list[Tensor]
     scale: LatentScale
+    captions: dict[int, tuple[Sequence[int], Sequence[float]]]
 
 
 def encode_once(
@@ -166,6 +170,7 @@ def encode_once(
             progress=show,
         )
         texts = [row.caption for row in rows + held] + list(config.validation.prompts) + [""]
+        texts += [caption for row in rows for caption in row.others]
         text_keys = cache_captions(
             store,
             texts,
@@ -178,8 +183,9 @@ def encode_once(
 
     with accelerator.main_process_first():
         store, text_keys, picture_keys = fill()
-    count = len(rows)
-    measured = CachedPictures(store, picture_keys[count:], text_keys[count : len(rows + held)])
+    count, known = len(rows), len(rows) + len(held)
+    null = known + len(config.validation.prompts)
+    measured = CachedPictures(store, picture_keys[count:], text_keys[count:known])
     held_out = None
     if held:
         everything = list(range(len(held)))
@@ -190,9 +196,21 @@ def encode_once(
             seed=config.run.seed,
         )
     return Encoded(
-        train=CachedPictures(store, picture_keys[:count], text_keys[:count]),
+        train=CachedPictures(store, picture_keys[:count], text_keys[:count] + text_keys[null + 1 :]),
         held_out=held_out,
-        null_caption=store.get(text_keys[-1]),
-        prompts=[store.get(key) for key in text_keys[len(rows + held) : -1]],
+        null_caption=store.get(text_keys[null]),
+        prompts=[store.get(key) for key in text_keys[known:null]],
         scale=base.latent_scale,
+        captions=_several_captions(rows),
     )
+
+
+def _several_captions(rows: Sequence[Row]) -> dict[int, tuple[Sequence[int], Sequence[float]]]:
+    """Of the rows that have several captions, where the others come one after another behind the first of all."""
+    found: dict[int, tuple[Sequence[int], Sequence[float]]] = {}
+    end = len(rows)
+    for number, row in enumerate(rows):
+        if row.others:
+            found[number] = ((number, *range(end, end + len(row.others))), row.shares)
+            end += len(row.others)
+    return found

@@ -171,6 +171,7 @@ def _run(
             prior=len(start.prior_rows),
             prior_weight=config.data.prior_weight,
             names=[row.name for row in learned],
+            captions=encoded.captions,
         ),
         optimizer=optimizer,
         ema=average,

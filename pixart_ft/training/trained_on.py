@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,9 @@ def trained_on(
     parts, each = {}, iter(digests)
     for name, part in (("training", rows), ("prior", prior), ("held-out", held)):
         parts[f"{name} pictures"] = Part.of(islice(each, len(part)), str(len(part)))
-        parts[f"{name} captions"] = Part.of((prepare_text(row.caption) for row in part), str(len(part)))
+        captions = ((prepare_text(caption) for caption in row.captions) for row in part)
+        shares = (row.shares for row in part if row.shares)
+        parts[f"{name} captions"] = Part.of([*chain.from_iterable(captions), *shares], str(len(part)))
     parts["training order"] = Part.of([ORDER], ORDER)
     parts["size of the pictures"] = Part.of([resolution, TRANSFORM], f"{resolution} pixels")
     parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])

@@ -60,6 +60,24 @@ def test_picture_and_caption_belong_together(data: TrainingSet) -> None:
         assert (embeds[: picture + 1] == picture + 1).all() and (embeds[picture + 1 :] == 0).all()
 
 
+def test_of_several_captions_each_draw_takes_one_by_their_shares(data: TrainingSet, tmp_path: Path) -> None:
+    """Picture 2 says 3, or 7 in three draws of four; the others say what they said, and noise and t stay."""
+    store = TensorStore(tmp_path)
+    store.add({"other": torch.full((3, 3), 7.0)})
+    texts = [f"text{i}" for i in range(COUNT)]
+    more = CachedPictures(store, [f"latent{i}" for i in range(COUNT)], [*texts, "other"])
+    several = replace(data, pictures=more, captions={2: ((2, COUNT), (0.25, 0.75))})
+    laws, draws = replace(LAWS, caption_dropout=0.0), range(COUNT * 400)
+    plain, batch = draw(data, draws, laws), draw(several, draws, laws)
+    assert torch.equal(plain.x0, batch.x0) and torch.equal(plain.eps, batch.eps) and torch.equal(plain.t, batch.t)
+    first, before = batch.embeds[:, 0, 0], plain.embeds[:, 0, 0]
+    assert torch.equal(first[before != 3], before[before != 3])
+    said = first[before == 3]
+    assert said.unique().tolist() == [3, 7]
+    assert abs((said == 7).float().mean().item() - 0.75) < 4 * (0.75 * 0.25 / 400) ** 0.5
+    assert torch.equal(draw(several, [1234], laws).embeds[0, 0], batch.embeds[1234, 0])
+
+
 def test_dropout_takes_the_null_caption_at_its_rate(data: TrainingSet) -> None:
     batch = draw(data, range(2000), replace(LAWS, caption_dropout=0.3))
     dropped = batch.embeds[:, 0, 0] == -1
