@@ -7,6 +7,7 @@ by a command that runs, so help is instant.
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.export import ConvertConfig, ExportConfig
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.key_types import expected, is_empty, is_pair
@@ -31,7 +33,7 @@ from pixart_ft.files import reason_of, versions
 WIDTH = 110
 SWITCHES = {"help": "this text"}
 DRY_RUN = {"dry_run": "check all but the weights, print what would run and its configuration as YAML, write nothing"}
-REPEATABLE = {"prompt", "lora", "lora_scale"}
+REPEATABLE = {"prompt", "lora", "lora_scale", "runs"}
 MAY_BE_EMPTY = {"prompt"}  # of the commands' own options, those for which an empty text means something
 
 
@@ -46,7 +48,7 @@ class Command:
     options: Mapping[str, str]  # name -> description; each takes a value
     run: Callable[[Any, Mapping[str, str]], object]  # of the configuration, and the options and switches given
     switches: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> description; these take no value
-    argument: str = ""  # the key that a first word without dashes fills
+    argument: str = ""  # the key that a first word without dashes fills, or all of them if it is a list
 
 
 def _train(config: TrainConfig, options: Mapping[str, str]) -> None:
@@ -74,6 +76,18 @@ def _generate(config: GenerateConfig, options: Mapping[str, str]) -> None:
         _print_plan(dry_run(config, adapters), config)
     else:
         generate(config, adapters, Path(options["from"]) if "from" in options else None)
+
+
+def _evaluate(config: EvaluateConfig, options: Mapping[str, str]) -> None:
+    from pixart_ft.evaluation.places import check_evaluation  # without torch: a wrong path is known at once
+
+    entries = check_evaluation(config)
+    from pixart_ft.evaluation.command import evaluate
+    from pixart_ft.training.processes import Together, join
+
+    accelerator = join(os.environ, mixed_precision="no")
+    with Together(accelerator):
+        evaluate(config, entries, accelerator)
 
 
 def _doctor(config: PlanConfig, options: Mapping[str, str]) -> None:
@@ -151,6 +165,15 @@ COMMANDS = {
         },
         _generate,
         DRY_RUN,
+    ),
+    "evaluate": Command(
+        "measure fine-tunes against their base, on pictures that none has seen",
+        "pixart-ft evaluate RUN [RUN ...] --data FOLDER --out FOLDER [--key value ...]",
+        EvaluateConfig,
+        "",
+        {"config": "YAML file with the keys below"},
+        _evaluate,
+        argument="runs",
     ),
     "export": Command(
         "write what a run trained as other programs read it",
@@ -234,8 +257,10 @@ def _run(arguments: list[str]) -> None:
     if name not in COMMANDS:
         raise UserError(unknown_word(name, "command", COMMANDS))
     command = COMMANDS[name]
-    if command.argument and rest and not rest[0].startswith("-"):
-        rest.insert(0, f"--{command.argument}")
+    if command.argument:
+        several = command.argument in REPEATABLE
+        named = list(itertools.takewhile(lambda word: not word.startswith("-"), rest if several else rest[:1]))
+        rest = [part for word in named for part in (f"--{command.argument}", word)] + rest[len(named) :]
     kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in keys(command.config).items()}
     flags = [name for name, kind in kinds.items() if bool in kind]
     pairs = [name for name, field in keys(command.config).items() if is_pair(field)]

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pixart_ft import __version__, cli
+from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import keys
 from pixart_ft.config.train import HUB_BASE, PlanConfig, TrainConfig, load_config
@@ -53,11 +54,12 @@ def test_the_bare_command_lists_the_commands(capsys: pytest.CaptureFixture[str])
     for arguments in ([], ["--help"], ["-h"]):
         assert cli.main(arguments) == 0
         out = capsys.readouterr().out
-        assert all(f"pixart-ft {name}" in out for name in ("train", "doctor", "generate", "push"))
+        assert all(f"pixart-ft {name}" in out for name in ("train", "doctor", "generate", "evaluate", "push"))
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("train", TrainConfig), ("doctor", PlanConfig), ("generate", GenerateConfig)]
+    ("name", "kind"),
+    [("train", TrainConfig), ("doctor", PlanConfig), ("generate", GenerateConfig), ("evaluate", EvaluateConfig)],
 )
 def test_help_shows_every_key(name: str, kind: type[TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--optim.nonsense", "3", "--help"]) == 0
@@ -67,7 +69,7 @@ def test_help_shows_every_key(name: str, kind: type[TrainConfig], capsys: pytest
         assert f"--{key if '.' in key else key.replace('_', '-')} {field.description} (" in shown
     assert HUB_BASE in shown
     assert max(map(len, out.splitlines())) <= cli.WIDTH
-    assert "(number >= 1e-10, <= 1; default 0.0001)" in shown or kind is GenerateConfig
+    assert "(number >= 1e-10, <= 1; default 0.0001)" in shown or kind in (GenerateConfig, EvaluateConfig)
 
 
 @pytest.mark.parametrize("arguments", ["train --help", "generate -h", "--version"])
@@ -220,7 +222,7 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
 
 def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert problems(capsys, "trian") == [
-        "unknown command 'trian'; choose train, doctor, generate, export, convert or push"
+        "unknown command 'trian'; choose train, doctor, generate, evaluate, export, convert or push"
     ]
     assert "shipped name: cosine_512, dreambooth, full_1024" in problems(capsys, "train", "--config", "nope")[0]
     both = problems(capsys, "generate", "--prompt", "a", "--prompts", "[b]")
@@ -327,6 +329,7 @@ TAKES_EMPTY = {"prompt", "prompts", "validation.prompts", "negative_prompt"}
 NEEDED = {
     "train": {"config": "quickstart"},
     "convert": {"file": "a", "out": "b"},
+    "evaluate": {"runs": "a"},
     "export": {"run": "a", "to": "peft", "out": "b"},
     "push": {"run": "a", "repo": "b/c"},
 }

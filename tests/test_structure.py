@@ -18,8 +18,9 @@ PACKAGE = ROOT / "pixart_ft"
 # files of its own; the package's own names and the command line are the doors, which import from everywhere.
 HOUSE = {
     "": "errors files randomness",
-    "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow likelihood",
-    "config": "text yaml_text key_types reading samplers optimizers hub train generate export push",
+    "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow likelihood "
+    "readings",
+    "config": "text yaml_text key_types reading samplers optimizers hub train generate evaluate export push",
     "pictures": "lettering recipes own sheets",
     "schedulers": "stored base discrete sigma sde stock",
     "runs": "manifest lock log folder metadata hub results",
@@ -29,7 +30,8 @@ HOUSE = {
     "adapters": "files targets attach weights acting dialects adopting pipelines full export",
     "data": "pixels datasets store cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
-    "evaluation": "objective held_out metrics features",
+    "evaluation": "places objective held_out metrics features measure statistics tables plots page drawing contestants "
+    "command",
     "training": "places shell stopping processes nested ahead ema sharding importance step_numbers "
     "pace screen trackers records learning_rate optimizers guard in_backward moving batches encode speed objective "
     "kinds trained_on before_after watching keeping trainer report start run memory doctor",
@@ -104,7 +106,7 @@ def test_diffusion_knows_no_hugging_face_library_and_no_configuration() -> None:
 
 def test_files_of_the_command_line_import_nothing_heavy() -> None:
     """Help and a wrong path are told in an instant: what these import at the top, and that in turn, has no torch."""
-    waiting, seen = ["cli", "training.places", "sampling.places"], set()
+    waiting, seen = ["cli", "training.places", "sampling.places", "evaluation.places"], set()
     while waiting:
         name = waiting.pop()
         seen.add(name)

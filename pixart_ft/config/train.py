@@ -282,6 +282,9 @@ class Validation(Section):
     steps: SamplerSteps = Field(25, description="sampler steps")
     guidance: Guidance = GUIDANCE
     samples_every: Every = Field(250, description="steps between sample grids; 0 = before and after")
+    report: bool = Field(
+        False, description="at the end, compare with the base on the held-out pictures as pixart-ft evaluate does"
+    )
 
 
 class Logging(Section):
@@ -426,6 +429,12 @@ class TrainConfig(Config):
             ("optim.beta1", "optim.optimizer"),
             lambda beta1, optimizer: optimizer == "schedule_free" and beta1 == 0,
             "optim.beta1 {} with optimizer {}: it is how near the gradient is taken to the average; give 0.9",
+        ),
+        (
+            ("validation.report", "data.held_out", "data.held_out_fraction"),
+            lambda report, folder, fraction: report and folder is None and not fraction,
+            "validation.report {} with data.held_out {} and held_out_fraction {}: there is nothing to measure on; give "
+            "one of them",
         ),
         (
             ("validation.raw_weights", "train.ema_decay", "optim.optimizer"),

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Self
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -39,6 +40,10 @@ class HeldOutSet:
     texts: Sequence[Tensor]
     timestep_count: int  # size of the fixed grid of t
     seed: int
+
+    def first(self, count: int) -> Self:
+        """That of the first pictures."""
+        return replace(self, x0=self.x0[:count], texts=self.texts[:count])
 
 
 def timestep_grid(within: range, count: int) -> Tensor:

@@ -78,8 +78,8 @@ def generate(config: GenerateConfig, found: Sequence[Adapter | ForeignPlace], ag
 def dry_run(config: GenerateConfig, found: Sequence[Adapter | ForeignPlace]) -> list[str]:
     """What `generate` would draw; raises UserError as it does before it loads a weight. Writes nothing."""
     prompts, base, adapters, settings, cells = _look(config, found)
-    device = _device(config.device)
-    dtype = str(_dtype(config.dtype, device)).removeprefix("torch.")
+    device = device_of(config.device)
+    dtype = str(dtype_of(config.dtype, device)).removeprefix("torch.")
     if config.compare:
         drawn = f"{len(prompts)} sheets of {len(cells)} pictures"
     else:
@@ -99,15 +99,15 @@ def _look(
 
     Of another program's adapter the weights alone say what it is.
     """
-    prompts = _prompts(config)
+    prompts = prompts_of(config.prompts, config.prompts_file, config.images_per_prompt)
     base = _base(config, [one for one in found if isinstance(one, Adapter)])
     adapters = taken_in(found, lambda: like_base(base), config.lora_alpha)
     abilities = abilities_of(base, adapters)
     name = names_of(adapter.name for adapter in adapters)
     settings = settled(_settings(config, abilities), abilities, name)
     cells = settled_cells(config, settings, abilities, name) if config.compare else {}
-    device = _device(config.device)
-    check_engine(config.attention, config.compile, device, _dtype(config.dtype, device))
+    device = device_of(config.device)
+    check_engine(config.attention, config.compile, device, dtype_of(config.dtype, device))
     probe(config.out, "out")
     if config.compare:
         check_own(comparison_sheets(config, prompts), "sampler")
@@ -118,12 +118,12 @@ def _look(
 
 def _load_model(config: GenerateConfig, base: Base, adapters: Sequence[Adapter], prompts: Sequence[str]) -> TextToImage:
     """The base and adapters that a configuration asks for, all texts encoded and the text encoder freed."""
-    device = _device(config.device)
+    device = device_of(config.device)
     model = TextToImage.of(
         base,
         adapters,
         config.lora_scale,
-        dtype=_dtype(config.dtype, device),
+        dtype=dtype_of(config.dtype, device),
         device=device,
         prompts=[*prompts, config.negative_prompt],
         attention=config.attention,
@@ -166,26 +166,27 @@ def _base(config: GenerateConfig, adapters: Sequence[Adapter]) -> Base:
     return Base.read(trained_on.base, trained_on.revision if moves else config.revision)
 
 
-def _prompts(config: GenerateConfig) -> list[str]:
-    """The prompts of the configuration, then those of its file."""
-    prompts = list(config.prompts)
-    if config.prompts_file is not None:
+def prompts_of(given: Sequence[str], file: Path | None, each: int) -> list[str]:
+    """The prompts that are given, then those of a file, which are drawn `each` times. Raises UserError for none."""
+    prompts = list(given)
+    if file is not None:
         try:
-            lines = read_text(config.prompts_file).split("\n")
+            lines = read_text(file).split("\n")
         except (OSError, UserError) as error:
-            raise UserError(f"prompts_file: cannot read {config.prompts_file} ({error})") from error
+            raise UserError(f"prompts_file: cannot read {file} ({error})") from error
         prompts += [line.strip() for line in lines if line.strip()]
-    if (count := len(prompts) * config.images_per_prompt) > MOST_PICTURES:
+    if (count := len(prompts) * each) > MOST_PICTURES:
         raise UserError(
-            f"{len(prompts):,} prompts with images_per_prompt {config.images_per_prompt:,} are {count:,} pictures; "
+            f"{len(prompts):,} prompts with images_per_prompt {each:,} are {count:,} pictures; "
             f"one command draws at most {MOST_PICTURES:,}"
         )
     if not prompts:
-        raise UserError(f"nothing to draw: no prompts, and prompts_file ({config.prompts_file}) holds none")
+        raise UserError(f"nothing to draw: no prompts, and prompts_file ({file}) holds none")
     return prompts
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that a configuration names. Raises UserError for one that cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -195,7 +196,8 @@ def _device(name: str) -> torch.device:
         raise UserError(f"device: {name!r} cannot be used here ({reason}); choose auto, cpu, cuda or mps") from error
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the weights that a configuration names."""
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

@@ -6,17 +6,23 @@ from pathlib import Path
 
 from PIL import Image
 
+from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.hub import Hub
 from pixart_ft.config.push import PushConfig
+from pixart_ft.config.reading import load
+from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import Row
 from pixart_ft.errors import UserError, attempted
+from pixart_ft.evaluation.command import evaluate
 from pixart_ft.evaluation.held_out import Estimate
+from pixart_ft.evaluation.places import check_evaluation
 from pixart_ft.files import write_file
 from pixart_ft.pictures.sheets import loss_curve, term_curves
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.runs.results import What, final
 from pixart_ft.sharing.push import push
 from pixart_ft.training.before_after import before_after
+from pixart_ft.training.encode import read_pictures
 from pixart_ft.training.keeping import lowest_step
 from pixart_ft.training.records import Progress
 from pixart_ft.training.shell import pasteable
@@ -94,6 +100,29 @@ def publish(run: Path, hub: Hub) -> None:
     except Exception as error:  # of any kind: it must not look as if the training had failed
         later = pasteable("push", run, "--repo", hub.repo)
         warnings.warn(f"hub.repo: {error}. The result is in {run}; to push it later: {later}", stacklevel=2)
+
+
+def compare_with_base(run: Path, config: TrainConfig, device: str) -> None:
+    """The report of `pixart-ft evaluate` into final/evaluation; what stands in its way is a warning."""
+    chosen, out = config.validation, run / "final" / "evaluation"
+    with attempted("the report"):
+        asked = {
+            "model": config.model.base,
+            "revision": config.model.revision,
+            "runs": [str(run)],
+            "size": config.data.resolution,
+            "pictures": chosen.pictures,
+            "metrics": ["loss", "bpd", "calibration", "samples"],
+            "samplers": [chosen.sampler],
+            "steps": [chosen.steps],
+            "guidance": chosen.guidance,
+            "seed": config.run.seed,
+            "dtype": "float32" if config.train.mixed_precision == "no" else "auto",
+            "device": device,
+            "out": str(out),
+        }
+        evaluating = load(EvaluateConfig, asked)
+        evaluate(evaluating, check_evaluation(evaluating), None, read_pictures(config).held)
 
 
 def _first_seeds(folder: RunFolder, step: int, prompts: Sequence[str]) -> list[Image.Image]:

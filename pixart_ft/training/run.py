@@ -39,7 +39,7 @@ from pixart_ft.training.objective import abilities_after, warn_of_relearning
 from pixart_ft.training.optimizers import build_optimizer
 from pixart_ft.training.places import check_training
 from pixart_ft.training.processes import Together, agree, shards_asked_for
-from pixart_ft.training.report import finish, publish
+from pixart_ft.training.report import compare_with_base, finish, publish
 from pixart_ft.training.sharding import Whole, in_shards
 from pixart_ft.training.start import accelerator_for, look, with_precision
 from pixart_ft.training.trackers import begin_trackers
@@ -69,6 +69,8 @@ def train(config: TrainConfig, resume: str | None, source: Source | None, accept
             lock.take()  # before anything in the folder is looked at
         run = _run(config, resume, source, accept_changes, accelerator, folder, lock)
     if accelerator.is_main_process:  # the others need not wait for it
+        if config.validation.report:
+            compare_with_base(run, config, str(accelerator.device))
         publish(run, config.hub)
     return run
 

@@ -64,6 +64,7 @@ _UNSAID = {
     "train.give_up_after",
     "validation.every",
     "validation.raw_weights",
+    "validation.report",
     "validation.samples_every",
     "logging.every",
     "logging.trackers",

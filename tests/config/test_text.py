@@ -16,7 +16,7 @@ from pixart_ft.config.text import read_text
 from pixart_ft.data.cache import component_id
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.errors import UserError
-from pixart_ft.sampling.command import _prompts
+from pixart_ft.sampling.command import prompts_of
 
 HALF = "\ud83d"  # the first half of an emoji
 NOT_UTF8 = "caf\udce9"  # café in Latin-1, as Python hands on a file name or an argument
@@ -28,7 +28,7 @@ def test_a_file_reads_the_same_however_an_editor_saved_it(tmp_path: Path, mark: 
     bom = "\ufeff" if mark in ("utf-16-le", "utf-16-be") else ""  # the others write their own
     file.write_bytes((bom + text.replace("\n", "\r\n")).encode(mark))
     assert read_text(file) == text
-    assert _prompts(load(GenerateConfig, {"prompts_file": str(file)})) == ["red apple", "añ 漢 🙂"]
+    assert prompts_of((), file, 1) == ["red apple", "añ 漢 🙂"]
     file.write_bytes(file.read_bytes() + "\ufeffblue\r".encode(mark.removesuffix("-sig")))  # joined by `cat`
     assert read_text(file) == text + "blue\n"
 
@@ -47,13 +47,13 @@ def test_bytes_that_are_no_text_are_named_by_file_and_line(tmp_path: Path, data:
     with pytest.raises(UserError, match=f"prompts.txt {message}"):
         read_text(file)
     with pytest.raises(UserError, match=f"prompts_file: .*prompts.txt {message}"):
-        _prompts(load(GenerateConfig, {"prompts_file": str(file)}))
+        prompts_of((), file, 1)
 
 
 def test_a_prompt_ends_at_the_end_of_its_line_alone(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("one\u2028still one\x0cand this\ntwo".encode())
-    assert _prompts(load(GenerateConfig, {"prompts_file": str(file)})) == ["one\u2028still one\x0cand this", "two"]
+    assert prompts_of((), file, 1) == ["one\u2028still one\x0cand this", "two"]
 
 
 def test_a_configuration_from_notepad_is_read(tmp_path: Path) -> None:

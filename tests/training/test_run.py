@@ -670,3 +670,14 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(
         value = ["to_z"] if wrong == "adapter.targets" else str(broken)
         with pytest.raises(UserError, match=message):
             dry_run(load_config({}, tree | {"run.folder": str(tmp_path / "new"), wrong: value}))
+
+
+def test_a_run_may_end_with_the_report_of_its_evaluation(options: Options, tmp_path: Path) -> None:
+    """On the pictures that were held out of the folder, by the settings of the run's own grid."""
+    run = train(options | {"validation.report": True, "validation.sampler": "iddpm", "validation.steps": 3})
+    found = json.loads((run / "final" / "evaluation" / "report.json").read_text())
+    assert [model["label"] for model in found["models"]] == ["base", "run"]
+    config = load_config(run / "config.yaml")
+    _, held = split(read_folder(config.data.folder), config.data.held_out_fraction, config.run.seed)
+    assert found["data"]["pictures"] == [row.name for row in held][: config.validation.pictures]
+    assert (found["recipe"]["samplers"], found["recipe"]["steps"]) == (["iddpm"], [3])

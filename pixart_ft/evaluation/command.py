@@ -1,0 +1,250 @@
+"""The evaluate command: every model on the same pictures, noise, prompts and seeds; report.html and report.json."""
+
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from pixart_ft.config.evaluate import EvaluateConfig
+from pixart_ft.config.reading import flat
+from pixart_ft.data.datasets import Row
+from pixart_ft.data.pixels import fitted
+from pixart_ft.diffusion.likelihood import prior_bits
+from pixart_ft.diffusion.names import Variance
+from pixart_ft.diffusion.readings import Steps, strata
+from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.errors import UserError
+from pixart_ft.evaluation.contestants import Contest, Contestant, look
+from pixart_ft.evaluation.drawing import Drawn, draw, folder_name, side_by_side
+from pixart_ft.evaluation.held_out import HeldOutSet
+from pixart_ft.evaluation.measure import flow_likelihood, readings_at
+from pixart_ft.evaluation.page import page, summary
+from pixart_ft.evaluation.places import Entry, check_evaluation
+from pixart_ft.evaluation.tables import (
+    WHOLE,
+    Measured,
+    Process,
+    bound_tables,
+    calibration_tables,
+    flow_table,
+    loss_table,
+    verdicts,
+)
+from pixart_ft.files import versions, write_text
+from pixart_ft.model.vae import encode_pixels
+from pixart_ft.randomness import uniform
+from pixart_ft.sampling.command import device_of, dtype_of
+from pixart_ft.sampling.text_to_image import TextToImage
+
+FLOW_TOLERANCE = 1e-3  # relative and absolute, of the ODE's solver
+SAME_LATENTS = 1e-3  # of the largest: two copies of a VAE in two precisions differ by less
+
+
+def run_evaluation(config: EvaluateConfig, accelerator: Accelerator | None = None) -> dict[str, Any]:
+    """Measure as `config` says; returns what report.json holds. Raises UserError for whatever the user can mend.
+
+    accelerator: of several processes, which then draw the pictures together; the main one measures.
+    """
+    return evaluate(config, check_evaluation(config), accelerator)
+
+
+def evaluate(
+    config: EvaluateConfig,
+    entries: Sequence[Entry],
+    accelerator: Accelerator | None,
+    held_out: Sequence[Row] | None = None,
+) -> dict[str, Any]:
+    """As `run_evaluation`, once `check_evaluation` has found what is compared; `held_out` in place of the folder's."""
+    started = time.perf_counter()
+    contest = look(config, entries, held_out)
+    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    device = device_of(config.device) if accelerator is None or processes == 1 else accelerator.device
+    dtype = dtype_of(config.dtype, device)
+    measured: list[Measured] = []
+    drawn: list[list[Drawn]] = []
+    facts, x0 = [], None
+    jobs = [(prompt, config.seed + n) for prompt in contest.prompts for n in range(config.images_per_prompt)]
+    for one in contest.contestants:
+        model = TextToImage.of(
+            one.base,
+            one.adapters,
+            one.scales,
+            dtype=dtype,
+            device=device,
+            prompts=[*(row.caption for row in contest.rows), *contest.prompts],
+        )
+        if rank == 0:
+            pictures = _held_out(config, model, contest, x0, one.name)
+            x0 = pictures.x0
+            measured.append(_measure(config, one, model, pictures, contest.contestants[0].base.schedule))
+            facts.append(_facts(one, model))
+        folder = config.out / "pictures" / folder_name(one.label)
+        part = slice(rank, None, processes)
+        drawn.append(draw(model, one.ways, jobs, folder, batch_size=config.batch_size, part=part))
+        del model
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    if rank > 0:
+        return {}
+    found = _found(config, contest, measured, drawn) | {
+        "models": facts,
+        "recipe": flat(config) | {"device": str(device), "dtype": str(dtype), "versions": versions()},
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    write_text(config.out / "report.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    real = contest.rows if config.prompts_file is None else []
+    sheets = side_by_side(
+        dict(zip(_labels(contest), drawn, strict=True)), contest.prompts, config.images_per_prompt, real
+    )
+    write_text(config.out / "report.html", page(found, sheets))
+    print("\n".join(summary(found)))
+    print(f"report: {config.out / 'report.html'}\nits numbers: {config.out / 'report.json'}")
+    return found
+
+
+def _found(
+    config: EvaluateConfig, contest: Contest, measured: Sequence[Measured], drawn: Sequence[Sequence[Drawn]]
+) -> dict[str, Any]:
+    """The tables of what was asked for, plain as JSON has them."""
+    asked = set(config.metrics)
+    return {
+        "data": {
+            "origin": contest.origin,
+            "pictures": [row.name for row in contest.rows],
+            "captions": [row.caption for row in contest.rows],
+        },
+        "loss": loss_table(measured) if "loss" in asked else {},
+        "bpd": bound_tables(measured) if "bpd" in asked else {},
+        "ode": flow_table(measured),
+        "calibration": calibration_tables(measured) if "calibration" in asked else {},
+        "verdicts": verdicts(measured) if "calibration" in asked else [],
+        "samples": _samples(config, contest, drawn) if any(drawn) else {},
+        "notes": [f"{one.label}: {note}" for one in measured for note in one.notes],
+    }
+
+
+def _samples(config: EvaluateConfig, contest: Contest, drawn: Sequence[Sequence[Drawn]]) -> dict[str, Any]:
+    """What was drawn: by model, each way with its pictures, as places below `out`."""
+    return {
+        "prompts": list(contest.prompts),
+        "seeds": [config.seed + n for n in range(config.images_per_prompt)],
+        "are_captions": config.prompts_file is None,
+        "models": [
+            {
+                "model": one.label,
+                "ways": [
+                    {
+                        "sampler": way.settings.sampler,
+                        "steps": way.settings.steps,
+                        "calls": way.calls,
+                        "pictures": [path.relative_to(config.out).as_posix() for path in way.paths],
+                    }
+                    for way in ways
+                ],
+            }
+            for one, ways in zip(contest.contestants, drawn, strict=True)
+        ],
+    }
+
+
+def _labels(contest: Contest) -> list[str]:
+    return [one.label for one in contest.contestants]
+
+
+def _held_out(
+    config: EvaluateConfig, model: TextToImage, contest: Contest, before: Tensor | None, name: str
+) -> HeldOutSet:
+    """The pictures' latents and captions as this model has them. Raises UserError for others than those `before`."""
+    pixels = (fitted(row.opened().picture, contest.size)[None] for row in contest.rows)
+    x0 = torch.cat([encode_pixels(model.vae, one) for one in pixels])
+    if before is not None and not (before - x0).abs().max() <= SAME_LATENTS * before.abs().max():
+        raise UserError(
+            f"runs: {name} has another VAE than the base, and what is measured is in its latents; evaluate it by "
+            "itself, as --model"
+        )
+    return HeldOutSet(x0, [model.text.of(row.caption) for row in contest.rows], config.timesteps, config.seed)
+
+
+def _measure(
+    config: EvaluateConfig, one: Contestant, model: TextToImage, held_out: HeldOutSet, levels: NoiseSchedule
+) -> Measured:
+    """What was asked for of one model; the loss is measured at the noise of the schedule `levels`."""
+    abilities, asked, notes = model.abilities, set(config.metrics), list(one.refused)
+    fixed: tuple[Variance, ...] = ("beta_tilde", "beta")
+    variances = fixed if abilities.variance == "none" else ("learned", "learned_range", *fixed)
+    wanted = _wanted(config, model, len(held_out.x0), levels)
+    if asked & {"bpd", "calibration"} and abilities.prediction_type == "posterior_mean":
+        notes.append("it predicts the mean of a step of its training, so no process of fewer steps was measured")
+    processes = {}
+    total = sum(steps.t.numel() for steps in wanted.values())
+    with tqdm(total=total, desc=one.label, unit=" calls", dynamic_ncols=True, disable=None) as bar:
+        for name, steps in wanted.items():
+            readings = readings_at(
+                model.transformer,
+                steps,
+                abilities.prediction_type,
+                held_out,
+                variances=variances,
+                batch_size=config.batch_size,
+                device=model.device,
+                autocast=None if model.dtype == torch.float32 else model.dtype,
+                progress=bar.update,
+            )
+            processes[name] = Process(steps, readings, prior_bits(steps.schedule, held_out.x0.double()))
+    at_levels = processes.pop("levels", processes.get(WHOLE)) if "loss" in asked else None
+    flow = None
+    if "ode" in asked:
+        try:
+            flow = flow_likelihood(
+                model.transformer,
+                abilities.schedule,
+                abilities.prediction_type,
+                held_out.first(config.ode_pictures),
+                tolerance=FLOW_TOLERANCE,
+                device=model.device,
+            ).bits_per_dim
+        except ValueError as error:
+            notes.append(f"no likelihood by the probability-flow ODE: {error}")
+    for note in notes:
+        warnings.warn(f"{one.label}: {note}", stacklevel=2)
+    return Measured(one.label, abilities.variance, at_levels, processes, flow, notes)
+
+
+def _wanted(config: EvaluateConfig, model: TextToImage, count: int, levels: NoiseSchedule) -> dict[str, Steps]:
+    """The steps of each process at which `count` pictures are measured; "levels" is the base's, where that differs."""
+    schedule, asked = model.abilities.schedule, set(config.metrics)
+    wanted = {}
+    same = torch.equal(schedule.alpha_bar, levels.alpha_bar) and torch.equal(schedule.timesteps, levels.timesteps)
+    if asked & {"bpd", "calibration"} or ("loss" in asked and same):
+        wanted[WHOLE] = _drawn(schedule, config, count)
+    if "loss" in asked and not same:
+        wanted["levels"] = _drawn(levels.matched_to(schedule), config, count)
+    if asked & {"bpd", "calibration"} and model.abilities.prediction_type != "posterior_mean":
+        wanted |= {str(n): Steps.every(schedule.respaced(n), count) for n in config.respacings}
+    return wanted
+
+
+def _drawn(schedule: NoiseSchedule, config: EvaluateConfig, count: int) -> Steps:
+    """A step of each part of a process for every picture, by the same shares for all models."""
+    parts = strata(schedule.num_steps, config.timesteps)
+    shares = uniform(config.seed, range(count * len(parts)), "evaluated steps").view(count, len(parts))
+    return Steps.drawn(schedule, parts, shares)
+
+
+def _facts(one: Contestant, model: TextToImage) -> dict[str, Any]:
+    """What a model is, for the report."""
+    return {
+        "label": one.label,
+        "name": one.name,
+        "base": one.base.name,
+        "fingerprint": model.fingerprint,
+        "adapters": json.loads(json.dumps([adapter.recipe for adapter in model.adapters])),
+        "prediction_type": model.abilities.prediction_type,
+        "variance": model.abilities.variance,
+    }

@@ -1,0 +1,117 @@
+"""What an evaluation compares and on what, read and checked before a weight is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pixart_ft.adapters.adopting import like_base, taken_in
+from pixart_ft.adapters.files import Adapter
+from pixart_ft.config.evaluate import EvaluateConfig, draws
+from pixart_ft.config.train import HUB_BASE
+from pixart_ft.data.datasets import Row, picture_folder, survey, verify_pictures
+from pixart_ft.errors import Mistakes, UserError
+from pixart_ft.evaluation.drawing import settings_of
+from pixart_ft.evaluation.places import Entry
+from pixart_ft.files import probe
+from pixart_ft.model.base import Base
+from pixart_ft.model.place import DEMO_FOLDER
+from pixart_ft.sampling.command import device_of, prompts_of
+from pixart_ft.sampling.settings import Settings
+from pixart_ft.sampling.text_to_image import abilities_of
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model of the report, before its weights are loaded.
+
+    label   what the report calls it; name: as it was given
+    ways    how it draws, and `refused` why not otherwise
+    """
+
+    label: str
+    name: str
+    base: Base
+    adapters: Sequence[Adapter] = ()
+    scales: Sequence[float] = (1.0,)
+    ways: Sequence[Settings] = ()
+    refused: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The models, the base first; the held-out pictures, and whence; their side; the prompts that are drawn, if any."""
+
+    contestants: Sequence[Contestant]
+    rows: Sequence[Row]
+    origin: str
+    size: int
+    prompts: Sequence[str]
+
+
+def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Row] | None) -> Contest:
+    """Raises one UserError with all that can be refused by now. `held_out`: pictures in place of the folder's."""
+    base = _base(config, entries)
+    size = config.size or base.native_size
+    contestants, mistakes = list[Contestant](), Mistakes()
+    with mistakes.noted():
+        contestants.append(_contestant("base", Entry(base.name), base, config))
+    for label, entry in zip(_labels([entry.name for entry in entries]), entries, strict=True):
+        with mistakes.noted():
+            contestants.append(_contestant(label, entry, base, config))
+    rows, prompts, origin = list[Row](), list[str](), "held out by the training"
+    with mistakes.noted():
+        if held_out is None:
+            origin = str(folder := _data(config, base))
+            held_out = survey(folder).usable()
+        if len(held_out) < 2:
+            raise UserError(f"data: one picture in {origin}; an error, and so any comparison, takes two or more")
+        rows = verify_pictures(held_out[: config.pictures], size)
+    with mistakes.noted():
+        if rows and draws(config.metrics):
+            captions = [row.caption for row in rows] if config.prompts_file is None else []
+            prompts = prompts_of(captions, config.prompts_file, config.images_per_prompt)
+    with mistakes.noted():
+        device_of(config.device)
+    with mistakes.noted():
+        probe(config.out, "out")
+    mistakes.raise_if_any()
+    return Contest(contestants, rows, origin, size, prompts)
+
+
+def _base(config: EvaluateConfig, entries: Sequence[Entry]) -> Base:
+    """The base asked for, else what the first run was trained on, else the Hub's."""
+    trained_on = next((entry.base for entry in entries), None)
+    if config.model is None and trained_on is not None:
+        return Base.read(*trained_on)
+    return Base.read(config.model or HUB_BASE, config.revision, config.weights)
+
+
+def _contestant(label: str, entry: Entry, base: Base, config: EvaluateConfig) -> Contestant:
+    adapters = taken_in(entry.adapters, lambda: like_base(base), None)
+    model = base if entry.model is None else Base.read(entry.model)
+    if model.native_size != base.native_size or model.latent_scale != base.latent_scale:
+        raise UserError(
+            f"runs: {entry.name} draws {model.native_size} x {model.native_size} pixels with latents scaled by "
+            f"{model.latent_scale.scale:g}, and the base {base.name} {base.native_size} x {base.native_size} by "
+            f"{base.latent_scale.scale:g}; evaluate it by itself, as --model"
+        )
+    abilities = abilities_of(model, adapters)
+    most, there = max(config.respacings, default=0), abilities.schedule.num_steps
+    if most > there:
+        raise UserError(f"respacings: {entry.name} was trained on {there} steps, and {most} are more; leave them out")
+    ways, refused = settings_of(config, abilities, entry.name) if draws(config.metrics) else ([], [])
+    if refused and not ways:
+        raise UserError("\n".join(f"{entry.name}: {fault}" for fault in refused))
+    return Contestant(label, entry.name, model, adapters, entry.scales, ways, refused)
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """The last parts of paths, where they tell them apart."""
+    short = [" + ".join(part.rstrip("/").rpartition("/")[2] for part in name.split(" + ")) for name in names]
+    return short if len({*short, "base"}) == len(short) + 1 else list(names)
+
+
+def _data(config: EvaluateConfig, base: Base) -> Path:
+    if config.data is None and base.place != str(DEMO_FOLDER):
+        raise UserError("data: give --data, a folder of pictures with captions that none of the models has seen")
+    return picture_folder(config.data or "demo", "held_out")

@@ -1,0 +1,70 @@
+"""The plots of a report, as PNG bytes. What is drawn is read from the tables of `tables`."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+COLOURS = ("#444444", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d")
+NOISE = "noise over signal, sigma (least noise on the left)"
+
+
+def loss_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The error of the noise by the level of noise, and what each model's is to the first one's."""
+    figure, (left, right) = _figure(2)
+    first = [point["mean"] for point in rows[0]["per_t"]]
+    for colour, row in zip(_colours(rows), rows, strict=True):
+        means, errors = ([point[key] for point in row["per_t"]] for key in ("mean", "standard_error"))
+        left.errorbar(row["sigma"], means, errors, color=colour, label=row["model"], **_POINTS)
+        right.plot(row["sigma"], [m / f for m, f in zip(means, first, strict=True)], "o-", color=colour, markersize=3)
+    left.set(title="squared error of the noise", yscale="log")
+    right.set(title=f"the same over that of {rows[0]['model']}")
+    left.legend(frameon=False, fontsize="small")
+    return _png(figure)
+
+
+def bound_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The terms of the bound by the level of noise, a step's worth."""
+    figure, (axes,) = _figure(1)
+    for colour, row in zip(_colours(rows), rows, strict=True):
+        means, errors = ([point[key] for point in row["per_t"]] for key in ("mean", "standard_error"))
+        axes.errorbar(row["sigma"][1:], means[1:], errors[1:], color=colour, label=row["model"], **_POINTS)
+    axes.set(title="bits per dimension of one step, t = 0 left out", yscale="log")
+    axes.legend(frameon=False, fontsize="small")
+    return _png(figure)
+
+
+def calibration_plot(tables: Mapping[str, Any], titles: Mapping[str, str]) -> bytes:
+    """Found over predicted variance by the level of noise, a panel for each process; 1 is right."""
+    figure, panels = _figure(len(tables))
+    for axes, (name, table) in zip(panels, tables.items(), strict=True):
+        axes.axhline(1, color="black", linewidth=0.8)
+        for colour, row in zip(_colours(table["rows"]), table["rows"], strict=True):
+            means, errors = ([point[key] for point in row["ratio"]] for key in ("mean", "standard_error"))
+            axes.errorbar(row["sigma"], means, errors, color=colour, label=row["model"], **_POINTS)
+        axes.set(title=titles[name], yscale="log")
+    panels[0].legend(frameon=False, fontsize="small")
+    return _png(figure)
+
+
+_POINTS = {"fmt": "o-", "markersize": 3, "capsize": 2, "linewidth": 1.2}
+
+
+def _figure(panels: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure  # drawn by Agg; pyplot and its global state are left alone
+
+    figure = Figure(figsize=(4.6 * max(panels, 1.4), 3.8), dpi=130, layout="constrained")
+    found = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axes in found:
+        axes.set(xscale="log", xlabel=NOISE if panels < 3 else "sigma")
+        axes.grid(True, which="major", alpha=0.25)
+    return figure, found
+
+
+def _colours(rows: Sequence[object]) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(len(rows))]
+
+
+def _png(figure: Any) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()

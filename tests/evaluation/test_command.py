@@ -1,0 +1,202 @@
+"""The evaluate command on the tiny pipeline. Oracle: identities between models, and what is put in."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pixart_ft import cli
+from pixart_ft.config.evaluate import EvaluateConfig
+from pixart_ft.config.reading import load
+from pixart_ft.errors import UserError
+from pixart_ft.evaluation import command
+from pixart_ft.evaluation.command import run_evaluation
+from pixart_ft.pictures.recipes import read_recipe
+from tests.helpers.adapters import make_adapter
+from tests.helpers.tiny import build_tiny_pipeline
+
+SMALL = {"pictures": 3, "timesteps": 2, "respacings": [3], "device": "cpu"}
+
+
+def config(**changes: Any) -> EvaluateConfig:
+    return load(EvaluateConfig, {**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny, tmp_path_factory.mktemp("evaluated") / "mine")
+
+
+@pytest.fixture(scope="module")
+def scrambled(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with another variance half: in the last layer, every second C of 2C channels of a patch."""
+    folder = tmp_path_factory.mktemp("evaluated") / "scrambled"
+    shutil.copytree(tiny, folder)
+    file = next((folder / "transformer").glob("*.safetensors"))
+    weights = load_file(file)
+    rows = weights["proj_out.bias"].view(4, 8)
+    rows[:, 4:] += 30
+    save_file(weights, file)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(
+    tiny: Path, adapter: Path, scrambled: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    runs = [str(adapter), str(scrambled)]
+    return run_evaluation(config(model=str(tiny), runs=runs, data=str(pictures), out=str(out))), out
+
+
+def test_the_files_say_what_was_found(found: tuple[dict[str, Any], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    result, out = found
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
+    assert json.loads((out / "report.json").read_text()) == result
+    assert [model["label"] for model in result["models"]] == ["base", "mine", "scrambled"]
+    assert result["models"][1]["adapters"] and not result["models"][2]["adapters"]
+    assert set(result["bpd"]) == set(result["calibration"]) == {"whole", "3"}
+    assert list(result["bpd"]["3"]["variances"]) == ["learned", "learned_range", "beta_tilde", "beta"]
+
+
+def test_the_page_needs_no_other_file(found: tuple[dict[str, Any], Path]) -> None:
+    page = (found[1] / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "http" not in page
+    sources = re.findall(r'src="([^"]{0,22})', page)
+    assert len(sources) == 3 and set(sources) == {"data:image/png;base64,"}
+    for words in ("In short", "latents", "mine", "scrambled", "95 % interval", "every setting"):
+        assert words in page
+
+
+def test_another_variance_half_changes_the_bound_and_the_calibration_alone(found: tuple[dict[str, Any], Path]) -> None:
+    result, _ = found
+    _, mine, other = result["loss"]["rows"]
+    assert other["difference"]["mean"] == 0 and mine["difference"]["mean"] != 0
+    for variance, rows in result["bpd"]["3"]["variances"].items():
+        assert (rows[2]["difference"]["mean"] == 0) == variance.startswith("beta"), variance
+    before, _, after = result["calibration"]["3"]["rows"]
+    assert after["factor"] != pytest.approx(before["factor"], rel=1e-2)
+
+
+def test_any_subset_of_metrics(tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "FLOW_TOLERANCE", 0.3)
+    given = {"model": str(tiny), "data": str(pictures)}
+    for metrics in ("loss", "bpd", "calibration", "ode, samples"):
+        extra = {"ode_pictures": 2, "steps": 2} if "ode" in metrics else {}
+        dropped = {"loss": {"respacings"}, "ode, samples": {"respacings", "timesteps"}}.get(metrics, set())
+        asked = {k: v for k, v in SMALL.items() if k not in dropped}
+        result: Any = run_evaluation(
+            load(EvaluateConfig, {**asked, **given, **extra, "metrics": metrics, "out": tmp_path})
+        )
+        words = {word.strip() for word in metrics.split(",")}
+        assert {name for name in ("loss", "bpd", "ode", "calibration", "samples") if result[name]} == words
+        assert (tmp_path / "report.html").is_file()
+
+
+def test_mistakes_come_all_at_once_and_before_any_weight(
+    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", "nowhere", "runs/none", "--model", str(tmp_path), "--data", str(tmp_path / "no")]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "4 problems" in told and not (tmp_path / "out").exists()
+    for part in (
+        f"{tmp_path} has no model_index.json",
+        "there is no nowhere",
+        "runs/none is no folder here",
+        "does not exist",
+    ):
+        assert part in told
+    assert cli.main(["evaluate", "--metrics", "loss,fit", "--respacings", "1", "--lora-scale", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "metrics[1]" in told and "respacings[0]" in told and "lora_scale" in told
+
+
+def test_a_run_on_another_schedule_is_measured_at_the_bases_noise_and_in_its_own_process(
+    tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Told the timesteps at which it knows that noise: fractional ones. With no effect on the network, its loss at the
+    same levels is nearly the base's, and the bound of its process is another."""
+    words = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    other = make_adapter(tiny, tmp_path / "other", size=0.0, schedule=words)
+    result = run_evaluation(
+        config(model=str(tiny), runs=[str(other)], data=str(pictures), metrics="loss,bpd", out=str(tmp_path / "out"))
+    )
+    base, tuned = result["loss"]["rows"]
+    assert tuned["sigma"] == base["sigma"]
+    assert any(low % 1 for low, _ in tuned["timesteps"]) and not any(low % 1 for low, _ in base["timesteps"])
+    base, tuned = result["bpd"]["whole"]["variances"]["beta"]
+    assert tuned["sigma"] != base["sigma"] and tuned["timesteps"] == base["timesteps"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": None}, "give --data, a folder of pictures"),
+        ({"runs": ["small", "small"]}, "small is given twice"),
+        ({"runs": ["small"]}, "draws 64 x 64 pixels"),
+        ({"data": "one"}, "one picture in one"),
+        ({"data": "empty"}, "folders without a picture"),
+        ({"device": "cuda:77"}, "device"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    changes: dict[str, Any], message: str, tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    shutil.copy(pictures / "000.png", tmp_path / "one")
+    (tmp_path / "one" / "000.txt").write_text("a circle")
+    shutil.copytree(tiny, tmp_path / "small")
+    vae = tmp_path / "small" / "vae" / "config.json"
+    vae.write_text(vae.read_text().replace("0.13025", "0.5"))
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_evaluation(config(**{"model": str(tiny), "data": str(pictures), "out": str(tmp_path / "out"), **changes}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_another_vae_is_refused(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """Same configuration, other weights: only the latents tell."""
+    other = build_tiny_pipeline(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="has another VAE than the base"):
+        run_evaluation(
+            config(model=str(tiny), runs=[str(other)], data=str(pictures), metrics="loss", respacings=[10, 25, 50])
+        )
+
+
+def test_pictures_are_drawn_once_and_shown_side_by_side(
+    tiny: Path, adapter: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same noise for both models: where the adapter does nothing they draw the same bytes."""
+    words = {"model": str(tiny), "lora": [str(adapter)], "lora_scale": [0.0], "data": str(pictures), "pictures": 2}
+    asked = {**words, "metrics": "samples", "samplers": ["ddim", "iddpm"], "steps": [2], "device": "cpu"}
+    two = load(EvaluateConfig, {**asked, "out": str(tmp_path), "images_per_prompt": 2, "seed": 7})
+    ways: Any = [model["ways"] for model in run_evaluation(two)["samples"]["models"]]
+    files = [[tmp_path / name for name in way["pictures"]] for model in ways for way in model]
+    assert [(way["sampler"], way["calls"]) for way in ways[0]] == [("ddim", 2), ("iddpm", 2)]
+    assert all(len(some) == 4 for some in files) and len({file for some in files for file in some}) == 16
+    for ours, theirs in zip(files[:2], files[2:], strict=True):
+        assert [open_rgb(file) for file in ours] == [open_rgb(file) for file in theirs]
+        assert len({open_rgb(file) for file in ours}) == 4
+    recipe = read_recipe(files[2][1])
+    assert (recipe["seed"], recipe["sampler"], recipe["adapter"]["scale"]) == (8, "ddim", 0.0)
+    before = {file: file.stat().st_mtime_ns for some in files for file in some}
+    files[0][0].unlink()
+    capsys.readouterr()
+    run_evaluation(two)
+    after = {file: file.stat().st_mtime_ns for some in files for file in some}
+    assert [file for file in before if before[file] != after[file]] == [files[0][0]]
+    assert len(re.findall('src="data:image/jpeg', (tmp_path / "report.html").read_text())) == 2
+    with pytest.raises(UserError, match="was made by another recipe: guidance"):
+        run_evaluation(two.model_copy(update={"guidance": 2.0}))
+
+
+def open_rgb(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        return picture.tobytes()
