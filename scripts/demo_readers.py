@@ -30,8 +30,10 @@ from pixart_ft.pictures.sheets import grid
 from pixart_ft.sampling.text_to_image import TextToImage
 
 STEPS = 50
-BASE_GUIDANCE, LORA_GUIDANCE = 2.5, 4.0  # chosen by eye on seed 5
+BASE_SAMPLER, BASE_GUIDANCE = "ddim", 2.5  # chosen on seeds 5 and 6
+LORA_SAMPLER, LORA_GUIDANCE = "iddpm", 3.0
 STYLE_PICTURES = 8  # of every style in the shuffle of styles
+EXAMPLE_ROWS = 3  # real pictures of every style, for the reader who sorts them
 COLUMNS = 8
 
 Named = Sequence[tuple[Image.Image, str]]  # pictures with their answers
@@ -63,8 +65,12 @@ class Sheets:
         (self.out / "answers.json").write_text(json.dumps(self.answers, indent=1) + "\n")
 
 
-def draw(model: TextToImage, captions: Sequence[str], seed: int, guidance: float) -> list[Image.Image]:
-    return model.generate(list(captions), steps=STEPS, guidance=guidance, seeds=[seed])
+def draw_base(model: TextToImage, captions: Sequence[str], seed: int) -> list[Image.Image]:
+    return model.generate(list(captions), sampler=BASE_SAMPLER, steps=STEPS, guidance=BASE_GUIDANCE, seeds=[seed])
+
+
+def draw_lora(model: TextToImage, captions: Sequence[str], seed: int) -> list[Image.Image]:
+    return model.generate(list(captions), sampler=LORA_SAMPLER, steps=STEPS, guidance=LORA_GUIDANCE, seeds=[seed])
 
 
 def example_sheet(sheets: Sheets, work: Path) -> None:
@@ -72,27 +78,27 @@ def example_sheet(sheets: Sheets, work: Path) -> None:
     places, rows = fetch(work / "npm"), []
     for style in STYLES:
         others = [e for e in styled_emoji(places, style, FAMILIAR) if e.name not in EYE_NAMES]
-        chosen = sheets.random.permutation(len(others))[:STYLE_PICTURES]
+        chosen = sheets.random.permutation(len(others))[: EXAMPLE_ROWS * COLUMNS]
         rows.append([render(others[i], 256) for i in chosen])
     order = sheets.random.permutation(len(rows))
     letters = "ABCDE"[: len(rows)]
     sheets.answers["styles"] = [f"{letter}: {tuple(STYLES)[i]}" for letter, i in zip(letters, order, strict=True)]
-    captions = [[letter] * STYLE_PICTURES for letter in letters]
-    sheets.write("styles", [rows[i] for i in order], captions)
+    halves = [rows[i][start : start + COLUMNS] for i in order for start in range(0, len(rows[i]), COLUMNS)]
+    sheets.write("styles", halves, [[letter] * COLUMNS for letter in letters for _ in range(EXAMPLE_ROWS)])
 
 
 def base_sheets(sheets: Sheets, model: TextToImage, work: Path, seed: int) -> None:
     """The three questions about the base."""
     by_style: list[tuple[Image.Image, str]] = []
     for style, art in STYLES.items():
-        pictures = draw(model, [f"{name}, {art.word}" for name in EYE_NAMES], seed, BASE_GUIDANCE)
+        pictures = draw_base(model, [f"{name}, {art.word}" for name in EYE_NAMES], seed)
         sheets.shuffled(f"name-{style}", list(zip(pictures, EYE_NAMES, strict=True)))
         chosen = sheets.random.permutation(len(pictures))[:STYLE_PICTURES]
         by_style += [(pictures[i], style) for i in chosen]
     sheets.shuffled("sort-styles", by_style)
     listed = [each for each in map(json.loads, (work / "held_out.jsonl").read_text().splitlines()) if each["familiar"]]
     some = [listed[i] for i in sheets.random.permutation(len(listed))[:16]]
-    pictures = draw(model, [f"{each['name']}, {STYLES[each['style']].word}" for each in some], seed, BASE_GUIDANCE)
+    pictures = draw_base(model, [f"{each['name']}, {STYLES[each['style']].word}" for each in some], seed)
     sheets.shuffled("name-unseen", [(p, f"{e['name']} ({e['style']})") for p, e in zip(pictures, some, strict=True)])
     example_sheet(sheets, work)
 
@@ -102,7 +108,7 @@ def lora_sheets(sheets: Sheets, before: TextToImage, after: TextToImage, picture
     names = (*SHOWN_LEARNED, *SHOWN_KNOWN, *SHOWN_NEW)
     real = [row for row in read_folder(pictures / "train") if row.caption not in names]
     style = [real[i].opened().picture for i in sheets.random.permutation(len(real))[:4]]
-    old, new = (draw(model, names, seed, LORA_GUIDANCE) for model in (before, after))
+    old, new = (draw_lora(model, names, seed) for model in (before, after))
     order, swapped = sheets.random.permutation(len(names)), sheets.random.random(len(names)) < 0.5
     sheets.answers["pairs"] = [f"{'A' if swapped[k] else 'B'}: {names[i]}" for k, i in enumerate(order)]
     pairs = [(new[i], old[i]) if swapped[k] else (old[i], new[i]) for k, i in enumerate(order)]

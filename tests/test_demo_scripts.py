@@ -28,10 +28,20 @@ from demo_base import (
 from demo_captions import PLAIN_AT_LAST, SELDOM, SELDOM_AT_LAST, Example, captions_of, examples, held_out
 from demo_course import Course
 from demo_muon import BatchedMuon
-from demo_pictures import SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, Emoji, fine_tuning_split
+from demo_pictures import (
+    SHOWN_KNOWN,
+    SHOWN_LEARNED,
+    SHOWN_NEW,
+    SURELY_HELD_OUT,
+    SURELY_LEARNED,
+    Emoji,
+    fine_tuning_split,
+)
 from demo_vae import build_vae, hue_degrees, main_hue, measure, normalise_latents, reconstruction_loss, turn_hue
 from PIL import Image
 
+from pixart_ft.config.train import load_config
+from pixart_ft.data.datasets import DEMO_PICTURES, read_folder
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
@@ -178,14 +188,20 @@ def test_held_out_pictures_are_of_things_known_from_elsewhere(tmp_path: Path) ->
     assert len((tmp_path / "held_out.jsonl").read_text().splitlines()) == 4
 
 
-def test_the_fine_tuning_set_has_what_the_sheet_shows_on_its_side() -> None:
-    shown = (*SHOWN_LEARNED, *SHOWN_KNOWN, *SHOWN_NEW)
-    things = [Emoji(str(i), name, "Objects", "") for i, name in enumerate((*shown, *map(str, range(300))))]
+def test_the_fine_tuning_set_has_what_was_chosen_on_its_side() -> None:
+    chosen = (*SURELY_LEARNED, *SURELY_HELD_OUT)
+    things = [Emoji(str(i), name, "Objects", "") for i, name in enumerate((*chosen, *map(str, range(300))))]
     people = [Emoji(f"p{i}", f"person {i}", "People & Body", "") for i in range(80)]
     train, unseen = ([e.name for e in each] for each in fine_tuning_split(things + people))
     assert (len(set(train)), len(set(unseen))) == (240, 60) and not {*train} & {*unseen}
-    assert {*SHOWN_LEARNED} <= {*train} and {*SHOWN_KNOWN, *SHOWN_NEW} <= {*unseen}
+    assert {*SURELY_LEARNED} <= {*train} and {*SURELY_HELD_OUT} <= {*unseen}
     assert not any(name.startswith("person") for name in train + unseen)
+
+
+def test_the_sheet_shows_what_is_in_the_shipped_sets() -> None:
+    train, unseen = ({row.caption for row in read_folder(DEMO_PICTURES / part)} for part in ("train", "held_out"))
+    assert {*SHOWN_LEARNED} <= train and {*SHOWN_KNOWN, *SHOWN_NEW} <= unseen and {*SHOWN_NEW} <= {*SURELY_HELD_OUT}
+    assert load_config("quickstart").validation.prompts == (*SHOWN_LEARNED, *SHOWN_KNOWN, *SHOWN_NEW)
 
 
 def test_what_few_styles_draw_and_people_are_drawn_seldom() -> None:
