@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -24,17 +24,29 @@ from pixart_ft.config.train import (
     Weights,
 )
 
-Metric = Literal["loss", "bpd", "ode", "calibration", "samples"]
+PictureMetric = Literal["fd", "kid", "cmmd", "prdc", "clip", "memorisation"]  # of pictures by the features of a network
+Metric = Literal["loss", "bpd", "ode", "calibration", "samples", PictureMetric]
 METRICS: dict[Metric, str] = {
     "loss": "error of the noise on held-out pictures",
     "bpd": "the variational bound of their latents, bits per dimension",
     "ode": "the same by the probability-flow ODE: slow",
     "calibration": "the learned variance against the errors it stands for",
     "samples": "pictures of the same prompts side by side",
+    "fd": "Frechet distance of drawn to held-out pictures",
+    "kid": "kernel distance of them, for fewer pictures",
+    "cmmd": "another, made for CLIP's features",
+    "prdc": "precision, recall, density, coverage",
+    "clip": "fit of drawn pictures to their prompts",
+    "memorisation": "whether they are nearer to pictures trained on than to held-out ones",
 }
 
 
-DRAWN: tuple[Metric, ...] = ("samples",)  # for which pictures are drawn
+LIKENESS: tuple[PictureMetric, ...] = get_args(PictureMetric)
+DRAWN: tuple[Metric, ...] = ("samples", *LIKENESS)  # for which pictures are drawn
+
+
+def _sees(metrics: Collection[Metric]) -> bool:
+    return bool({*LIKENESS} & {*metrics})
 
 
 def draws(metrics: Collection[Metric]) -> bool:
@@ -90,6 +102,14 @@ class EvaluateConfig(Config):
     steps: tuple[SamplerSteps, ...] = Field((25,), min_length=1, description="sampler steps, each with every sampler")
     guidance: Guidance = GUIDANCE
     images_per_prompt: int = Field(1, ge=1, le=MOST_PICTURES, description="pictures per prompt, of seeds one by one")
+    features: Source | None = Field(
+        None,
+        description="what sees pictures for fd to memorisation: a transformers model's folder or Hub id, such as "
+        'facebook/dinov2-base, or "demo"; null = the demo\'s, for the demo alone',
+    )
+    train_data: Source | None = Field(
+        None, description='of memorisation: folder of what was trained on, or "demo"; null = the demo\'s, for it alone'
+    )
     ode_pictures: int = Field(8, ge=2, le=MOST_PICTURES, description="pictures of metric ode")
     seed: Seed = Field(0, description="of noise and pictures, the same for all models")
     batch_size: Batch = Field(16, description="pictures at once; does not change the numbers")
@@ -101,6 +121,8 @@ class EvaluateConfig(Config):
         ("revision", "model", lambda model: model not in (None, "demo")),
         ("lora_scale", "lora", lambda lora: lora is not None),
         *((key, "metrics", draws) for key in ("prompts_file", "samplers", "steps", "guidance", "images_per_prompt")),
+        ("features", "metrics", _sees),
+        ("train_data", "metrics", lambda metrics: "memorisation" in metrics),
         ("ode_pictures", "metrics", lambda metrics: "ode" in metrics),
         ("respacings", "metrics", lambda metrics: bool({"bpd", "calibration"} & set(metrics))),
         ("timesteps", "metrics", lambda metrics: bool({"loss", "bpd", "calibration"} & set(metrics))),

@@ -23,8 +23,9 @@ from pixart_ft.errors import UserError
 from pixart_ft.evaluation.contestants import Contest, Contestant, look
 from pixart_ft.evaluation.drawing import Drawn, draw, folder_name, side_by_side
 from pixart_ft.evaluation.held_out import HeldOutSet
+from pixart_ft.evaluation.likeness import Sight, likeness_tables, neighbour_sheets
 from pixart_ft.evaluation.measure import flow_likelihood, readings_at
-from pixart_ft.evaluation.page import page, summary
+from pixart_ft.evaluation.page import page
 from pixart_ft.evaluation.places import Entry, check_evaluation
 from pixart_ft.evaluation.tables import (
     WHOLE,
@@ -36,6 +37,7 @@ from pixart_ft.evaluation.tables import (
     loss_table,
     verdicts,
 )
+from pixart_ft.evaluation.words import summary
 from pixart_ft.files import versions, write_text
 from pixart_ft.model.vae import encode_pixels
 from pixart_ft.randomness import uniform
@@ -66,6 +68,7 @@ def evaluate(
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = device_of(config.device) if accelerator is None or processes == 1 else accelerator.device
     dtype = dtype_of(config.dtype, device)
+    sight = Sight.of(config, contest, device) if rank == 0 else None
     measured: list[Measured] = []
     drawn: list[list[Drawn]] = []
     facts, x0 = [], None
@@ -92,17 +95,19 @@ def evaluate(
         accelerator.wait_for_everyone()
     if rank > 0:
         return {}
+    by_model = dict(zip([one.label for one in contest.contestants], drawn, strict=True))
+    likeness = {} if sight is None else likeness_tables(sight, by_model, config.images_per_prompt)
     found = _found(config, contest, measured, drawn) | {
+        "likeness": likeness,
         "models": facts,
         "recipe": flat(config) | {"device": str(device), "dtype": str(dtype), "versions": versions()},
         "seconds": round(time.perf_counter() - started, 1),
     }
     write_text(config.out / "report.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
     real = contest.rows if config.prompts_file is None else []
-    sheets = side_by_side(
-        dict(zip(_labels(contest), drawn, strict=True)), contest.prompts, config.images_per_prompt, real
-    )
-    write_text(config.out / "report.html", page(found, sheets))
+    sheets = side_by_side(by_model, contest.prompts, config.images_per_prompt, real)
+    near = {} if sight is None else neighbour_sheets(sight, by_model, likeness, contest.rows)
+    write_text(config.out / "report.html", page(found, sheets, near))
     print("\n".join(summary(found)))
     print(f"report: {config.out / 'report.html'}\nits numbers: {config.out / 'report.json'}")
     return found
@@ -151,10 +156,6 @@ def _samples(config: EvaluateConfig, contest: Contest, drawn: Sequence[Sequence[
             for one, ways in zip(contest.contestants, drawn, strict=True)
         ],
     }
-
-
-def _labels(contest: Contest) -> list[str]:
-    return [one.label for one in contest.contestants]
 
 
 def _held_out(

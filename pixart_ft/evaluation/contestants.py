@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pixart_ft.adapters.adopting import like_base, taken_in
 from pixart_ft.adapters.files import Adapter
-from pixart_ft.config.evaluate import EvaluateConfig, draws
+from pixart_ft.config.evaluate import LIKENESS, EvaluateConfig, draws
 from pixart_ft.config.train import HUB_BASE
 from pixart_ft.data.datasets import Row, picture_folder, survey, verify_pictures
 from pixart_ft.errors import Mistakes, UserError
@@ -39,13 +38,22 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Contest:
-    """The models, the base first; the held-out pictures, and whence; their side; the prompts that are drawn, if any."""
+    """What is compared, and on what.
+
+    contestants     the models, the base first
+    rows, origin    the held-out pictures, and where they are from; size: their side, pixels
+    prompts         that are drawn, if any
+    features        the name of what sees pictures, if anything is to
+    training        the pictures that memorisation asks for
+    """
 
     contestants: Sequence[Contestant]
     rows: Sequence[Row]
     origin: str
     size: int
     prompts: Sequence[str]
+    features: str | None
+    training: Sequence[Row]
 
 
 def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Row] | None) -> Contest:
@@ -61,7 +69,8 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
     rows, prompts, origin = list[Row](), list[str](), "held out by the training"
     with mistakes.noted():
         if held_out is None:
-            origin = str(folder := _data(config, base))
+            what = "a folder of pictures with captions that none of the models has seen"
+            origin = str(folder := picture_folder(_or_demo(config.data, base, "data", what), "held_out"))
             held_out = survey(folder).usable()
         if len(held_out) < 2:
             raise UserError(f"data: one picture in {origin}; an error, and so any comparison, takes two or more")
@@ -70,12 +79,20 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
         if rows and draws(config.metrics):
             captions = [row.caption for row in rows] if config.prompts_file is None else []
             prompts = prompts_of(captions, config.prompts_file, config.images_per_prompt)
+    features, training = None, list[Row]()
+    with mistakes.noted():
+        if {*LIKENESS} & {*config.metrics}:
+            features = _or_demo(config.features, base, "features", "a network of transformers that sees pictures")
+    with mistakes.noted():
+        if "memorisation" in config.metrics:
+            chosen = _or_demo(config.train_data, base, "train_data", "the folder of pictures that was trained on")
+            training = verify_pictures(survey(picture_folder(chosen, "train")).usable(), size)
     with mistakes.noted():
         device_of(config.device)
     with mistakes.noted():
         probe(config.out, "out")
     mistakes.raise_if_any()
-    return Contest(contestants, rows, origin, size, prompts)
+    return Contest(contestants, rows, origin, size, prompts, features, training)
 
 
 def _base(config: EvaluateConfig, entries: Sequence[Entry]) -> Base:
@@ -111,7 +128,8 @@ def _labels(names: Sequence[str]) -> list[str]:
     return short if len({*short, "base"}) == len(short) + 1 else list(names)
 
 
-def _data(config: EvaluateConfig, base: Base) -> Path:
-    if config.data is None and base.place != str(DEMO_FOLDER):
-        raise UserError("data: give --data, a folder of pictures with captions that none of the models has seen")
-    return picture_folder(config.data or "demo", "held_out")
+def _or_demo(value: str | None, base: Base, key: str, what: str) -> str:
+    """The value of a key that has one of its own for the demo alone."""
+    if value is None and base.place != str(DEMO_FOLDER):
+        raise UserError(f"{key}: give --{key.replace('_', '-')}, {what}")
+    return value or "demo"

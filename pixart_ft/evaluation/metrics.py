@@ -14,14 +14,12 @@ features have different widths.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pixart_ft.config.evaluate import PictureMetric
 from pixart_ft.errors import UserError
-
-PictureMetric = Literal["fd", "kid", "cmmd", "prdc", "clip", "memorisation"]
 
 GROUPS = 20
 NEIGHBOURS = 5  # of precision, recall, density and coverage; Naeem et al. 2020, sec. 4

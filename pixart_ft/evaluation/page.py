@@ -1,4 +1,4 @@
-"""The report for people: one HTML page that needs no other file, and the lines of it that the terminal shows."""
+"""The report for people: one HTML page that needs no other file."""
 
 import base64
 import html
@@ -8,8 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from pixart_ft.evaluation.plots import bound_plot, calibration_plot, loss_plot
+from pixart_ft.evaluation.plots import bound_plot, calibration_plot, loss_plot, quality_plot
 from pixart_ft.evaluation.tables import WHOLE
+from pixart_ft.evaluation.words import LIKENESS, chance, models_in, number, overview, process_title, verdict
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
@@ -31,46 +32,12 @@ VARIANCES = {
 }
 
 
-def summary(found: Mapping[str, Any]) -> list[str]:
-    """What came out, a sentence a line."""
-    lines = [f"{_models(found)} on {len(found['data']['pictures'])} held-out pictures"]
-    if found["loss"]:
-        lines += _compared("error of the noise", found["loss"]["rows"], 5)
-    for name, table in found["bpd"].items():
-        rows = table["variances"].get("learned") or next(iter(table["variances"].values()))
-        lines += _compared(f"latent bits/dim, {process_title(name)}", rows, 4)
-    if found["ode"]:
-        lines += _compared("latent bits/dim by the probability-flow ODE", found["ode"]["rows"], 4)
-    for name, table in found["calibration"].items():
-        shown = ", ".join(f"{row['model']} {row['factor']:.3f}" for row in table["rows"])
-        lines.append(f"variance wrong by a factor of, {process_title(name)}: {shown}")
-    return lines + [verdict(one) for one in found["verdicts"]] + list(found["notes"])
+def page(found: Mapping[str, Any], sheets: Mapping[str, Image.Image], near: Mapping[str, Image.Image]) -> str:
+    """The whole report.
 
-
-def verdict(one: Mapping[str, Any]) -> str:
-    """Whether a model's learned variance still fits, in a sentence."""
-    model, worse = one["model"], one["worse"]
-    if not one["tested"]:
-        return f"{model}: it has no learned variance, or its base has none, so there is nothing to go stale"
-    numbers = "; ".join(
-        f"{process_title(name)}: {d['mean']:.4g} ± {d['standard_error']:.2g} bits/dim more to save than the base's"
-        for name, d in worse.items()
-    )
-    if one["trained"] == "stale":
-        shows = f"the numbers show it ({numbers})" if worse else "no number here shows it: it still fits as the base's"
-        return f"{model}: its variance is stale, since its training left it alone; {shows}"
-    if worse:
-        return f"{model}: its variance was trained, and yet fits worse than the base's ({numbers})"
-    return f"{model}: its variance fits no worse than the base's"
-
-
-def process_title(name: str) -> str:
-    """What the name of a process means."""
-    return "whole process" if name == WHOLE else f"{name} steps"
-
-
-def page(found: Mapping[str, Any], sheets: Mapping[str, Image.Image]) -> str:
-    """The whole report; `sheets` are the pictures of all models side by side, by how they were drawn."""
+    sheets   the pictures of all models side by side, by how they were drawn
+    near     by model, pictures with their nearest real ones
+    """
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>",
         f"<title>Did the fine-tune help?</title><style>{STYLE}</style>",
@@ -80,6 +47,7 @@ def page(found: Mapping[str, Any], sheets: Mapping[str, Image.Image]) -> str:
         *_bound(found["bpd"], found["ode"]),
         *_calibration(found),
         *_pictures(found["samples"], sheets),
+        *_likeness(found["likeness"], near),
         *_recipe(found),
     ]
     return "\n".join(parts) + "\n"
@@ -88,14 +56,15 @@ def page(found: Mapping[str, Any], sheets: Mapping[str, Image.Image]) -> str:
 def _introduction(found: Mapping[str, Any]) -> list[str]:
     pictures, models = found["data"]["pictures"], found["models"]
     return [
-        f"<p>{_models(found)} of the PixArt-Sigma kind, which draw pictures from text, are compared here on "
+        f"<p>{models_in(found)} of the PixArt-Sigma kind, which draw pictures from text, are compared here on "
         f"{len(pictures)} captioned pictures that none of them was trained on (<code>{_text(found['data']['origin'])}"
         "</code>). The first is the base; each other one is what a fine-tuning made of it. All of them meet the same "
         "pictures with the same random noise, so that what differs is the models alone. A number after ± is a standard "
         "error over pictures; <i>p</i> is the chance of so large a difference if there were none, after Holm's "
         "correction where several models are compared. Differences in bold have <i>p</i> below 0.05.</p>",
         "<h2>In short</h2>",
-        _list(summary(found)[1:]),
+        _table(*overview(found)),
+        _list([*(verdict(one) for one in found["verdicts"]), *found["notes"]]),
         "<h2>The models</h2>",
         _table(
             ["model", "what it is", "predicts", "learned variance"],
@@ -141,7 +110,7 @@ def _bound(tables: Mapping[str, Any], flow: Mapping[str, Any]) -> list[str]:
             _table(
                 ["variance", *models],
                 [
-                    [VARIANCES[v], *(_number(cells[v, m], 4) if (v, m) in cells else "" for m in models)]
+                    [VARIANCES[v], *(number(cells[v, m], 4) if (v, m) in cells else "" for m in models)]
                     for v in variances
                 ],
             ),
@@ -172,7 +141,8 @@ def _calibration(found: Mapping[str, Any]) -> list[str]:
         "true one, plus the variance that even the true one leaves (beta tilde), expected over the noise of the "
         "step. Found over predicted is 1 at every step for a variance that is right; above 1 the network is too sure "
         "of itself. A fine-tuning that trains the mean alone leaves the variance behind, which then goes "
-        "<i>stale</i>.</p>",
+        "<i>stale</i>. In the whole process nearly all of what is found is beta tilde, the same for all; the fewer the "
+        "steps, the more of it is the network's error.</p>",
         _image(
             calibration_plot(tables, {name: process_title(name) for name in tables}), "found over predicted variance"
         ),
@@ -181,7 +151,7 @@ def _calibration(found: Mapping[str, Any]) -> list[str]:
         "taken from the other pictures: about zero, or a little below, where nothing is wrong.</p>",
     ]
     for name, table in tables.items():
-        rows = [[row["model"], f"{row['factor']:.3f}", _number(row, 5), *_difference(row, 5)] for row in table["rows"]]
+        rows = [[row["model"], f"{row['factor']:.3f}", number(row, 5), *_difference(row, 5)] for row in table["rows"]]
         parts += [
             f"<h3>{process_title(name).capitalize()}</h3>",
             _table(["model", "wrong by", "bits to save", "more than base", "95 % interval", "p"], rows),
@@ -194,7 +164,7 @@ def _calibration(found: Mapping[str, Any]) -> list[str]:
 
 def _step_table(table: Mapping[str, Any]) -> str:
     rows = [
-        [row["model"], _span(times), f"{sigma:.4g}", f"{predicted:.3g}", f"{found:.3g}", _number(ratio, 3)]
+        [row["model"], _span(times), f"{sigma:.4g}", f"{predicted:.3g}", f"{found:.3g}", number(ratio, 3)]
         for row in table["rows"]
         for times, sigma, predicted, found, ratio in zip(
             row["timesteps"], row["sigma"], row["predicted"], row["empirical"], row["ratio"], strict=True
@@ -214,10 +184,47 @@ def _pictures(samples: Mapping[str, Any], sheets: Mapping[str, Image.Image]) -> 
         "<code>pictures</code> beside this page, each picture with its recipe.</p>",
     ]
     for name, sheet in sheets.items():
-        out = io.BytesIO()
-        sheet.convert("RGB").save(out, "JPEG", quality=90)
-        parts += [f"<h3>{_text(name)}</h3>", _image(out.getvalue(), f"pictures by {name}", "jpeg")]
+        parts += [f"<h3>{_text(name)}</h3>", _sheet(sheet, f"pictures by {name}")]
     return parts
+
+
+def _likeness(likeness: Mapping[str, Any], near: Mapping[str, Image.Image]) -> list[str]:
+    if not likeness:
+        return []
+    features, ways = likeness["features"], likeness["ways"]
+    parts = [
+        "<h2>How like the real ones</h2>",
+        f"<p>Pictures are compared by {features['numbers']} numbers that the network "
+        f"<code>{_text(features['name'])}</code> ({features['digest']}) makes of each: what it does not see, these "
+        f"figures do not say, and with another network they are others. There are {features['real']} held-out pictures"
+        + (f" and {features['training']} that were trained on" if features["training"] else "")
+        + ". Errors are by leaving out parts of the pictures.</p>",
+    ]
+    for name, way in ways.items():
+        parts.append(f"<h3>{_text(name)}</h3>")
+        for metric, rows in way["metrics"].items():
+            title, what, digits = LIKENESS[metric]
+            parts += [f"<p><b>{title}</b>: {what}.</p>", _compared_table(rows, digits)]
+    if len(ways) > 1:
+        parts.append("<h3>Quality and cost</h3>")
+        shown = [m for m in ("fd", "kid", "cmmd", "clip_score") if m in next(iter(ways.values()))["metrics"]]
+        parts += [_image(quality_plot(m, ways), f"{LIKENESS[m][0]} by network calls") for m in shown]
+    for model, sheet in near.items():
+        chance = next(iter(ways.values()))["neighbours"][model]["chance"]
+        parts += [
+            f"<h3>Nearest neighbours, {_text(model)}</h3>",
+            "<p>The drawn pictures that are nearest to one of the training, with their distances. Where nothing is "
+            f"memorised, {chance:.0%} of all drawn pictures are nearer to a training picture than to a held-out "
+            "one.</p>",
+            _sheet(sheet, f"nearest neighbours of {model}"),
+        ]
+    return parts
+
+
+def _sheet(sheet: Image.Image, what: str) -> str:
+    out = io.BytesIO()
+    sheet.convert("RGB").save(out, "JPEG", quality=90)
+    return _image(out.getvalue(), what, "jpeg")
 
 
 def _recipe(found: Mapping[str, Any]) -> list[str]:
@@ -236,19 +243,6 @@ def _recipe(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _compared(what: str, rows: Sequence[Mapping[str, Any]], digits: int) -> list[str]:
-    base, *others = rows
-    lines = []
-    for row in others:
-        change = row["difference"]
-        sure = "significant" if change["significant"] else "not significant"
-        lines.append(
-            f"{row['model']}: {what} {row['mean']:.{digits}f}, base {base['mean']:.{digits}f}: "
-            f"{change['mean']:+.{digits}f} ± {change['standard_error']:.{digits}f}, {sure} ({_chance(change)})"
-        )
-    return lines or [f"{base['model']}: {what} {_number(base, digits)}"]
-
-
 def _compared_table(rows: Sequence[Mapping[str, Any]], digits: int, extra: Sequence[str] = ()) -> str:
     head = ["model", "mean", *extra, "minus base", "95 % interval", "p"]
     return _table(
@@ -256,8 +250,8 @@ def _compared_table(rows: Sequence[Mapping[str, Any]], digits: int, extra: Seque
         [
             [
                 row["model"],
-                _number(row, digits),
-                *(_number(row[key], digits) for key in extra),
+                number(row, digits),
+                *(number(row[key], digits) for key in extra),
                 *_difference(row, digits),
             ]
             for row in rows
@@ -273,16 +267,8 @@ def _difference(row: Mapping[str, Any], digits: int) -> list[str]:
     return [
         f"**{number}" if d["significant"] else number,
         f"{d['low']:+.{digits}f} to {d['high']:+.{digits}f}",
-        _chance(d),
+        chance(d),
     ]
-
-
-def _chance(d: Mapping[str, Any]) -> str:
-    return "p < 0.001" if d["corrected"] < 0.001 else f"p = {d['corrected']:.3f}"
-
-
-def _number(estimate: Mapping[str, Any], digits: int) -> str:
-    return f"{estimate['mean']:.{digits}f} ± {estimate['standard_error']:.{digits}f}"
 
 
 def _span(times: Sequence[float]) -> str:
@@ -306,11 +292,6 @@ def _list(items: Iterable[str]) -> str:
 
 def _image(data: bytes, what: str, kind: str = "png") -> str:
     return f'<img alt="{_text(what)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
-
-
-def _models(found: Mapping[str, Any]) -> str:
-    count = len(found["models"])
-    return "one model" if count == 1 else f"{count} models"
 
 
 def _text(value: str) -> str:

@@ -52,9 +52,12 @@ def check_evaluation(config: EvaluateConfig) -> list[Entry]:
         for entry in entries[:1]:
             if entry.base is None:
                 mistakes.add(f"model: {entry.name} does not say what it was trained on; give --model")
-    if config.data is not None:
-        with mistakes.noted():
-            check_folder(picture_folder(config.data, "held_out"))
+    for folder, part in ((config.data, "held_out"), (config.train_data, "train")):
+        if folder is not None:
+            with mistakes.noted():
+                check_folder(picture_folder(folder, part))
+    if config.prompts_file is not None and not config.prompts_file.is_file():
+        mistakes.add(f"prompts_file: there is no file {config.prompts_file}")
     mistakes.raise_if_any()
     return entries
 

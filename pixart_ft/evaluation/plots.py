@@ -1,6 +1,7 @@
 """The plots of a report, as PNG bytes. What is drawn is read from the tables of `tables`."""
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,33 @@ def calibration_plot(tables: Mapping[str, Any], titles: Mapping[str, str]) -> by
     return _png(figure)
 
 
-_POINTS = {"fmt": "o-", "markersize": 3, "capsize": 2, "linewidth": 1.2}
+def quality_plot(metric: str, ways: Mapping[str, Any]) -> bytes:
+    """A metric by the network calls of a picture: a line for each model and sampler."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
+    axes = figure.subplots()
+    models = [row["model"] for row in next(iter(ways.values()))["metrics"][metric]]
+    samplers = list(dict.fromkeys(name.rpartition(",")[0] for name in ways))
+    for colour, model in zip(_colours(models), models, strict=True):
+        for style, sampler in zip(itertools.cycle(("-", "--", ":", "-.")), samplers, strict=False):
+            points = [
+                (way["calls"], row["mean"], row["standard_error"])
+                for name, way in ways.items()
+                for row in way["metrics"][metric]
+                if row["model"] == model and name.rpartition(",")[0] == sampler and way["calls"]
+            ]
+            if points:
+                x, y, error = zip(*sorted(points), strict=True)
+                label = f"{model}, {sampler}"
+                axes.errorbar(x, y, error, color=colour, label=label, **_POINTS | {"fmt": f"o{style}"})
+    axes.set(xscale="log", xlabel="network calls for a picture", title=metric)
+    axes.grid(True, which="major", alpha=0.25)
+    axes.legend(frameon=False, fontsize="small")
+    return _png(figure)
+
+
+_POINTS: dict[str, Any] = {"fmt": "o-", "markersize": 3, "capsize": 2, "linewidth": 1.2}
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:

@@ -47,7 +47,7 @@ def loss_table(models: Sequence[Measured]) -> dict[str, Any]:
     levels = {one.label: one.levels for one in models if one.levels is not None}
     values = {label: process.steps.total(_any(process).eps_mse) / _count(process) for label, process in levels.items()}
     parts = {label: _axis(process) | {"per_t": _per_step(_any(process).eps_mse)} for label, process in levels.items()}
-    return {"rows": _rows(values, parts)} if values else {}
+    return {"rows": rows_of(values, parts)} if values else {}
 
 
 def bound_tables(models: Sequence[Measured]) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def bound_tables(models: Sequence[Measured]) -> dict[str, Any]:
                 }
                 for label, p in here.items()
             }
-            by_variance[variance] = _rows(totals, parts)
+            by_variance[variance] = rows_of(totals, parts)
         found[name] = {"variances": by_variance}
     return found
 
@@ -77,7 +77,7 @@ def bound_tables(models: Sequence[Measured]) -> dict[str, Any]:
 def flow_table(models: Sequence[Measured]) -> dict[str, Any]:
     """The likelihood by the probability-flow ODE."""
     values = {one.label: one.flow for one in models if one.flow is not None}
-    return {"pictures": len(next(iter(values.values()))), "rows": _rows(values, {})} if values else {}
+    return {"pictures": len(next(iter(values.values()))), "rows": rows_of(values, {})} if values else {}
 
 
 def calibration_tables(models: Sequence[Measured]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def calibration_tables(models: Sequence[Measured]) -> dict[str, Any]:
             }
             for label, r in readings.items()
         }
-        found[name] = {"rows": _rows(saved, parts)}
+        found[name] = {"rows": rows_of(saved, parts)}
     return found
 
 
@@ -131,7 +131,7 @@ def verdicts(models: Sequence[Measured]) -> list[dict[str, Any]]:
     return found
 
 
-def _rows(values: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def rows_of(values: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for each model: the mean of its values (P,), and the difference from the first model's."""
     base, *others = values
     compared = differences({label: values[label] - values[base] for label in others})

@@ -9,8 +9,8 @@ import torch
 from pixart_ft.diffusion.names import VarianceState
 from pixart_ft.diffusion.readings import Readings, Steps
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.evaluation.page import verdict
 from pixart_ft.evaluation.tables import Measured, Process, bound_tables, calibration_tables, loss_table, verdicts
+from pixart_ft.evaluation.words import overview, verdict
 
 PICTURES, DIMENSIONS = 30, 200
 
@@ -69,6 +69,31 @@ def test_two_seeds_of_one_model_seldom_differ() -> None:
         called["bits"] += bound_tables(pair)["10"]["variances"]["learned"][1]["difference"]["significant"]
         called["stale"] += bool(verdicts(pair)[0]["worse"])
     assert all(count < 0.05 * trials + 4 * math.sqrt(0.05 * 0.95 * trials) for count in called.values()), called
+
+
+def test_the_overview_says_what_is_better() -> None:
+    """Less error is better, more fit to the prompt is better; what chance explains is neither."""
+    models = [measured("base", 0), measured("tuned", 0, error=0.5), measured("again", 1)]
+    rows = [
+        {"model": name, "mean": mean} | ({"difference": {"significant": significant, "mean": change}} if change else {})
+        for name, mean, significant, change in (
+            ("base", 20.0, False, 0),
+            ("tuned", 21.0, True, 1),
+            ("again", 19, False, -1),
+        )
+    ]
+    likeness = {"ways": {"ddim, 25 steps": {"metrics": {"clip_score": rows, "nearer_to_training": rows}}}}
+    found = {
+        "loss": loss_table(models),
+        "bpd": {},
+        "likeness": likeness,
+        "models": [{"label": m.label} for m in models],
+    }
+    head, (base, tuned, again) = overview(found)
+    assert head == ["model", "error of the noise", "fit to the prompt, ddim, 25 steps"]
+    assert base[0] == "base" and base[2] == "20.00" and "(" not in base[1]
+    assert tuned[1].endswith(" (better)") and tuned[2] == "21.00 (better)"
+    assert again[1].endswith(" (no difference)") and again[2] == "19.00 (no difference)"
 
 
 def test_means_are_over_the_whole_process() -> None:
