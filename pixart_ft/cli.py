@@ -34,7 +34,7 @@ WIDTH = 110
 SWITCHES = {"help": "this text"}
 DRY_RUN = {"dry_run": "check all but the weights, print what would run and its configuration as YAML, write nothing"}
 REPEATABLE = {"prompt", "lora", "lora_scale", "runs"}
-MAY_BE_EMPTY = {"prompt"}  # of the commands' own options, those for which an empty text means something
+MAY_BE_EMPTY = {"prompt", "caption"}  # of the commands' own options, those for which an empty text means something
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +92,11 @@ def _evaluate(config: EvaluateConfig, options: Mapping[str, str]) -> None:
 
 def _doctor(config: PlanConfig, options: Mapping[str, str]) -> None:
     card = _positive(options["card"], "--card", "GB of memory") if "card" in options else None
-    from pixart_ft.training.doctor import examine
+    from pixart_ft.training.doctor import examine, show_caption
 
+    if "caption" in options:
+        show_caption(config, options["caption"])
+        return
     given = any(getattr(config, section).model_fields_set for section in PlanConfig.model_fields)
     examine(config if given else None, None if card is None else round(card * 2**30))
 
@@ -143,13 +146,14 @@ COMMANDS = {
     ),
     "doctor": Command(
         "check this machine, and whether a training fits on it",
-        "pixart-ft doctor [--config NAME|FILE] [--section.key value ...] [--card GB]",
+        "pixart-ft doctor [--config NAME|FILE] [--section.key value ...] [--card GB] [--caption TEXT]",
         PlanConfig,
         "validation.prompts",
         {
             "config": "of the training: YAML file or shipped name; without it and any key, the machine alone",
             "prompt": "one prompt of the sample grid; give it again for more",
             "card": "memory in GB of an NVIDIA GPU that computes in bfloat16, to plan for in place of this machine",
+            "caption": "show the tokens of a caption or prompt, what of it T5 sees and what not, and nothing else",
         },
         _doctor,
     ),
@@ -358,7 +362,7 @@ def _config(command: Command, given: Mapping[str, list[str]], problems: list[str
     }
     if "prompt" in given:
         overrides[command.prompts] = given["prompt"]
-    for one, other in (("prompt", command.prompts), ("resume", "init_from"), ("config", "from")):
+    for one, other in (("prompt", command.prompts), ("resume", "init_from"), ("config", "from"), ("caption", "card")):
         if one in given and other in given:
             problems.append(f"--{one} and --{other.replace('_', '-')} exclude each other; give one")
     if "accept_changes" in given and "resume" not in given:

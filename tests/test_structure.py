@@ -25,8 +25,8 @@ HOUSE = {
     "schedulers": "stored base discrete sigma sde stock",
     "runs": "manifest lock log folder metadata hub results",
     "sharing": "card push",
-    "model": "place faults weights vae text attention repeated engine adapter_switch network shared_calls base "
-    "loading saving original convert text_encoder quantized",
+    "model": "place faults weights vae text captions attention repeated engine adapter_switch network shared_calls "
+    "base loading saving original convert text_encoder quantized",
     "adapters": "files targets attach weights acting dialects adopting pipelines full export",
     "data": "pixels datasets store cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",

@@ -63,7 +63,7 @@ def warn_of_losses(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], 
         examples = _few([f"{length} tokens: {text[:80]!r}" for text, length in cut])
         losses.append(f"{len(cut)} of {len(texts)} texts exceed max_tokens {max_tokens} and were cut:{examples}")
     if strange:
-        examples = _few([f"{_unknown(tokenizer, text)} in {text[:80]!r}" for text in strange[:3]], len(strange))
+        examples = _few([f"{unknown_letters(tokenizer, text)} in {text[:80]!r}" for text in strange[:3]], len(strange))
         losses.append(
             f"{len(strange)} of {len(texts)} texts have letters that the tokenizer does not know; the model sees one "
             f"unknown token for each or several of them:{examples}"
@@ -81,7 +81,7 @@ def _few(examples: Sequence[str], count: int | None = None) -> str:
     return "".join(f"\n  {example}" for example in examples[:3]) + (f"\n  and {rest} more" if rest > 0 else "")
 
 
-def _unknown(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def unknown_letters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The letters of a text that the vocabulary lacks."""
     letters = list(dict.fromkeys(text))
     rows = tokenizer(letters).input_ids

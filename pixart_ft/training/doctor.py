@@ -4,6 +4,7 @@ import importlib
 import os
 import platform
 import shutil
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from pixart_ft.files import versions
 from pixart_ft.model import loading
 from pixart_ft.model.attention import xformers_fault
 from pixart_ft.model.base import Base
+from pixart_ft.model.captions import account_of
 from pixart_ft.model.text import prepare_text, token_ids
 from pixart_ft.training import memory
 from pixart_ft.training.encode import read_pictures
@@ -65,6 +67,14 @@ def examine(config: PlanConfig | None, card: int | None) -> None:
             with mistakes.noted():
                 _measure_disk(case)
     mistakes.raise_if_any()
+
+
+def show_caption(config: PlanConfig, caption: str) -> None:
+    """Print what the text encoder of the base sees of a caption. Raises UserError without that base's tokenizer."""
+    base = Base.read(config.model.base, config.model.revision).whole
+    for name, fact in account_of(loading.load_tokenizer(base), caption, config.data.max_tokens).items():
+        lines = textwrap.wrap(fact, 100, break_on_hyphens=False) or [""]
+        _say({name: ("\n" + 19 * " ").join(lines)})
 
 
 def _say(facts: Mapping[str, str]) -> None:

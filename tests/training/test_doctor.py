@@ -125,3 +125,13 @@ def test_a_package_that_does_not_run_here_is_told_of(
     found, _ = printed(capsys, ["doctor"])
     assert found["xformers"] == "9.0 does not run here: no operator"
     sys.modules.pop("xformers", None)
+
+
+def test_a_caption_is_shown_as_t5_sees_it_and_nothing_else(capsys: pytest.CaptureFixture[str], plan: list[str]) -> None:
+    base = plan[1:3]
+    found, _ = printed(capsys, ["doctor", *base, "--data.max_tokens=5", "--caption", "A red circle on the GREY " * 9])
+    assert list(found) == ["caption", "", "T5 sees", "tokens", "cut", "small letters", "diffusers"]
+    assert found["tokens"].startswith("5 of at most 5: ") and found["tokens"].endswith("</s>")
+    assert printed(capsys, ["doctor", *base, "--caption="])[0]["tokens"] == "1 of at most 300: </s>"
+    assert cli.main(["doctor", *base, "--caption=a", "--card=8"]) == 2
+    assert "--caption and --card exclude each other" in capsys.readouterr().err
