@@ -98,7 +98,8 @@ def _doctor(config: PlanConfig, options: Mapping[str, str]) -> None:
         show_caption(config, options["caption"])
         return
     given = any(getattr(config, section).model_fields_set for section in PlanConfig.model_fields)
-    examine(config if given else None, None if card is None else round(card * 2**30))
+    sheet = Path(options["sheet"]) if "sheet" in options else None
+    examine(config if given else None, None if card is None else round(card * 2**30), sheet)
 
 
 def _convert(config: ConvertConfig, options: Mapping[str, str]) -> None:
@@ -146,13 +147,14 @@ COMMANDS = {
     ),
     "doctor": Command(
         "check this machine, and whether a training fits on it",
-        "pixart-ft doctor [--config NAME|FILE] [--section.key value ...] [--card GB] [--caption TEXT]",
+        "pixart-ft doctor [--config NAME|FILE] [--section.key value ...] [--card GB] [--sheet FILE] [--caption TEXT]",
         PlanConfig,
         "validation.prompts",
         {
             "config": "of the training: YAML file or shipped name; without it and any key, the machine alone",
             "prompt": "one prompt of the sample grid; give it again for more",
             "card": "memory in GB of an NVIDIA GPU that computes in bfloat16, to plan for in place of this machine",
+            "sheet": "write a PNG of pictures as the VAE sees them, with their captions, the worst of them marked",
             "caption": "show the tokens of a caption or prompt, what of it T5 sees and what not, and nothing else",
         },
         _doctor,
@@ -362,7 +364,13 @@ def _config(command: Command, given: Mapping[str, list[str]], problems: list[str
     }
     if "prompt" in given:
         overrides[command.prompts] = given["prompt"]
-    for one, other in (("prompt", command.prompts), ("resume", "init_from"), ("config", "from"), ("caption", "card")):
+    for one, other in (
+        ("prompt", command.prompts),
+        ("resume", "init_from"),
+        ("config", "from"),
+        ("caption", "card"),
+        ("caption", "sheet"),
+    ):
         if one in given and other in given:
             problems.append(f"--{one} and --{other.replace('_', '-')} exclude each other; give one")
     if "accept_changes" in given and "resume" not in given:

@@ -325,7 +325,7 @@ def test_what_the_system_refuses_is_one_message_in_every_command() -> None:
     )
 
 
-TAKES_EMPTY = {"prompt", "prompts", "validation.prompts", "negative_prompt"}
+TAKES_EMPTY = {"prompt", "caption", "prompts", "validation.prompts", "negative_prompt"}
 NEEDED = {
     "train": {"config": "quickstart"},
     "convert": {"file": "a", "out": "b"},

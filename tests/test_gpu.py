@@ -33,7 +33,7 @@ from pixart_ft.sampling.settings import Settings
 from pixart_ft.sampling.text_to_image import TextToImage
 from pixart_ft.training import doctor, memory
 from pixart_ft.training.memory import Case
-from pixart_ft.training.start import with_precision
+from pixart_ft.training.start import look, with_precision
 from pixart_ft.training.trainer import Trainer
 from tests.helpers.adapters import make_adapter
 from tests.helpers.rounding import PICTURE, gap
@@ -486,6 +486,7 @@ def test_the_demo_takes_the_memory_that_was_predicted(
     monkeypatch.setattr(Trainer, "_steps", measured)
     train(asked)
     config, base = with_precision(load_config({}, asked)), Base.read("demo")
-    told = memory.training(Case.of(config, base, tokens=doctor._longest(config, base), on_gpu=True)).bytes
+    tokens = doctor._longest(config, base, look(config, None).overview(config.data.max_tokens))
+    told = memory.training(Case.of(config, base, tokens=tokens, on_gpu=True)).bytes
     print(f"{how}: predicted {told / 2**20:.0f} MiB, measured {found[0] / 2**20:.0f} MiB, {told / found[0]:.2f}")
     assert told / 1.5 < found[0] < 1.5 * told + CUBLAS

@@ -28,13 +28,13 @@ HOUSE = {
     "model": "place faults weights vae text captions attention repeated engine adapter_switch network shared_calls "
     "base loading saving original convert text_encoder quantized",
     "adapters": "files targets attach weights acting dialects adopting pipelines full export",
-    "data": "pixels datasets store cache",
+    "data": "pixels datasets seen store cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "places objective held_out metrics features measure statistics tables words plots page drawing "
     "contestants likeness command",
     "training": "places shell stopping processes nested ahead ema sharding importance step_numbers "
-    "pace screen trackers records learning_rate optimizers guard in_backward moving batches encode speed objective "
-    "kinds trained_on before_after watching keeping trainer report start run memory doctor",
+    "pace screen trackers records learning_rate optimizers guard in_backward moving batches encode overview speed "
+    "objective kinds trained_on before_after watching keeping trainer report start run memory doctor",
 }
 DOORS = ("", "cli")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}

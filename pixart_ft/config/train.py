@@ -127,7 +127,7 @@ class Data(Section):
         None, description="folder of what the base must not forget; every second draw is of it (DreamBooth)"
     )
     prior_weight: float = Field(1.0, ge=0.01, le=100, description="what the losses of data.prior are multiplied by")
-    strict: bool = Field(True, description="refuse a folder with what cannot be used; false = name it and leave it out")
+    strict: bool = Field(False, description="refuse a folder with what cannot be used, else named and left out")
     resolution: int | None = Field(
         None,
         ge=16,

@@ -18,8 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from pixart_ft.data.datasets import Row, in_threads, verify_pictures
+from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import TRANSFORM, fitted
+from pixart_ft.data.seen import verified
 from pixart_ft.data.store import TensorStore
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, sha256, write_text
@@ -88,15 +89,6 @@ def cache_captions(
     return keys
 
 
-def picture_digests(rows: Sequence[Row]) -> list[str]:
-    """What names each picture: the SHA-256 of its file, and where it is not read in the usual way, how.
-
-    Raises UserError for one that cannot be read.
-    """
-    found = in_threads(lambda row: row.digest(row.content()), rows)
-    return list(tqdm(found, "pictures read", len(rows), delay=1, leave=False, disable=None))
-
-
 def pictures_at_once(size: int) -> int:
     """How many of size x size pixels are encoded in one call: four, but no more pixels than four of 512 x 512 have."""
     return max(1, min(4, 4 * 512**2 // size**2))
@@ -115,22 +107,21 @@ def cache_pictures(
 ) -> list[str]:
     """Encode the pictures that the store misses, at size x size pixels; returns the key of each.
 
-    load_vae   called only if something is missing and all of that can be read; its result is freed
+    load_vae   called only if something is missing, and its result freed
     vae_id     names the VAE and its dtype: see `component_id`
-    digests    of the rows, where they are known: see `picture_digests`
+    digests    of the rows, where all were read and decoded before: see `look_at`; else they are here
     batch_size pictures of one call; None: `pictures_at_once`
 
     Raises UserError listing the pictures that cannot be read, that changed since their digest was taken, or for which
     the VAE gives NaN or infinity.
     """
     about = {"transform": TRANSFORM, "size": size, "vae": vae_id}
-    digests = picture_digests(rows) if digests is None else digests
+    digests = [found.digest for found in verified(rows, progress=progress)] if digests is None else digests
     keys = [_key(about, digest) for digest in digests]
     row_of = dict(zip(keys, rows, strict=True))
     digest_of = dict(zip(keys, digests, strict=True))
     if missing := store.missing(keys):
         store.check_writable()
-        verify_pictures([row_of[key] for key in missing], size, progress=progress)
         vae = load_vae()
         bad: list[Row] = []
         wanted = {key: (row_of[key], digest_of[key]) for key in missing}

@@ -6,14 +6,12 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol, TypeVar
-
-from tqdm import tqdm
 
 from pixart_ft.config.text import is_text, read_text, visible
 from pixart_ft.data.pixels import Opened, departs, is_picture, picture_types, read_picture, refused_types
@@ -26,6 +24,7 @@ _TABLE_TYPES = (".json", ".csv", ".tsv", ".ndjson")
 _PACKED_TYPES = frozenset({".tar", ".tgz", ".gz", ".zip", ".rar", ".7z", ".parquet", ".arrow"})
 _NEARLY_TXT = frozenset({".txt", ".caption", ".captions", ".cap", ".text"})
 _REST = "\0"  # the cells of a row that no column has; a name that no column can have
+UNREAD = "pictures that cannot be read (repair them or move them out)"
 Found = TypeVar("Found")
 
 DEMO_PICTURES = Path(__file__).parents[1] / "demo" / "pictures"
@@ -97,6 +96,11 @@ class Account:
         if self.wrong:
             warnings.warn(self._told(f"left out of {self.folder}:"), stacklevel=3)
         return self.rows
+
+    def without(self, unread: Mapping[Row, str]) -> "Account":
+        """The same once it was found why some pictures cannot be read."""
+        rows = [row for row in self.rows if row not in unread]
+        return replace(self, rows=rows, wrong=self.wrong | ({UNREAD: list(unread.values())} if unread else {}))
 
     def _told(self, subject: str) -> str:
         return "\n".join([subject, *(listed(kind, items) for kind, items in self.wrong.items())])
@@ -260,53 +264,11 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
     return [row for row in rows if row.name not in held_out], [row for row in rows if row.name in held_out]
 
 
-def verify_pictures(rows: Sequence[Row], size: int, *, strict: bool = True, progress: bool = True) -> list[Row]:
-    """Decode every picture in full; returns the rows of those that can be read.
-
-    Raises one UserError that lists the others; not strict, it warns of them unless none is left. Warns of pictures that
-    `load_picture(path, size)` will enlarge, or lose more than half of to the crop, or reads in a way to be known.
-    """
-    unread, small, cropped, good = [], [], [], []
-    told: list[str] = []
-    found = tqdm(in_threads(_size_or_problem, rows), "pictures checked", len(rows), disable=None if progress else True)
-    for row, seen in zip(rows, found, strict=True):
-        if isinstance(seen, str):
-            unread.append(seen)
-            continue
-        good.append(row)
-        (width, height), notes = seen
-        told += [f"{row.where}: {note}" for note in notes]
-        if min(width, height) < size:
-            small.append(str(row.where))
-        elif max(width, height) > 2 * min(width, height):
-            cropped.append(str(row.where))
-    if unread:
-        named = listed("pictures that cannot be read (repair them or move them out)", unread)
-        if strict or not good:
-            raise UserError(f"some pictures cannot be used:\n{named}\n  --data.strict false leaves them out")
-        warnings.warn(f"left out:\n{named}", stacklevel=2)
-    if small:
-        warnings.warn(listed(f"pictures below {size} px, enlarged and so blurred", small, 3), stacklevel=2)
-    if cropped:
-        warnings.warn(listed("pictures that lose over half to the centre crop", cropped, 3), stacklevel=2)
-    if told:
-        warnings.warn(listed("pictures that are not read as they may seem", told, 3), stacklevel=2)
-    return good
-
-
 def in_threads(work: Callable[[Row], Found], rows: Sequence[Row]) -> Iterator[Found]:
     """`work` of each row, in order, by as many threads as there are processors; only some rows wait at a time."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(rows), 1024):
             yield from pool.map(work, rows[start : start + 1024])
-
-
-def _size_or_problem(row: Row) -> tuple[tuple[int, int], tuple[str, ...]] | str:
-    try:
-        opened = row.opened()
-    except UserError as error:
-        return str(error)
-    return opened.picture.size, opened.notes
 
 
 Captions = dict[str, str | None]  # by picture; None: what is wrong with it is reported

@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from pixart_ft.errors import UserError
 
@@ -79,13 +79,17 @@ def picture_pixels(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor
     return fitted(_rgb(picture, _to_srgb(picture)), size)
 
 
+def cut(picture: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """An RGB picture as the VAE sees it, see `load_picture`."""
+    return ImageOps.fit(picture, (size, size) if isinstance(size, int) else size, Image.Resampling.LANCZOS)
+
+
 def fitted(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
     """An RGB picture as pixels, see `load_picture`."""
-    square = ImageOps.fit(picture, (size, size) if isinstance(size, int) else size, Image.Resampling.LANCZOS)
     import numpy
     import torch
 
-    pixels = torch.from_numpy(numpy.array(square)).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(numpy.array(cut(picture, size))).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32) / 127.5 - 1
 
 
@@ -103,6 +107,8 @@ def read_picture(where: object, content: bytes | None = None) -> Opened:
             Image.open(str(where) if content is None else io.BytesIO(content), formats=_known()) as it,
         ):
             return _read(it)
+    except UnidentifiedImageError:
+        raise UserError(f"{where}: cannot identify it as a picture of a format that is read") from None
     except Exception as error:  # a broken file makes Pillow raise almost anything
         raise UserError(f"{where}: {str(error) or type(error).__name__}") from error
 

@@ -7,7 +7,8 @@ from pixart_ft.adapters.adopting import like_base, taken_in
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.config.evaluate import LIKENESS, EvaluateConfig, draws
 from pixart_ft.config.train import HUB_BASE
-from pixart_ft.data.datasets import Row, picture_folder, survey, verify_pictures
+from pixart_ft.data.datasets import Row, picture_folder, survey
+from pixart_ft.data.seen import verified
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.drawing import settings_of
 from pixart_ft.evaluation.places import Entry
@@ -74,7 +75,9 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
             held_out = survey(folder).usable()
         if len(held_out) < 2:
             raise UserError(f"data: one picture in {origin}; an error, and so any comparison, takes two or more")
-        rows = verify_pictures(held_out[: config.pictures], size)
+        held_out = list(held_out[: config.pictures])
+        verified(held_out)
+        rows = held_out
     with mistakes.noted():
         if rows and draws(config.metrics):
             captions = [row.caption for row in rows] if config.prompts_file is None else []
@@ -86,7 +89,8 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
     with mistakes.noted():
         if "memorisation" in config.metrics:
             chosen = _or_demo(config.train_data, base, "train_data", "the folder of pictures that was trained on")
-            training = verify_pictures(survey(picture_folder(chosen, "train")).usable(), size)
+            training = survey(picture_folder(chosen, "train")).usable()
+            verified(training)
     with mistakes.noted():
         device_of(config.device)
     with mistakes.noted():

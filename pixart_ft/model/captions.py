@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from html.parser import HTMLParser
 from types import FunctionType, SimpleNamespace
@@ -20,7 +20,8 @@ _SHARED = 20  # a word may be a trigger if one caption of so many has it
 def account_of(tokenizer: PreTrainedTokenizerBase, caption: str, max_tokens: int) -> dict[str, str]:
     """What the text encoder sees of a caption, by what each line is about. Raises UserError for what is no text."""
     (ids,) = token_ids(tokenizer, [caption], max_tokens)
-    seen, whole = prepare_text(caption), tokenizer(prepare_text(caption), truncation=False, verbose=False).input_ids
+    (whole,) = token_ids(tokenizer, [caption], None)
+    seen = prepare_text(caption)
     found = {
         "caption": f'"{caption}"',
         "T5 sees": f'"{seen}", in training and in sampling alike' + ("" if seen else ": the null caption"),
@@ -40,16 +41,20 @@ def account_of(tokenizer: PreTrainedTokenizerBase, caption: str, max_tokens: int
     return found | {"diffusers": f"with clean_caption=True, its pipeline's default, {told}"}
 
 
-def warn_of_trigger_words(captions: Sequence[str]) -> None:
-    """Warn of words that many captions share and that are not read as they are written, here or in diffusers."""
+def warn_of_trigger_words(captions: Sequence[str], named: Sequence[str] = ()) -> None:
+    """Warn of words that are not read as they are written, here or in diffusers: such as many captions share, and
+    those that are named to be triggers."""
     looked_at = captions[:: max(1, len(captions) // _LOOKED_AT)]
-    lowered = _shared([_with_inner_capitals(caption) for caption in looked_at])
-    altered = _shared([_altered(prepare_text(caption), stock_cleaning(caption)) for caption in looked_at])
+    triggers = _words(" ".join(named))
+    lowered = _shared([_with_inner_capitals(caption) for caption in looked_at], triggers)
+    altered = _shared(
+        [_altered(prepare_text(caption), stock_cleaning(caption)) for caption in looked_at], map(str.lower, triggers)
+    )
     if lowered:
-        warnings.warn(f"words of many captions that T5 sees in small letters, always: {lowered}", stacklevel=2)
+        warnings.warn(f"words of the captions that T5 sees in small letters, always: {lowered}", stacklevel=2)
     if altered:
         warnings.warn(
-            "words of many captions that diffusers' own pipeline deletes or changes (clean_caption=True, its default): "
+            "words of the captions that diffusers' own pipeline deletes or changes (clean_caption=True, its default): "
             f"{altered}; here they stay as they are. There draw with clean_caption=False, or choose plain letters",
             stacklevel=2,
         )
@@ -105,8 +110,15 @@ def _altered(text: str, becomes: str) -> list[str]:
     return list(dict.fromkeys(word for word in _words(text) if word not in left))
 
 
-def _shared(found: Sequence[Sequence[str]]) -> str:
-    """Words that one caption of `_SHARED` has or more, the most frequent first; "" for none. found: of each caption."""
-    counted = Counter(word for words in found for word in words).most_common()
-    often = [f"{word} ({times} of {len(found)})" for word, times in counted if _SHARED * times >= len(found)]
+def _shared(found: Sequence[Sequence[str]], triggers: Iterable[str]) -> str:
+    """Words that one caption of `_SHARED` has or more, and triggers, the most frequent first; "" for none.
+
+    found   of each caption
+    """
+    counted, always = Counter(word for words in found for word in words).most_common(), set(triggers)
+    often = [
+        f"{word} ({times} of {len(found)})"
+        for word, times in counted
+        if _SHARED * times >= len(found) or word in always
+    ]
     return ", ".join(often[:5]) + (f" and {len(often) - 5} more" if len(often) > 5 else "")

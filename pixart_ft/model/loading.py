@@ -92,14 +92,14 @@ def decoder_only(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
-def load_tokenizer(base: Base, *, here_only: bool = False) -> PreTrainedTokenizerBase:
-    """What cuts captions into tokens. here_only: it is not downloaded; a Hub's that is not here is a UserError too."""
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """What cuts captions into tokens."""
     words = Path(base.place) / "tokenizer"
     if Path(base.place).is_dir() and not any((words / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise UserError(f"model.base: {words} holds neither tokenizer.json nor spiece.model; copy the model again")
     with quiet(base.place), readable(base.place, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = T5Tokenizer.from_pretrained(
-            base.place, subfolder="tokenizer", revision=base.commit or "main", local_files_only=here_only
+            base.place, subfolder="tokenizer", revision=base.commit or "main"
         )
     return tokenizer
 

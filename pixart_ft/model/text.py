@@ -25,10 +25,11 @@ def prepare_text(text: str) -> str:
     return text.lower().strip()
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_tokens: int) -> list[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_tokens: int | None) -> list[list[int]]:
     """Token ids of each caption, end token included, no padding; every token in this package is made here.
 
-    Captions longer than `max_tokens` are cut, the end token kept. Raises UserError naming those that are no text.
+    Captions longer than `max_tokens` are cut, the end token kept; None: they are not. Raises UserError naming those
+    that are no text.
     """
     if bad := [visible(caption) for caption in captions if not is_text(caption)]:
         raise UserError(f"{len(bad)} of {len(captions)} texts are no Unicode text (half a surrogate pair):{_few(bad)}")
@@ -36,9 +37,16 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_t
         return []
     prepared = [prepare_text(caption) for caption in captions]
     ids: list[list[int]] = []
+    cut = {"truncation": max_tokens is not None, "max_length": max_tokens, "verbose": False}
     for start in tqdm(range(0, len(prepared), 1024), "texts read, in thousands", delay=1, leave=False, disable=None):
-        ids += tokenizer(prepared[start : start + 1024], truncation=True, max_length=max_tokens).input_ids
+        ids += tokenizer(prepared[start : start + 1024], **cut).input_ids
     return ids
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> dict[str, int]:
+    """The tokens of each whole caption, end token included."""
+    texts = list(dict.fromkeys(captions))
+    return {text: len(ids) for text, ids in zip(texts, token_ids(tokenizer, texts, None), strict=True)}
 
 
 def warn_of_losses(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_tokens: int = 300) -> None:
@@ -51,8 +59,7 @@ def warn_of_losses(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], 
     ids = token_ids(tokenizer, texts, max_tokens)
     # Only a caption that fills the limit can have been cut, so only those are counted again in full.
     full = [text for text, row in zip(texts, ids, strict=True) if len(row) == max_tokens]
-    whole = tokenizer(full, truncation=False, verbose=False).input_ids if full else []
-    cut = [(text, len(row)) for text, row in zip(full, whole, strict=True) if len(row) > max_tokens]
+    cut = [(text, count) for text, count in token_counts(tokenizer, full).items() if count > max_tokens]
     strange = [text for text, row in zip(texts, ids, strict=True) if tokenizer.unk_token_id in row]
     alike: dict[tuple[int, ...], list[str]] = {}
     for text, row in zip(texts, ids, strict=True):

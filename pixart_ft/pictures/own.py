@@ -32,9 +32,9 @@ def _difference(key: str, there: object, now: object) -> str:
     return f"another {key}" if long else f"{key} {there!r} (now {now!r})"
 
 
-def check_own(sheets: Sequence[Path], mark: str) -> None:
+def check_own(sheets: Sequence[Path], mark: str, option: str = "--out") -> None:
     """Raise UserError naming the files that are there and are no sheets of ours, whose recipes have the key `mark`."""
-    _refuse([f"{path} is there and is no sheet by pixart_ft" for path in sheets if not _is_own(path, mark)])
+    _refuse([f"{path} is there and is no sheet by pixart_ft" for path in sheets if not _is_own(path, mark)], option)
 
 
 def _is_own(path: Path, mark: str) -> bool:
@@ -44,8 +44,8 @@ def _is_own(path: Path, mark: str) -> bool:
         return False
 
 
-def _refuse(faults: Sequence[str]) -> None:
+def _refuse(faults: Sequence[str], option: str = "--out") -> None:
     if faults:
         more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
-        remedy = "nothing was drawn; choose another folder (--out) or delete these files"
+        remedy = f"nothing was drawn; choose another place ({option}) or delete these files"
         raise UserError("\n".join([*faults[:5], *more, remedy]))

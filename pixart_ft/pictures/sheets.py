@@ -34,12 +34,21 @@ class _Label:
     def width(self) -> int:
         return max((math.ceil(self.font.getlength(line)) for line in self.lines), default=0)
 
-    def write(self, draw: ImageDraw.ImageDraw, x: float, top: float, line: int, *, middle: bool = False) -> None:
+    def write(
+        self,
+        draw: ImageDraw.ImageDraw,
+        x: float,
+        top: float,
+        line: int,
+        *,
+        middle: bool = False,
+        colour: str = "black",
+    ) -> None:
         """Draw the lines, `line` pixels each, from `top` on; x is their left end or their middle."""
         ascent, _ = font_of(dejavu_sans(), round(self.font.size)).getmetrics()  # of any font's: one base line for all
         for number, text in enumerate(self.lines):
             place = x, top + number * line + ascent
-            draw.text(place, text, font=self.font, fill="black", anchor="ms" if middle else "ls")
+            draw.text(place, text, font=self.font, fill=colour, anchor="ms" if middle else "ls")
 
 
 def grid(
@@ -49,12 +58,14 @@ def grid(
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     captions: Sequence[Sequence[str]] | None = None,
+    caption_lines: int = 1,
     cell: int | None = None,
 ) -> Image.Image:
     """One white sheet with the pictures of `rows` in line.
 
     rows: may be of different lengths; None leaves a cell white.
-    title: above all; row_labels to the left, column_labels on top, captions of a line below each picture.
+    title: above all; row_labels to the left, column_labels on top, captions of up to `caption_lines` below each
+        picture.
     cell: side in pixels of the square each picture is fitted into, proportions kept; None takes the longest
         side of any picture. Labels grow with it, are wrapped, and end in an ellipsis where they do not fit.
     Raises ValueError without any picture, or when the labels are not as many as the rows or columns.
@@ -77,7 +88,9 @@ def grid(
     beside = [_Label.fitted(text, size, max(110, 3 * side // 4), side // line) for text in row_labels or ()]
     above = [_Label.fitted(text, size, side, 3) for text in column_labels or ()]
     left = gap + max((label.width + gap for label in beside), default=0)
-    pitch, down = side + gap, side + gap + (line if captions else 0)
+    below = [[_Label.fitted(text, size, side, caption_lines) for text in texts] for texts in captions or ()]
+    lines = max((len(label.lines) for row_of_them in below for label in row_of_them), default=0)
+    pitch, down = side + gap, side + gap + lines * line
     width = left + columns * pitch
     headings = [_Label.fitted(title, size, width - 2 * gap, 3)] if title else []
     head = sum(len(label.lines) * line + gap for label in headings)
@@ -94,11 +107,23 @@ def grid(
         for column, image in enumerate(images):
             if image is not None:
                 _paste(sheet, image, left + column * pitch, top + row * down, side)
-    for row, texts in enumerate(captions or ()):
-        for column, text in enumerate(texts):
-            below = left + column * pitch + side / 2, top + row * down + side
-            _Label.fitted(text, size, side, 1).write(draw, *below, line, middle=True)
+    for row, row_of_them in enumerate(below):
+        for column, label in enumerate(row_of_them):
+            label.write(draw, left + column * pitch + side / 2, top + row * down + side, line, middle=True)
     return sheet
+
+
+def marked(picture: Image.Image, words: str) -> Image.Image:
+    """The picture in a red frame with words in a band at its top; as it is without words."""
+    if not words:
+        return picture
+    found, side = picture.copy(), max(picture.size)
+    label = _Label.fitted(words, max(10, side // 15), picture.width - 4, 2)
+    line, draw = sum(label.font.getmetrics()), ImageDraw.Draw(found)
+    draw.rectangle((0, 0, picture.width - 1, picture.height - 1), outline="red", width=max(2, side // 48))
+    draw.rectangle((0, 0, picture.width, len(label.lines) * line + 2), fill="red")
+    label.write(draw, picture.width / 2, 1, line, middle=True, colour="white")
+    return found
 
 
 def stacked(sheets: Sequence[Image.Image]) -> Image.Image:

@@ -3,6 +3,7 @@
 runs/NAME/
     config.yaml             the resolved configuration
     log.jsonl               one line per logged step
+    contact_sheet.png       some of its pictures as the VAE sees them, with their captions
     checkpoints/step-000030 everything needed to continue; written aside, checked by a manifest
     samples/step-000030     pictures of the fixed prompts
     adapters/step-000030    the averaged weights then, as an adapter; or models/, of a run that trains the whole network
@@ -35,6 +36,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of the checkpoints, named by optimizer step."""
         return self.path / "checkpoints"
+
+    @property
+    def contact_sheet(self) -> Path:
+        """The sheet of its pictures."""
+        return self.path / "contact_sheet.png"
 
     @property
     def samples(self) -> Path:

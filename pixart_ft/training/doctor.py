@@ -23,13 +23,15 @@ from pixart_ft.model import loading
 from pixart_ft.model.attention import xformers_fault
 from pixart_ft.model.base import Base
 from pixart_ft.model.captions import account_of
-from pixart_ft.model.text import prepare_text, token_ids
+from pixart_ft.model.text import token_ids
+from pixart_ft.pictures.own import check_own
+from pixart_ft.runs.folder import RunFolder
 from pixart_ft.training import memory
-from pixart_ft.training.encode import read_pictures
 from pixart_ft.training.memory import Case, Need
+from pixart_ft.training.overview import SHEET, Overview
 from pixart_ft.training.places import check_training
 from pixart_ft.training.processes import asked_for
-from pixart_ft.training.start import dry_run, look, with_precision
+from pixart_ft.training.start import accelerator_for, look, with_precision
 
 CUDA_ITSELF = 2**29  # bytes of a GPU that its driver and kernels take, about
 _GIB = 2**30
@@ -37,12 +39,17 @@ _PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
 _EIGHT_BITS = "adamw8bit"
 
 
-def examine(config: PlanConfig | None, card: int | None) -> None:
+def examine(config: PlanConfig | None, card: int | None, sheet: Path | None = None) -> None:
     """Print what is found, and raise one UserError with all that a training cannot begin with.
 
     config   None: the machine alone is looked at
     card     bytes of a GPU to plan for, in place of this machine
+    sheet    where to write a contact sheet of the pictures
     """
+    if sheet is not None:
+        if config is None or not config.data.folder:
+            raise UserError("--sheet shows the pictures of a training; give --config, or --data.folder")
+        check_own([sheet], SHEET, "--sheet")
     places = ("runs", ".cache") if config is None else (config.run.folder, config.data.cache)
     _say(_machine([Path(place) for place in places]))
     if config is None:
@@ -58,10 +65,14 @@ def examine(config: PlanConfig | None, card: int | None) -> None:
     if base is not None:
         print()
         _say(_of_base(base))
+        overview = None
         with mistakes.noted():
-            _say(_of_data(settled, card) if has_data else {"pictures": "none were given (--data.folder)"})
+            overview = _of_data(settled, card)
+            if sheet is not None and overview is not None:
+                overview.save_sheet(sheet)
+                print(f"contact sheet      {sheet}")
         with mistakes.noted():
-            case = _case(settled, base, card)
+            case = _case(settled, base, card, overview)
             with mistakes.noted():
                 _weigh(case, card)
             with mistakes.noted():
@@ -173,36 +184,38 @@ def _to_download(base: Base) -> str:
     return ", ".join(f"{part} {_gib(size)}" for part, size in sizes.items()) or "nothing, it is all here"
 
 
-def _of_data(config: TrainConfig, card: int | None) -> dict[str, str]:
-    """What `train --dry-run` says."""
-    if card is None:
-        lines = dry_run(config)
-    else:
-        start = look(config, None)
-        start.verify()
-        lines = start.facts(config, f"an NVIDIA GPU of {_gib(card)}", 1)
-    return {line[:18].strip(): line[19:] for line in lines}
-
-
-def _longest(config: TrainConfig, base: Base) -> int | None:
-    """The tokens of the longest caption, where pictures and tokenizer are at hand."""
-    try:
-        found = read_pictures(config) if config.data.folder else None
-        captions = (
-            [caption for row in (*found.train, *found.held, *found.prior) for caption in row.captions] if found else []
-        )
-        tokenizer = loading.load_tokenizer(base, here_only=True)
-    except UserError:
+def _of_data(config: TrainConfig, card: int | None) -> Overview | None:
+    """Print what a run says at its start, and more of its pictures and captions, which are given; None without them."""
+    if not config.data.folder:
+        print("pictures           none were given (--data.folder)")
         return None
-    texts = [prepare_text(text) for text in (*captions, *config.validation.prompts)]
-    return max(map(len, token_ids(tokenizer, texts, config.data.max_tokens))) if captions else None
+    accelerator = accelerator_for(config) if card is None else None
+    start = look(config, None)
+    RunFolder(config.run.folder).probe()
+    device, processes = f"an NVIDIA GPU of {_gib(card or 0)}", 1
+    if accelerator is not None:
+        device, processes = str(accelerator.device), accelerator.num_processes
+    overview = start.overview(config.data.max_tokens)
+    print("\n".join([*start.facts(config, device, processes), *overview.details()]))
+    start.warn(overview, config)
+    return overview
+
+
+def _longest(config: TrainConfig, base: Base, overview: Overview | None) -> int | None:
+    """The tokens of the longest text that T5 is given, where pictures and tokenizer are at hand."""
+    if overview is None or overview.longest is None:
+        return None
+    prompts = token_ids(loading.load_tokenizer(base.whole), config.validation.prompts, config.data.max_tokens)
+    return max(overview.longest, *map(len, prompts), 0)
 
 
 # Memory
 
 
-def _case(config: TrainConfig, base: Base, card: int | None) -> Case:
-    return Case.of(config, base, tokens=_longest(config, base), on_gpu=card is not None or torch.cuda.is_available())
+def _case(config: TrainConfig, base: Base, card: int | None, overview: Overview | None) -> Case:
+    return Case.of(
+        config, base, tokens=_longest(config, base, overview), on_gpu=card is not None or torch.cuda.is_available()
+    )
 
 
 def _weigh(case: Case, card: int | None) -> None:

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
-from pixart_ft.data.datasets import Account, Row, listed, picture_folder, split, survey, verify_pictures
+from pixart_ft.data.datasets import Account, Row, listed, picture_folder, split, survey
+from pixart_ft.data.seen import Seen, look_at
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.model import loading
@@ -36,6 +37,17 @@ class Pictures:
     prior: list[Row]
     unmeasured: int
     accounts: dict[str, Account]  # of each folder, by its key
+    seen: dict[Row, Seen]
+
+    @property
+    def learned(self) -> list[Row]:
+        """Those that are trained on, the prior's last."""
+        return [*self.train, *self.prior]
+
+    @property
+    def digests(self) -> list[str]:
+        """What names each picture: those of `learned`, then those of `held`."""
+        return [self.seen[row].digest for row in (*self.learned, *self.held)]
 
     def facts(self) -> list[str]:
         """What became of every picture in the folders, a line each."""
@@ -55,19 +67,21 @@ class Pictures:
         return lines
 
 
-def read_pictures(config: TrainConfig, size: int | None = None) -> Pictures:
-    """All pictures of a run; every problem of the folders is reported by `Account.usable`.
+def read_pictures(config: TrainConfig, *, remember: bool = False, progress: bool = True) -> Pictures:
+    """All pictures of a run, each read and decoded once; every problem is reported by `Account.usable`.
 
-    size   of the training; given, and data.strict is false, every picture is decoded, and those that cannot be are
-           left out. None: they are taken as they are.
+    remember   write into data.cache which were decoded, so that the next time they need not be
     """
     accounts: dict[str, Account] = {}
+    seen: dict[Row, Seen] = {}
 
     def read(key: str, part: str) -> list[Row]:
-        name = getattr(config.data, key)
-        account = accounts[f"data.{key}"] = survey(picture_folder(name, part))
-        rows = account.usable(strict=config.data.strict)
-        return rows if size is None or config.data.strict else verify_pictures(rows, size, strict=False)
+        account = survey(picture_folder(getattr(config.data, key), part))
+        found = look_at(account.rows, config.data.cache / "pictures.json", remember=remember, progress=progress)
+        pairs = list(zip(account.rows, found, strict=True))
+        seen.update((row, one) for row, one in pairs if isinstance(one, Seen))
+        accounts[f"data.{key}"] = account = account.without({row: one for row, one in pairs if isinstance(one, str)})
+        return account.usable(strict=config.data.strict)
 
     rows, seed = read("folder", "train"), config.run.seed
     if config.data.held_out is not None:
@@ -78,7 +92,7 @@ def read_pictures(config: TrainConfig, size: int | None = None) -> Pictures:
         raise UserError(f"data.held_out_fraction {config.data.held_out_fraction} leaves nothing to train on; lower it")
     prior = [] if config.data.prior is None else read("prior", "train")
     measured = held[: config.validation.pictures]
-    return Pictures(rows, measured, prior, len(held) - len(measured), accounts)
+    return Pictures(rows, measured, prior, len(held) - len(measured), accounts, seen)
 
 
 def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:

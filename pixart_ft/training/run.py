@@ -15,7 +15,6 @@ from diffusers import PixArtTransformer2DModel
 
 from pixart_ft.config.reading import flat, to_yaml
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.cache import picture_digests
 from pixart_ft.errors import UserError
 from pixart_ft.files import remove_folder, sha256, versions, write_text
 from pixart_ft.model import loading
@@ -32,7 +31,7 @@ from pixart_ft.training import speed
 from pixart_ft.training.batches import TrainingSet
 from pixart_ft.training.before_after import HELD_OUT, LEARNED
 from pixart_ft.training.ema import Ema, OwnAverage
-from pixart_ft.training.encode import Encoded, compute_dtype, encode_once, warn_of_copies
+from pixart_ft.training.encode import Encoded, compute_dtype, encode_once
 from pixart_ft.training.keeping import Keeper
 from pixart_ft.training.kinds import Source
 from pixart_ft.training.objective import abilities_after, warn_of_relearning
@@ -84,17 +83,19 @@ def _run(
     folder: RunFolder,
     lock: RunLock,
 ) -> Path:
-    start = look(config, resume)
+    main = accelerator.is_main_process
+    start = look(config, resume, accelerator, progress=main)
     base, resolution, objective = start.base, start.resolution, start.objective
     plan, checkpoint = start.plan, start.checkpoint
-    learned, held_rows = [*start.rows, *start.prior_rows], start.held_rows
+    learned, held_rows, digests = start.pictures.learned, start.held_rows, start.pictures.digests
     schedule_config = start.schedule_config
-    if accelerator.is_main_process:
+    overview = start.overview(config.data.max_tokens) if main else None
+    if overview:
         folder.probe()
-        print("\n".join(start.facts(config, str(accelerator.device), accelerator.num_processes)))
-    with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered; pictures are read anew
-        digests = picture_digests([*learned, *held_rows])
-        warn_of_copies(learned, held_rows, digests)
+        facts = start.facts(config, str(accelerator.device), accelerator.num_processes)
+        print("\n".join([*facts, *overview.facts()]))
+        start.warn(overview, config)
+    with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered
         about = trained_on(
             config, base, start.rows, start.prior_rows, held_rows, digests, schedule_config, objective, resolution
         )
@@ -198,6 +199,8 @@ def _run(
         folder.cut(done)
         write_text(folder.config_file, to_yaml(config))
         write_text(folder.path / "environment.json", environment)
+        if overview and not folder.contact_sheet.exists():
+            overview.save_sheet(folder.contact_sheet)
         if resume is not None:
             announce(folder, checkpoint, plan.steps, found)
     if found.begins_anew:

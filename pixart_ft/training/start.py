@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.cache import picture_digests
-from pixart_ft.data.datasets import Row, verify_pictures
+from pixart_ft.data.datasets import Row
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
@@ -25,6 +25,7 @@ from pixart_ft.training.kinds import Kind, count, kind_of
 from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective
 from pixart_ft.training.optimizers import check_trained
+from pixart_ft.training.overview import Overview
 from pixart_ft.training.processes import join, shards_asked_for
 from pixart_ft.training.trainer import Plan
 
@@ -64,11 +65,19 @@ class Start:
         """The pictures that are measured."""
         return self.pictures.held
 
-    def verify(self, *, progress: bool = True) -> None:
-        """Open every picture; UserError for those that cannot be read, a warning of what is held out and trained on."""
-        learned = [*self.rows, *self.prior_rows]
-        verify_pictures([*learned, *self.held_rows], self.resolution, progress=progress)
-        warn_of_copies(learned, self.held_rows, picture_digests([*learned, *self.held_rows]))
+    def overview(self, max_tokens: int) -> Overview:
+        """What its pictures and captions are like."""
+        try:
+            tokenizer = loading.load_tokenizer(self.base.whole)
+        except UserError:  # told of where it is needed, if it is
+            tokenizer = None
+        rows, target = [*self.pictures.learned, *self.held_rows], (self.resolution, self.resolution)
+        return Overview.of(self.pictures.seen, rows, lambda size: target, tokenizer, max_tokens)
+
+    def warn(self, overview: Overview, config: TrainConfig) -> None:
+        """Warn of what is held out and trained on, and of what is not read as it may seem."""
+        warn_of_copies(self.pictures.learned, self.held_rows, self.pictures.digests)
+        overview.warn(self.pictures.seen, config.hub.trigger_words)
 
     def facts(self, config: TrainConfig, device: str, processes: int) -> list[str]:
         """Where it trains, how much, and how often it sees its pictures, a line each."""
@@ -96,18 +105,24 @@ def dry_run(config: TrainConfig, resume: str | None = None) -> list[str]:
     """What `train` would begin with; raises UserError as it does before it loads a weight. Writes nothing."""
     config = with_precision(config)
     accelerator = accelerator_for(config)
-    start = look(config, resume)
-    if accelerator.is_main_process:
-        RunFolder(config.run.folder).probe()
-    start.verify(progress=accelerator.is_main_process)
+    start = look(config, resume, progress=accelerator.is_main_process)
     if not accelerator.is_main_process:
         return []
+    RunFolder(config.run.folder).probe()
+    overview = start.overview(config.data.max_tokens)
+    start.warn(overview, config)
     going_on = [] if start.checkpoint is None else [f"continues          {start.checkpoint}"]
-    return [*start.facts(config, str(accelerator.device), accelerator.num_processes), *going_on]
+    facts = start.facts(config, str(accelerator.device), accelerator.num_processes)
+    return [*facts, *overview.facts(), *going_on]
 
 
-def look(config: TrainConfig, resume: str | None) -> Start:
-    """Check all that can be checked without weights, once `check_training` found no fault. Raises UserError."""
+def look(
+    config: TrainConfig, resume: str | None, accelerator: Accelerator | None = None, *, progress: bool = True
+) -> Start:
+    """Check all that can be checked without weights, once `check_training` found no fault. Raises UserError.
+
+    accelerator   of a run: its main process decodes the pictures, and remembers that for the others and the next run
+    """
     base = Base.read(config.model.base, config.model.revision)
     resolution = resolution_of(config, base)
     objective, schedule_config = build_objective(config, base)
@@ -116,6 +131,9 @@ def look(config: TrainConfig, resume: str | None) -> Start:
     trained = kind.trained(loading.skeleton(base))
     check_trained(config.optim, trained)
     checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
+    with accelerator.main_process_first() if accelerator else nullcontext():
+        remember = accelerator is not None and accelerator.is_main_process
+        pictures = read_pictures(config, remember=remember, progress=progress)
     return Start(
         base=base,
         resolution=resolution,
@@ -125,7 +143,7 @@ def look(config: TrainConfig, resume: str | None) -> Start:
         laws=_draw_laws(config),
         learning_rate=learning_rate_of(config),
         checkpoint=checkpoint,
-        pictures=read_pictures(config, resolution),
+        pictures=pictures,
         kind=kind,
         parameters=count(trained),
     )

@@ -25,10 +25,10 @@ from pixart_ft.data.cache import (
     cache_captions,
     cache_pictures,
     component_id,
-    picture_digests,
 )
 from pixart_ft.data.datasets import Row, read_folder
 from pixart_ft.data.pixels import fitted
+from pixart_ft.data.seen import verified
 from pixart_ft.errors import UserError
 from pixart_ft.model.text import encode_captions, null_caption
 from tests.helpers.pictures import path_of, wide_profile
@@ -170,7 +170,7 @@ def test_a_picture_swapped_after_it_was_hashed_is_not_kept_under_its_name(
     tmp_path: Path, folder: Path, vae: AutoencoderKL
 ) -> None:
     rows = read_folder(folder)
-    digests = picture_digests(rows)
+    digests = [found.digest for found in verified(rows)]
 
     def load() -> AutoencoderKL:  # by now all were hashed and verified
         Image.new("RGB", (64, 64), "pink").save(path_of(rows[5]))
@@ -190,10 +190,10 @@ def test_a_picture_read_in_another_way_has_another_name_in_the_cache(tmp_path: P
     """What an earlier version encoded in wrong colours is encoded again, and nothing else is."""
     row = read_folder(folder)[0]
     plain = hashlib.sha256(row.content()).hexdigest()
-    assert picture_digests([row]) == [plain]
+    assert verified([row])[0].digest == plain
     with Image.open(path_of(row)) as opened:
         opened.convert("RGB").save(path_of(row), format="PNG", icc_profile=wide_profile())
-    assert picture_digests([row]) == [hashlib.sha256(row.content()).hexdigest() + " to sRGB 1"]
+    assert verified([row])[0].digest == hashlib.sha256(row.content()).hexdigest() + " to sRGB 1"
 
 
 def test_pictures_that_give_nan_are_named_and_the_others_kept(tmp_path: Path, tiny: Path) -> None:

@@ -5,7 +5,6 @@ Oracles: files made here with known content; every report names the path at faul
 
 import json
 import re
-import warnings
 from pathlib import Path
 
 import numpy
@@ -13,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_ft.data.datasets import Row, read_folder, split, verify_pictures
+from pixart_ft.data.datasets import Row, read_folder, split
 from pixart_ft.data.pixels import load_picture
 from pixart_ft.errors import UserError
 
@@ -270,45 +269,3 @@ def test_other_colour_modes(tmp_path: Path) -> None:
     assert values(tmp_path / "grey.png")[0] == [77] * 3
     Image.new("1", (8, 8), 1).save(tmp_path / "bits.png")
     assert values(tmp_path / "bits.png")[0] == WHITE
-
-
-def test_verify_lists_every_unreadable_picture(tmp_path: Path) -> None:
-    good = picture(tmp_path / "good.png", (16, 16))
-    noise = numpy.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=numpy.uint8)
-    bad = []
-    for name in ("short.png", "short.jpg", "short.webp"):
-        Image.fromarray(noise).save(tmp_path / name)
-        whole = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-        bad.append(tmp_path / name)
-    for name, content in (("text.png", b"no picture"), ("empty.jpg", b"")):
-        (tmp_path / name).write_bytes(content)
-        bad.append(tmp_path / name)
-    Image.fromarray(numpy.zeros((8, 8), dtype=numpy.float32)).save(tmp_path / "floats.tif")
-    bad.append(tmp_path / "floats.tif")
-    with pytest.raises(UserError) as caught:
-        verify_pictures([row_of(path) for path in (good, *bad)], 8, progress=False)
-    message = str(caught.value)
-    assert "pictures that cannot be read (repair them or move them out): 6" in message
-    assert all(f"    {path}: " in message for path in bad) and "good.png" not in message
-    with pytest.raises(UserError, match=r"text\.png: cannot identify"):
-        load_picture(tmp_path / "text.png", 8)
-
-
-def test_verify_warns_of_blur_and_of_heavy_crops(tmp_path: Path) -> None:
-    rows = [row_of(picture(tmp_path / f"{w}x{h}.png", (w, h))) for w, h in ((16, 16), (32, 16), (33, 16), (15, 64))]
-    with pytest.warns(UserWarning) as caught:
-        verify_pictures(rows, 16, progress=False)
-    messages = [str(warning.message) for warning in caught]
-    assert len(messages) == 2
-    assert "below 16 px" in messages[0] and "15x64.png" in messages[0]
-    assert "centre crop: 1" in messages[1] and "33x16.png" in messages[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        verify_pictures(rows[:2], 16, progress=False)
-
-
-def test_the_test_pictures_can_be_read(pictures: Path) -> None:
-    rows = read_folder(pictures)
-    verify_pictures(rows, 64, progress=False)
-    assert len(rows) == 12 and rows[0].caption == "a red circle on grey"

@@ -14,7 +14,8 @@ from PIL import Image
 
 from pixart_ft.config.reading import load
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.datasets import read_folder, survey, verify_pictures
+from pixart_ft.data.datasets import read_folder, survey
+from pixart_ft.data.seen import look_at
 from pixart_ft.errors import UserError
 from pixart_ft.training.encode import read_pictures, warn_of_copies
 from pixart_ft.training.start import dry_run
@@ -88,8 +89,12 @@ def test_everything_wrong_is_named_and_counts_reconcile(messy: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be used as it is:[^$]*--data.strict false") as caught:
         read_folder(messy)
     assert all(name in str(caught.value) for names in LEFT.values() for name in names)
+    unread = {row: one for row, one in zip(account.rows, look_at(account.rows), strict=True) if isinstance(one, str)}
+    assert [row.name for row in unread] == ["cut.png", "none.jpg"]
+    rest = account.without(unread)
+    assert [row.name for row in rest.rows] == sorted(GOOD) and rest.pictures == len(rest.rows) + 8
     with pytest.raises(UserError, match=r"cannot be read .*: 2\n.*cut.png: .*\n.*none.jpg: .*\n.*--data.strict false"):
-        verify_pictures(account.rows, 64, progress=False)
+        rest.usable()
 
 
 @pytest.mark.filterwarnings("ignore:  text files without a picture", "ignore:of the prompts", "ignore:.*tokens")
@@ -114,12 +119,14 @@ def test_training_goes_on_with_the_rest_where_it_may(
     for key, value in options.items():
         section, name = key.split(".")
         tree.setdefault(section, {})[name] = str(value) if isinstance(value, Path) else value
-    with pytest.raises(UserError, match="cannot be used as it is"):
-        dry_run(load(TrainConfig, tree))
+    names = ("alone.png", "gone.png", "phone.heic", "upper.TXT", "cut.png", "none.jpg")
+    with pytest.raises(UserError, match="cannot be used as it is") as refused:
+        dry_run(load(TrainConfig, tree, {"data.strict": True}))
+    assert all(name in str(refused.value) for name in names)
     with pytest.warns(UserWarning) as caught:
-        train({**options, "data.strict": False})
+        train(options)
     told = "\n".join(str(warning.message) for warning in caught)
-    assert all(name in told for name in ("alone.png", "gone.png", "phone.heic", "upper.TXT", "cut.png", "none.jpg"))
+    assert all(name in told for name in names)
     line = "in data.folder     16 pictures: 5 trained on, 2 measured, 1 held out beyond validation.pictures, 8 left out"
     assert f"{line}; 1 captions or text files without a picture\n" in capsys.readouterr().out
 
@@ -128,7 +135,7 @@ def test_nothing_is_said_of_a_folder_without_fault(pictures: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         account = survey(pictures)
-        assert verify_pictures(account.usable(), 64, progress=False) == account.rows
+        assert account.usable() == account.rows and account.without({}) == account
     assert (account.pictures, account.orphans, account.wrong) == (12, 0, {})
 
 

@@ -69,17 +69,20 @@ def test_a_plain_caption_and_the_empty_one_have_little_to_tell(tokenizer: PreTra
         account_of(tokenizer, "\ud83d", 300)
 
 
-def told(captions: list[str]) -> list[str]:
+def told(captions: list[str], *named: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_trigger_words(captions)
+        warn_of_trigger_words(captions, named)
     return [str(warning.message) for warning in caught]
 
 
 def test_words_that_many_captions_share_and_that_change_are_warned_of() -> None:
     others = ["A Cat at NASA", "one dog (big), two cats"] * 20
-    assert told(others) == ["words of many captions that T5 sees in small letters, always: NASA (20 of 40)"]
-    assert told(["a dog"] * 39 + ["a jc6640 SKS"]) == []
+    assert told(others) == ["words of the captions that T5 sees in small letters, always: NASA (20 of 40)"]
+    seldom = ["a dog"] * 39 + ["a JC6640 SKS"]
+    assert told(seldom) == []
+    small, lost = told(seldom, "SKS, JC6640")
+    assert small.endswith(": JC6640 (1 of 40), SKS (1 of 40)") and ": jc6640 (1 of 40);" in lost
     small, lost = told(["a TOK dog jc6640"] * 2 + ["a <sks> dog"] * 4 + ["a dog"] * 34)
     assert small.endswith(": TOK (2 of 40)")
     assert "clean_caption=True, its default): <sks> (4 of 40), jc6640 (2 of 40);" in lost

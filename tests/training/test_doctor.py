@@ -1,16 +1,19 @@
 """The doctor, by what it prints. Oracle: expected output."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pixart_ft import cli
 from pixart_ft.config.train import load_config
 from pixart_ft.model.base import Base
 from pixart_ft.training import doctor
+from pixart_ft.training.start import look, with_precision
 from tests.helpers.tiny import edit
 
 MACHINE = ("python", "processor", "precision", "bitsandbytes", "xformers", "compiler", "disk")
@@ -68,6 +71,23 @@ def test_one_that_does_not_says_what_would(capsys: pytest.CaptureFixture[str], p
     assert any("--train.batch_size 1 --train.accumulation 128" in remedy for remedy in fitting)
 
 
+def test_pictures_and_captions_are_reported_and_shown(
+    capsys: pytest.CaptureFixture[str], plan: list[str], tmp_path: Path
+) -> None:
+    found, _ = printed(capsys, [*plan, "--sheet", "sheets/mine.png"])
+    assert found["picture sizes"] == "64 x 64" and re.match(r"\d+ to \d+, half of them up to", found["caption tokens"])
+    assert found["first pairs"] == '000.png: "a red circle on grey"' and found["contact sheet"] == "sheets/mine.png"
+    bars = [int(bar.split()[-1]) for name, bar in found.items() if re.fullmatch(r"\d+( to \d+)?", name)]
+    assert sum(bars) == 12
+    with Image.open(tmp_path / "sheets/mine.png") as sheet:
+        assert sheet.width > 1000
+    assert cli.main(["doctor", "--sheet=a.png"]) == 2
+    assert "--sheet shows the pictures of a training" in capsys.readouterr().err
+    (tmp_path / "photo.png").write_bytes(b"of somebody")
+    assert cli.main([*plan, "--sheet=photo.png"]) == 2
+    assert "photo.png is there and is no sheet by pixart_ft" in capsys.readouterr().err
+
+
 def test_the_longest_caption_may_be_of_the_prior(plan: list[str], pictures: Path, tiny: Path, tmp_path: Path) -> None:
     prior = tmp_path / "prior"
     shutil.copytree(pictures, prior)
@@ -77,7 +97,9 @@ def test_the_longest_caption_may_be_of_the_prior(plan: list[str], pictures: Path
     own = {"model": {"base": tiny}, "data": {"folder": pictures, "resolution": 64}}
     alone, both = (load_config(own, {"data.prior": more} if more else {}) for more in (None, prior))
     base = Base.read(tiny)
-    few, many = (doctor._longest(config, base) for config in (alone, both))
+    few, many = (
+        doctor._longest(config, base, look(with_precision(config), None).overview(300)) for config in (alone, both)
+    )
     assert few is not None and many is not None and many >= few + 9
 
 

@@ -647,13 +647,15 @@ def test_a_dry_run_tells_what_would_run_and_writes_nothing(
     facts = dry_run(config)
     assert not config.run.folder.exists()
     held_out, batch = round(0.3 * 12), 4
-    assert [line.split(maxsplit=1)[0] for line in facts] == ["device", "trained", "pictures", "steps", "length", "in"]
+    names = ["device", "trained", "pictures", "steps", "length", "in", "picture", "caption", "first"]
+    assert [line.split(maxsplit=1)[0] for line in facts[:9]] == names and facts[6].endswith(" 64 x 64")
     assert facts[5] == f"in data.folder     12 pictures: {12 - held_out} trained on, {held_out} measured"
     assert facts[2].split(maxsplit=1)[1] == f"{12 - held_out}, {held_out} held out, 64 x 64 pixels"
     assert facts[3].split()[3:] == ["2,", "of", "4", "pictures", "each"]
     assert facts[4].split(maxsplit=1)[1] == f"{STEPS} steps: each picture {STEPS * batch / (12 - held_out):.4g} times"
     run = train(options)
     assert capsys.readouterr().out.startswith("\n".join(facts))
+    assert (run / "contact_sheet.png").is_file()
     saved = load_file(run / "final" / "adapter" / "adapter_model.safetensors")
     assert facts[1].split()[1] == f"{sum(value.numel() for value in saved.values()):,}"
     assert dry_run(config, "auto")[-1].endswith(f"checkpoints/step-{STEPS:06d}")

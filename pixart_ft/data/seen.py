@@ -1,0 +1,77 @@
+"""Every picture read and decoded once before it is used: what names it, how large it is, whether it can be read."""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pixart_ft.data.datasets import UNREAD, Row, in_threads, listed
+from pixart_ft.errors import UserError
+from pixart_ft.files import write_text
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A picture that was decoded in full.
+
+    digest  what names it in a cache, see `Row.digest`
+    size    (width, height) in pixels, upright
+    notes   what its owner should know of how it is read
+    """
+
+    digest: str
+    size: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+def look_at(
+    rows: Sequence[Row], memo: Path | None = None, *, remember: bool = False, progress: bool = True
+) -> list[Seen | str]:
+    """What is found of each picture, or why it cannot be read.
+
+    memo      a JSON file of what was decoded before, by digest: such pictures are read and not decoded again
+    remember  add to it what is decoded now
+    """
+    known = _remembered(memo)
+    before = len(known)
+
+    def look(row: Row) -> Seen | str:
+        try:
+            content = row.content()
+            digest = row.digest(content)
+            if digest not in known:
+                opened = row.opened(content)
+                known[digest] = Seen(digest, opened.picture.size, opened.notes)
+        except UserError as error:
+            return str(error)
+        return known[digest]
+
+    found = list(tqdm(in_threads(look, rows), "pictures read", len(rows), delay=1, disable=None if progress else True))
+    if memo and remember and len(known) > before:
+        with suppress(UserError):  # it is only a memory, and a full cache may be read-only
+            write_text(memo, json.dumps({one.digest: [*one.size, *one.notes] for one in known.values()}))
+    return found
+
+
+def verified(rows: Sequence[Row], *, progress: bool = True) -> list[Seen]:
+    """What is found of each picture. Raises one UserError that lists those that cannot be read."""
+    found = look_at(rows, progress=progress)
+    if unread := [one for one in found if isinstance(one, str)]:
+        raise UserError(f"some pictures cannot be used:\n{listed(UNREAD, unread)}")
+    return [one for one in found if isinstance(one, Seen)]
+
+
+def _remembered(memo: Path | None) -> dict[str, Seen]:
+    try:
+        entries = json.loads(memo.read_text(encoding="utf-8")) if memo else {}
+    except (OSError, ValueError, RecursionError):  # absent or damaged: it is only a memory
+        entries = {}
+    found = {}
+    for digest, entry in entries.items() if isinstance(entries, dict) else ():
+        match entry:
+            case [int(width), int(height), *notes] if all(isinstance(note, str) for note in notes):
+                found[digest] = Seen(digest, (width, height), tuple(notes))
+    return found
