@@ -19,11 +19,13 @@ from pixart_ft.config.train import (
     LARGEST_SIDE,
     MOST_PICTURES,
     SEEDS,
+    STEPS,
     Attention,
     Batch,
     Folder,
     Guidance,
     Precision,
+    Respacing,
     SamplerSteps,
     Scale,
     Seed,
@@ -92,7 +94,7 @@ class GenerateConfig(Config):
     )
     inversion: bool = Field(False, description="start from the noise that DDIM finds for image, not from a random one")
     sampler: Sampler = Field("ddim", description=_SAMPLERS)
-    steps: SamplerSteps = Field(30, description="sampler steps")
+    steps: Respacing = Field(30, description=STEPS)
     guidance: Guidance = GUIDANCE
     guidance_interval: tuple[Timestep, ...] | None = Field(
         None,

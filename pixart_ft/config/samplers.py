@@ -244,7 +244,8 @@ EVERY_SAMPLER: dict[str, SamplerFacts] = {**SAMPLERS, **STOCK_SAMPLERS}
 
 OPTIONS = tuple(dict.fromkeys(option for facts in SAMPLERS.values() for option in facts.options))
 
-# (option, other, used): the option acts only where `used(value of other)` is true, None being the sampler's default.
+# (option, other, used): the option acts only where `used(value of other)` is true, None being the default.
+# The other is an option too, or the steps.
 CONDITIONS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("rho", "spacing", lambda spacing: spacing in (None, "karras")),
     ("sigma_min", "spacing", lambda spacing: spacing in (None, "karras", "exponential")),
@@ -255,6 +256,7 @@ CONDITIONS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("corrector_snr", "corrector_steps", lambda steps: steps != 0),
     ("corrector_first", "corrector_steps", lambda steps: steps != 0),
     ("spacing", "tolerance", lambda tolerance: tolerance is None),
+    ("spacing", "steps", lambda steps: not isinstance(steps, str)),  # a respacing says where they are
 )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from pixart_ft.config.hub import Hub, Publication
 from pixart_ft.config.optimizers import OptimizerName, takes
@@ -78,6 +78,14 @@ Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Every = Annotated[int, Field(ge=0, le=MOST_STEPS)]  # 0: not on the way
 Batch = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
 SamplerSteps = Annotated[int, Field(ge=1, le=1000)]  # the schedules have a thousand
+# A number of steps, or, on the indices of a schedule, counts of equal sections or a stride: `respacing.kept_indices`.
+Respacing = Annotated[
+    SamplerSteps | Annotated[str, Field(pattern=r"^(ddim\d{1,4}|\d{1,4}(,\d{1,4})+)$")],
+    BeforeValidator(lambda value: ",".join(map(str, value)) if isinstance(value, list | tuple) else value),
+]
+STEPS = (
+    "sampler steps; on indices also 10,10,20 = of equal sections, least noise first, or ddim25 = even strides from 0"
+)
 Guidance = Annotated[float, Field(ge=1, le=LARGEST_GUIDANCE, description="classifier-free guidance scale; 1 = off")]
 EMA_DECAY = 0.999  # by default
 GUIDANCE = 4.5  # by default, in sampling and in the grids of a training
@@ -279,7 +287,7 @@ class Validation(Section):
     prompts: tuple[str, ...] = Field((), description="prompts of the sample grid; [] = no samples")
     seeds: tuple[Seed, ...] = Field((0,), min_length=1, max_length=64, description="seeds of the sample grid")
     sampler: Sampler = Field("ddim", description="sampler of the grid")
-    steps: SamplerSteps = Field(25, description="sampler steps")
+    steps: Respacing = Field(25, description=STEPS)
     guidance: Guidance = GUIDANCE
     samples_every: Every = Field(250, description="steps between sample grids; 0 = before and after")
     report: bool = Field(

@@ -25,6 +25,20 @@ def spaced_indices(num_steps: int, count: int, spacing: IndexSpacing = "iddpm") 
     raise unknown(spacing, "spacing", IndexSpacing)
 
 
+def sampled_indices(num_steps: int, steps: int | str, spacing: IndexSpacing = "iddpm") -> list[int]:
+    """The indices of a sampler's steps: a number of them by `spacing`, or as a respacing says, which has its own.
+
+    Raises ValueError for what cannot be kept, and where the last section keeps its least noise alone: there sampling
+    would begin.
+    """
+    if isinstance(steps, int):
+        return spaced_indices(num_steps, steps, spacing)
+    kept = kept_indices(num_steps, steps)
+    if steps.endswith(",1"):
+        raise ValueError(f"of the sections {steps} the last begins the sampling, by its least noise; give it 2 or more")
+    return kept
+
+
 def kept_indices(num_steps: int, spec: int | str | Sequence[int]) -> list[int]:
     """The indices that a respacing keeps, increasing (Nichol & Dhariwal 2021, sec. 4).
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pixart_ft.diffusion.intervals import Interval, holds
 from pixart_ft.model.shared_calls import Network, prepared
 from pixart_ft.model.text import pad_text
+from pixart_ft.sampling.settings import first_call
 from pixart_ft.schedulers import ProbabilityFlowScheduler, RespacedDDIMScheduler
 
 # (number of calls made, samples so far) -> samples to go on with, or None for the same; an adaptive solver works on one
@@ -198,11 +199,6 @@ def _check_mode(transformer: nn.Module) -> None:
     """Refuse a network that drops; a linear layer has no mode, and those of `fuse_qkv_projections` come in training."""
     if any(module.training for module in transformer.modules() if not isinstance(module, nn.Linear)):
         raise ValueError("the network is in training mode: its dropout would alter the pictures; call .eval()")
-
-
-def first_call(scheduler: Any) -> int:
-    """The position in `timesteps` that sampling begins at; not all of diffusers' schedulers can begin late."""
-    return getattr(scheduler, "begin_index", None) or 0
 
 
 def _step_arguments(scheduler: Any, generators: list[torch.Generator], eta: float) -> dict[str, Any]:

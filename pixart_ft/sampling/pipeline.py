@@ -30,12 +30,13 @@ from pixart_ft.model.adapter_switch import adapter_intervals
 from pixart_ft.model.attention import check_text
 from pixart_ft.model.text import encode_captions, pad_text
 from pixart_ft.model.vae import decode_to_pixels, encode_pixels, latent_scale_faults, safe_dtype, to_pictures, to_unit
-from pixart_ft.sampling.loop import Guidance, first_call, sample_latents
+from pixart_ft.sampling.loop import Guidance, sample_latents
 from pixart_ft.sampling.pipeline_folder import open_as_stock, own_scheduler
 from pixart_ft.sampling.settings import (
     Settings,
     begin_late,
     calls_to_come,
+    first_call,
     image_faults,
     interval_faults,
     size_faults,

@@ -43,7 +43,7 @@ class Settings:
     """
 
     sampler: str = _DEFAULTS["sampler"]
-    steps: int = _DEFAULTS["steps"]
+    steps: int | str = _DEFAULTS["steps"]  # a number, or a respacing: "10,10,20", "ddim25"
     guidance: float = _DEFAULTS["guidance"]
     guidance_interval: Interval | None = None  # timesteps between which guidance acts; None: everywhere
     negative_prompt: str = _DEFAULTS["negative_prompt"]  # in place of the null caption, unless empty
@@ -91,7 +91,13 @@ def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler | Sto
         words = named_config(settings.schedule, schedule.num_steps)
         schedule = conditioned(NoiseSchedule.from_diffusers_config(words), schedule, settings.time_conditioning)
     scheduler = build_scheduler(settings.sampler, schedule, model.prediction_type, settings.options)
-    scheduler.set_timesteps(settings.steps)
+    steps: Any = settings.steps  # a text is for schedulers on indices alone
+    if isinstance(steps, str) and EVERY_SAMPLER[settings.sampler].space == "sigma":
+        raise ValueError(
+            f"sampler {settings.sampler} steps on noise levels, and steps {steps} are of indices; give a "
+            "number, or another sampler, such as ddim or iddpm"
+        )
+    scheduler.set_timesteps(steps)
     if schedule.num_steps > 1 and scheduler.timesteps[0] <= schedule.timesteps[0]:
         # "leading" and diffusers' "linspace" put a single step there, and "leading" more steps than it can tell apart
         raise ValueError(
@@ -109,9 +115,9 @@ def begin_late(scheduler: Any, strength: float) -> None:
     scheduler.set_begin_index(starts[_skipped(len(starts), strength)])
 
 
-def inversion_calls(settings: Settings) -> int:
-    """How many network calls find the noise of the start picture."""
-    return settings.steps - 1 - _skipped(settings.steps, settings.strength) if settings.inversion else 0
+def inversion_calls(settings: Settings, scheduler: PixArtScheduler | StockScheduler) -> int:
+    """How many network calls find the noise of the start picture: one less than the steps that lead from it on."""
+    return sum(start >= first_call(scheduler) for start in scheduler.step_starts) - 1 if settings.inversion else 0
 
 
 def settled(settings: Settings, model: Abilities, adapter: str | None = None) -> Settings:
@@ -132,14 +138,15 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
         ]
     start_faults = _start_faults(settings)
     faults += [*start_faults, *_idle_options(settings)]
-    if settings.steps < 1:
+    counted = isinstance(settings.steps, str) or settings.steps >= 1
+    if not counted:
         faults.append(f"steps must be at least 1, got {settings.steps}")
     if settings.sampler not in EVERY_SAMPLER:
         faults.append(f"sampler: {unknown_word(settings.sampler, 'sampler', EVERY_SAMPLER)}")
     elif _learned(settings) and model.variance != "trained":
         faults.append(_untrained_variance(model.variance, adapter))
     options: dict[str, object] = {}
-    if settings.sampler in EVERY_SAMPLER and settings.steps >= 1:
+    if settings.sampler in EVERY_SAMPLER and counted:
         try:
             scheduler = scheduler_for(replace(settings, image=None) if start_faults else settings, model)
             options = {key: scheduler.config[key] for key in EVERY_SAMPLER[settings.sampler].options}
@@ -205,7 +212,12 @@ def calls_to_come(scheduler: Any) -> list[float] | None:
     if scheduler.config.get("tolerance") is not None:
         return None
     timesteps: list[float] = scheduler.timesteps.tolist()
-    return timesteps[getattr(scheduler, "begin_index", None) or 0 :]
+    return timesteps[first_call(scheduler) :]
+
+
+def first_call(scheduler: Any) -> int:
+    """The position in `timesteps` that sampling begins at; not all of diffusers' schedulers can begin late."""
+    return getattr(scheduler, "begin_index", None) or 0
 
 
 def size_of(aspect_ratio: str, model: Abilities) -> tuple[int, int]:
@@ -244,7 +256,7 @@ def _skipped(steps: int, strength: float) -> int:
 
 def _idle_options(settings: Settings) -> list[str]:
     """Options that differ from the sampler's defaults and do nothing beside the others."""
-    options, kind = settings.options, SCHEDULERS.get(settings.sampler)
+    options, kind = {**settings.options, "steps": settings.steps}, SCHEDULERS.get(settings.sampler)
     defaults = {} if kind is None else {k: p.default for k, p in signature(kind.__init__).parameters.items()}
     return [
         f"{option} is {options[option]!r}, unused while {other} is {options.get(other)!r}; change one"

@@ -267,7 +267,7 @@ class TextToImage:
         *,
         seeds: int | Sequence[int] = 0,
         sampler: str | None = None,
-        steps: int | None = None,
+        steps: int | str | None = None,
         guidance: float | None = None,
         negative_prompt: str | None = None,
         width: int | None = None,
@@ -364,7 +364,7 @@ class TextToImage:
             x0 = encode_pixels(self.vae, pixels[None]).to(device).expand(len(jobs), *shape)
         if x0 is not None and settings.inversion:
             assert isinstance(scheduler, RespacedDDIMScheduler)
-            calls = inversion_calls(settings)
+            calls = inversion_calls(settings, scheduler)
             start = invert_latents(
                 self.transformer, scheduler, x0, embeds, mask, calls=calls, autocast=autocast, on_call=on_call
             )
@@ -402,8 +402,9 @@ class TextToImage:
 
     def calls(self, settings: Settings) -> int | None:
         """The network calls that one picture takes, guidance's second branch not counted; None if it decides itself."""
-        calls = calls_to_come(scheduler_for(settings, self.abilities))
-        return None if calls is None else len(calls) + inversion_calls(settings)
+        scheduler = scheduler_for(settings, self.abilities)
+        calls = calls_to_come(scheduler)
+        return None if calls is None else len(calls) + inversion_calls(settings, scheduler)
 
     def recipe(self, prompt: str, seed: int, settings: Settings) -> dict[str, object]:
         """All that a picture follows from, as plain JSON values."""

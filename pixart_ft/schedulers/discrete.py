@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pixart_ft.diffusion.names import FixedVariance, IndexSpacing, LearnedVariance, StepVariance, Variance, check
 from pixart_ft.diffusion.process import Prediction, predict, promoted, to_eps, to_x0
-from pixart_ft.diffusion.respacing import spaced_indices
+from pixart_ft.diffusion.respacing import sampled_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import ddim_encode_step, ddim_step, ddpm_step
 from pixart_ft.schedulers.base import PixArtScheduler, with_process
@@ -30,11 +30,12 @@ class IndexScheduler(PixArtScheduler):
 
     def set_timesteps(
         self,
-        num_inference_steps: int | None = None,
+        num_inference_steps: int | str | None = None,
         device: torch.device | str | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Choose the steps: a number of them, spaced as configured, or the indices themselves, falling.
+        """Choose the steps: a number of them, spaced as configured, a respacing such as "10,10,20" or "ddim25"
+        (`NoiseSchedule.respaced`), or the indices themselves, falling.
 
         Raises ValueError for a number that the schedule does not have, or indices that it lacks or do not fall.
         """
@@ -50,7 +51,7 @@ class IndexScheduler(PixArtScheduler):
                     f"timesteps must fall, in integers, from at most {last} to at least 0, got {list(timesteps)}"
                 )
         elif num_inference_steps is not None:
-            self.kept = spaced_indices(self.schedule.num_steps, num_inference_steps, self.spacing)
+            self.kept = sampled_indices(self.schedule.num_steps, num_inference_steps, self.spacing)
         self.respaced = self.schedule.respaced(self.kept)
         self._walk(device)
 

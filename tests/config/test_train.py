@@ -269,6 +269,7 @@ def test_a_spacing_is_for_the_samplers_that_know_it(sampler: str) -> None:
         ("corrector_snr", {"sampler": "score_sde", "corrector_steps": 0, "corrector_snr": 0.2}),
         ("corrector_first", {"sampler": "score_sde", "corrector_steps": 0, "corrector_first": True}),
         ("spacing", {"sampler": "pf_ode", "tolerance": 0.1, "spacing": "leading"}),
+        ("spacing", {"sampler": "ddim", "steps": "10,20", "spacing": "leading"}),
     ],
     ids=str,
 )
@@ -276,6 +277,21 @@ def test_an_option_that_another_one_makes_idle_is_refused(key: str, values: dict
     """A setting is used or refused, never ignored."""
     with pytest.raises(UserError, match=f"^configuration: {key} "):
         load(GenerateConfig, values | {"prompts": ["a"]})
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("30", 30), ("10,10,20", "10,10,20"), ([10, 20], "10,20"), ("ddim25",) * 2]
+)
+def test_steps_are_a_number_or_a_respacing(given: object, meant: object) -> None:
+    assert load(GenerateConfig, {"prompts": ["a"]}, {"steps": given}).steps == meant
+    recorded = {"prompts": ["a"], "steps": meant, "spacing": "iddpm"}  # as the recipe of a picture has it
+    assert load(GenerateConfig, recorded, yields=True).steps == meant
+
+
+@pytest.mark.parametrize("given", ["10;20", "10,", "ddim", "ddim10,20", "twenty", [10, "b"], [], "1.5"])
+def test_what_is_no_respacing_is_refused(given: object) -> None:
+    with pytest.raises(UserError, match=r"steps is .*; expected integer >= 1, <= 1,000 or text"):
+        load(GenerateConfig, {"prompts": ["a"], "steps": given})
 
 
 def test_a_comparison_refuses_what_each_cell_decides_for_itself() -> None:

@@ -6,7 +6,7 @@ import pytest
 from diffusers import DDIMScheduler
 
 from pixart_ft.diffusion.names import IndexSpacing
-from pixart_ft.diffusion.respacing import kept_indices, spaced_indices
+from pixart_ft.diffusion.respacing import kept_indices, sampled_indices, spaced_indices
 
 
 def test_trailing_indices_are_those_of_diffusers_ddim() -> None:
@@ -54,6 +54,13 @@ def test_sections_each_keep_their_own_ends() -> None:
 def test_ddim_strides_from_0_and_may_stop_short() -> None:
     assert kept_indices(1000, "ddim50") == list(range(0, 1000, 20))
     assert kept_indices(10, "ddim3") == [0, 4, 8] and kept_indices(10, "ddim4") == [0, 3, 6, 9]
+
+
+def test_a_sampler_takes_a_number_by_its_spacing_or_a_respacing_by_itself() -> None:
+    assert sampled_indices(1000, 1) == [999] and sampled_indices(1000, 4, "leading") == [0, 250, 500, 750]
+    assert sampled_indices(9, "3,2,2", "leading") == [0, 1, 2, 3, 5, 6, 8] == sampled_indices(9, "3,2,2")
+    with pytest.raises(ValueError, match="of the sections 3,2,1 the last begins"):
+        sampled_indices(9, "3,2,1")
 
 
 def test_listed_indices_are_kept_as_they_are() -> None:

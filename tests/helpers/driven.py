@@ -36,7 +36,7 @@ def run(
     return path
 
 
-def made(case: Case, steps: int, schedule: NoiseSchedule = LINEAR, kind: Any = "epsilon") -> PixArtScheduler:
+def made(case: Case, steps: Any, schedule: NoiseSchedule = LINEAR, kind: Any = "epsilon") -> PixArtScheduler:
     scheduler = SCHEDULERS[case[0]].from_schedule(schedule, kind, case[1])
     scheduler.set_timesteps(steps)
     return scheduler

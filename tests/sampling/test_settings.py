@@ -125,6 +125,14 @@ def test_settled_fills_in_the_size_and_every_option_of_the_sampler(sampler: str)
             "holds none of this run's 2 network calls, at timesteps 999 to 500",
         ),
         ({"inversion": True}, ABLE, "inversion starts from a picture: give image"),
+        ({"steps": "ten"}, ABLE, "sampler ddim: cannot respace 1000 steps by 'ten'"),
+        ({"steps": "2,1"}, ABLE, "of the sections 2,1 the last begins the sampling, by its least noise; give it 2 or"),
+        ({"steps": "2,2", "sampler": "dpm++"}, ABLE, "sampler dpm++ steps on noise levels, and steps 2,2 are of"),
+        (
+            {"steps": "ddim4", "options": {"spacing": "trailing"}},
+            ABLE,
+            "spacing is 'trailing', unused while steps is 'ddim4'; change one",
+        ),
         ({"image": IMAGE, "strength": 0.0}, ABLE, "strength must lie above 0 (the picture itself) and at most at 1"),
         ({"image": IMAGE, "strength": 1.1}, ABLE, "(only noise), got 1.1"),
         ({"image": IMAGE, "inversion": True, "options": {"eta": 0.1}}, ABLE, "use sampler ddim with eta 0"),
@@ -226,8 +234,18 @@ def test_a_picture_saves_the_steps_above_its_strength(sampler: str, steps: int, 
     scheduler = scheduler_for(settings, ABLE)
     assert scheduler.begin_index == scheduler.step_starts[steps - run]
     assert scheduler_for(replace(settings, image=None), ABLE).begin_index is None
-    assert inversion_calls(settings) == 0
-    assert inversion_calls(replace(settings, inversion=True)) == run - 1
+    assert inversion_calls(settings, scheduler) == 0
+    assert inversion_calls(replace(settings, inversion=True), scheduler) == run - 1
+
+
+def test_a_respacing_says_which_steps_are_taken() -> None:
+    """Sections of 334, 333 and 333 indices, both ends of each kept; every 250th, which is the first to give four."""
+    for sampler in ("ddim", "iddpm", "pf_ode"):
+        done = settled(Settings(sampler=sampler, steps="2,2,3"), ABLE)
+        assert scheduler_for(done, ABLE).timesteps.tolist() == [999, 833, 667, 666, 334, 333, 0]
+        begun = scheduler_for(replace(done, image=IMAGE, strength=0.6), ABLE)
+        assert inversion_calls(replace(done, inversion=True), begun) == 3  # four of the seven steps are run
+        assert scheduler_for(Settings(sampler=sampler, steps="ddim4"), ABLE).timesteps.tolist() == [750, 500, 250, 0]
 
 
 @pytest.mark.parametrize(
