@@ -28,7 +28,7 @@ from pixart_ft.adapters.full import save_model
 from pixart_ft.adapters.weights import read_weights, save_adapter, take
 from pixart_ft.config.export import ExportConfig
 from pixart_ft.diffusion.intervals import WHOLE, shown
-from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.diffusion.schedules import NoiseSchedule, shown_config
 from pixart_ft.errors import UserError
 from pixart_ft.files import probe, write_folder
 from pixart_ft.model.base import Base
@@ -170,8 +170,8 @@ def _about_the_process(source: _Source) -> list[str]:
     if metadata.prediction_type == base.prediction_type and torch.equal(own, other):
         return []
     return [
-        f"careful: it predicts {metadata.prediction_type} on {dict(metadata.schedule)}, and the base "
-        f"{base.prediction_type} on {dict(base.schedule_config)}: no file of this kind says so, and the "
+        f"careful: it predicts {metadata.prediction_type} on {shown_config(metadata.schedule)}, and the base "
+        f"{base.prediction_type} on {shown_config(base.schedule_config)}: no file of this kind says so, and the "
         "reader's scheduler has to be set; --to merged sets it"
     ]
 
@@ -256,10 +256,10 @@ def _write_merged(source: _Source) -> list[str]:
         facts.append(
             "careful: no scheduler of diffusers knows a posterior mean, so that only this package draws with it"
         )
-    elif metadata.time_conditioning == "snr_matched":
+    elif metadata.time_conditioning != "index":
         facts.append(
-            f"its scheduler is of the schedule that the network keeps time by, not of {dict(metadata.schedule)}, which "
-            "it was trained on: no scheduler of diffusers has both"
+            "its scheduler is of the schedule that the network keeps time by, not of "
+            f"{shown_config(metadata.schedule)}, which it was trained on: no scheduler of diffusers has both"
         )
     if source.config.single_file:
         file = out / "transformer_original.safetensors"

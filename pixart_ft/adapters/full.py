@@ -129,7 +129,7 @@ def save_model(
     if not all_finite(weights.values()):
         raise UserError(f"model: {folder} is not written: its weights are not finite, the training diverged")
     # told of other noise by the base's own clock, the network still keeps that clock
-    clock = base.schedule_config if metadata.time_conditioning == "snr_matched" else metadata.schedule
+    clock = metadata.schedule if metadata.time_conditioning == "index" else base.schedule_config
     scheduler = DPMSolverMultistepScheduler(**clock, prediction_type=metadata.prediction_type)
 
     def write(aside: Path) -> None:

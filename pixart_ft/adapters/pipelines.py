@@ -13,7 +13,7 @@ from pixart_ft.adapters.adopting import assumed, taken_in
 from pixart_ft.adapters.files import find_adapter
 from pixart_ft.config.train import Weights
 from pixart_ft.diffusion.intervals import Interval
-from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
+from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule, shown_config
 from pixart_ft.errors import UserError, insist
 from pixart_ft.runs.metadata import AdapterMetadata
 from pixart_ft.schedulers.stored import process_of
@@ -116,8 +116,8 @@ def process_faults(metadata: AdapterMetadata, scheduler: Any) -> list[str]:
     known, given = (NoiseSchedule.from_diffusers_config(words).alpha_bar for words in (metadata.schedule, process))
     if not torch.equal(known, given):
         faults.append(
-            f"adapter: it was trained on the schedule {dict(metadata.schedule)}, and the scheduler of this pipeline "
-            f"walks through another; {remedy}"
+            f"adapter: it was trained on the schedule {shown_config(metadata.schedule)}, and the scheduler of this "
+            f"pipeline walks through another; {remedy}"
         )
     return faults
 

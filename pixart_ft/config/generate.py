@@ -104,7 +104,9 @@ class GenerateConfig(Config):
     )
     schedule: ScheduleChoice = Field("base", description="noise levels to walk through; base = those of the training")
     time_conditioning: TimeConditioning = Field(
-        "snr_matched", description="what another schedule tells the network: its index, or where it knows that noise"
+        "snr_matched",
+        description="what another schedule tells the network: where it knows that noise, or the index (rescaled: for "
+        "another count of steps alone)",
     )
     spacing: Spacing | None = Field(
         None,

@@ -17,6 +17,7 @@ from pixart_ft.config.reading import Config, Section, load
 from pixart_ft.config.samplers import Sampler
 from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.diffusion.names import (
+    COSINE_OFFSET,
     LossSpace,
     Norm,
     ObjectiveKind,
@@ -147,13 +148,29 @@ class Data(Section):
     max_tokens: int = Field(300, ge=1, le=4096, description="longest caption, tokens; the rest is cut")
 
 
+def _paper_scale(beside: Mapping[str, Any]) -> float:
+    """lambda T for lambda = 0.001, beside the other keys, which may be wrong."""
+    num_steps = beside.get("num_steps")
+    return num_steps / 1000 if isinstance(num_steps, int) else 1.0
+
+
 class Diffusion(Section):
     """the noise and the loss"""
 
     schedule: ScheduleChoice = Field("base", description="noise of each step; base = the model's own")
+    num_steps: int | None = Field(
+        None, ge=2, le=10_000, description="of another schedule than the base's; null = as many as the base has"
+    )
+    rescale: bool = Field(
+        True,
+        description="of linear and su_linear with num_steps: betas times 1000 / num_steps, as much noise at the end",
+    )
+    cosine_offset: float = Field(COSINE_OFFSET, ge=1e-4, le=1, description="of cosine: larger = more noise at t = 0")
     zero_snr: bool = Field(False, description="no signal left at the last step; wants v_prediction or sample")
     time_conditioning: TimeConditioning = Field(
-        "index", description="what another schedule tells the network: its index, or where the base saw that noise"
+        "index",
+        description="what another schedule tells the network: its index, that in the base's count of steps, or where "
+        "the base saw that noise",
     )
     prediction_type: Literal["base", PredictionType] = Field(
         "base", description="what the network is taught to output; base = as it does"
@@ -172,7 +189,10 @@ class Diffusion(Section):
     min_snr_gamma: Scale = Field(5.0, description="cap of min_snr, knee of soft_min_snr")
     p2_gamma: float = Field(1.0, ge=0, le=5, description="exponent of p2")
     variance: TrainedVariance = Field("learned", description="of the vlb objective")
-    vlb_scale: Scale = Field(1.0, description="weight of the hybrid VLB term, per bit/dim")
+    vlb_scale: Scale = Field(
+        default_factory=_paper_scale,
+        description="weight of the hybrid VLB term, per bit/dim; by default num_steps / 1000 (the paper's 0.001)",
+    )
     timestep_law: TimestepLaw = Field(
         "uniform",
         description="law of t; stratified: even over each global batch; importance: by loss, once each t has 10",
@@ -346,6 +366,10 @@ class TrainConfig(Config):
         *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "peft") for key in ("peft_type", "options")),
         ("adapter.targets", "adapter.kind", lambda kind: kind != "full"),
         ("data.held_out_fraction", "data.held_out", lambda folder: folder is None),
+        ("diffusion.num_steps", "diffusion.schedule", lambda schedule: schedule != "base"),
+        ("diffusion.rescale", "diffusion.schedule", lambda schedule: schedule in ("linear", "su_linear")),
+        ("diffusion.rescale", "diffusion.num_steps", lambda num_steps: num_steps is not None),
+        ("diffusion.cosine_offset", "diffusion.schedule", lambda schedule: schedule == "cosine"),
         ("diffusion.vlb_scale", "diffusion.objective", lambda objective: objective == "hybrid"),
         ("diffusion.variance", "diffusion.objective", lambda objective: objective == "vlb"),
         ("diffusion.loss_space", "diffusion.objective", _has_simple_term),
@@ -371,9 +395,7 @@ class TrainConfig(Config):
     rules = (
         (
             ("diffusion.time_conditioning", "diffusion.schedule", "diffusion.zero_snr"),
-            lambda conditioning, schedule, zero_snr: (
-                conditioning == "snr_matched" and schedule == "base" and not zero_snr
-            ),
+            lambda conditioning, schedule, zero_snr: conditioning != "index" and schedule == "base" and not zero_snr,
             "diffusion.time_conditioning is {} with schedule {} (zero_snr {}): the base's own schedule needs no match; "
             "choose another schedule, or leave it at index",
         ),

@@ -16,7 +16,10 @@ Quantity = Literal[PredictionType, "score", "step_noise"]  # what x_t and t turn
 # The process.
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "su_linear"]
 ScheduleChoice = Literal["base", ScheduleName]  # base: the one that the model knows
-TimeConditioning = Literal["index", "snr_matched"]  # what another schedule than its own tells a network
+# What another schedule than its own tells a network: its index; the index on the network's own count of steps
+# (rescale_timesteps in guided-diffusion); where the network knows that noise.
+TimeConditioning = Literal["index", "rescaled", "snr_matched"]
+COSINE_OFFSET = 0.008  # s of Nichol & Dhariwal 2021, eq. 17: as they have it
 FixedVariance = Literal["beta_tilde", "beta"]
 # The network's own: learned is read in the process that it was trained on and said in another by the error of x0 that
 # it means; learned_range takes it for the fraction of the step at hand (Nichol & Dhariwal 2021).

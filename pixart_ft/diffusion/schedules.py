@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.names import ScheduleName, TimeConditioning, unknown, unknown_word
+from pixart_ft.diffusion.names import COSINE_OFFSET, ScheduleName, TimeConditioning, unknown, unknown_word
 from pixart_ft.diffusion.respacing import kept_indices
 
 # The keys of a diffusers scheduler_config.json that define the process; the others are a sampler's business.
@@ -79,7 +79,7 @@ class NoiseSchedule:
     snr                     alpha_bar / (1 - alpha_bar)
     sigmas                  sqrt((1 - alpha_bar) / alpha_bar); infinite where alpha_bar is 0
     timesteps               what the network receives for each index, in the count of the process it was trained
-                            on: int64, or float64 (fractional) after `matched_to`
+                            on: int64, or float64 (fractional) after `matched_to` and `counted_as`
     learned                 the steps whose variance the network learned, where it was not trained on these but on
                             those of the process that they were `respaced` from; None: on these
     """
@@ -101,6 +101,11 @@ class NoiseSchedule:
     def num_steps(self) -> int:
         """T, the number of steps of this process."""
         return len(self.betas)
+
+    @property
+    def last_timestep(self) -> int:
+        """The highest timestep that an interval of the network's may end at; no call is above it."""
+        return max(self.num_steps - 1, math.ceil(self.timesteps[-1]))
 
     # Tables made of these, each made once: whoever looks one up keeps what it took to a device by the table itself.
 
@@ -222,7 +227,7 @@ class NoiseSchedule:
         return cls.from_betas(roots**2)
 
     @classmethod
-    def cosine(cls, num_steps: int = 1000, *, offset: float = 0.008, max_beta: float = 0.999) -> Self:
+    def cosine(cls, num_steps: int = 1000, *, offset: float = COSINE_OFFSET, max_beta: float = 0.999) -> Self:
         """alpha_bar along cos^2(((t/T + offset) / (1 + offset)) pi/2) (Nichol & Dhariwal 2021, eq. 17).
 
         The betas are capped and alpha_bar recomputed from them, so it does not reach 0.
@@ -309,31 +314,68 @@ class NoiseSchedule:
             )
         return dataclasses.replace(self, timesteps=found)
 
+    def counted_as(self, num_steps: int) -> Self:
+        """The same process for a network that counts to another T: it gets index * num_steps / T, fractional.
+
+        guided-diffusion's rescale_timesteps, where num_steps is 1000. Raises ValueError for as many steps as it has.
+        """
+        if num_steps == self.num_steps:
+            raise ValueError(
+                f"time_conditioning rescaled of {num_steps} steps to {num_steps} is the index; choose index"
+            )
+        told = torch.arange(self.num_steps, dtype=torch.float64) * (num_steps / self.num_steps)
+        return dataclasses.replace(self, timesteps=told)
+
     @classmethod
     def _with_alpha_bar(cls, alpha_bar: Tensor, timesteps: Tensor) -> Self:
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         return cls.from_betas(1 - alpha_bar / previous, timesteps)
 
 
-def named_config(name: ScheduleName, num_steps: int = 1000) -> dict[str, object]:
-    """A schedule with its own defaults, in the words of a diffusers scheduler config. Raises ValueError for another."""
+def named_config(
+    name: ScheduleName, num_steps: int = 1000, *, rescale: bool = False, offset: float = COSINE_OFFSET
+) -> dict[str, object]:
+    """A schedule in the words of a diffusers scheduler config, with its own defaults but for what is given.
+
+    rescale is of linear and su_linear, offset of cosine: see there. Raises ValueError for another name, and as those.
+    """
     if name == "cosine":
-        return {"num_train_timesteps": num_steps, "beta_schedule": "squaredcos_cap_v2"}
+        words: dict[str, object] = {"num_train_timesteps": num_steps, "beta_schedule": "squaredcos_cap_v2"}
+        if offset == COSINE_OFFSET:
+            return words
+        return words | {"trained_betas": NoiseSchedule.cosine(num_steps, offset=offset).betas.tolist()}
     if name == "linear":
         line, start, end = "linear", 1e-4, 0.02
     elif name == "scaled_linear":
-        line, start, end = "scaled_linear", 0.00085, 0.012
+        line, start, end, rescale = "scaled_linear", 0.00085, 0.012, False
     elif name == "su_linear":  # his betas 0.02 t / T are a straight line too
         line, start, end = "linear", 0.02 / num_steps, 0.02
     else:
         raise unknown(name, "schedule", ScheduleName)
-    return {"num_train_timesteps": num_steps, "beta_schedule": line, "beta_start": start, "beta_end": end}
+    scale = _rescaling(num_steps, end) if rescale else 1.0
+    return {
+        "num_train_timesteps": num_steps,
+        "beta_schedule": line,
+        "beta_start": start * scale,
+        "beta_end": end * scale,
+    }
+
+
+def shown_config(config: Mapping[str, object]) -> str:
+    """The words of a schedule for messages: betas of its own are counted."""
+    betas = config.get("trained_betas")
+    return str(dict(config) | ({"trained_betas": f"{len(betas)} numbers"} if isinstance(betas, list) else {}))
 
 
 def conditioned(schedule: NoiseSchedule, native: NoiseSchedule, time_conditioning: TimeConditioning) -> NoiseSchedule:
-    """`schedule` as a network trained on `native` is told of it: by index, or matched in SNR; else ValueError."""
+    """`schedule` as a network trained on `native` is told of it, see `TimeConditioning`.
+
+    Raises ValueError for another word, and where rescaled is no other count.
+    """
     if time_conditioning == "index":
         return schedule
+    if time_conditioning == "rescaled":
+        return schedule.counted_as(native.num_steps)
     if time_conditioning == "snr_matched":
         return schedule.matched_to(native)
     raise unknown(time_conditioning, "time_conditioning", TimeConditioning)

@@ -66,7 +66,8 @@ class AdapterMetadata:
     samples_seen       pictures drawn in training, repeats included
     step               optimizer steps done; None: made before this was kept
     revision           of a Hub base, if one was asked for
-    time_conditioning  what the network is told of another schedule's noise: its index, or where the base met that SNR
+    time_conditioning  what the network is told of another schedule's noise: its index, that in the base's count of
+                       steps, or where the base met that SNR
     interval           the network's timesteps that it was trained at; an adapter acts there unless told otherwise
     kind               of what was trained, as adapter.kind
     """
@@ -92,9 +93,10 @@ class AdapterMetadata:
 
     @property
     def last_timestep(self) -> int:
-        """The one of the most noise, of the process it was trained on."""
+        """The one of the most noise, of the process it was trained on; the base's own where the network counts so."""
         steps = self.schedule.get("num_train_timesteps")
-        return (steps if isinstance(steps, int) else 1000) - 1
+        steps = steps if isinstance(steps, int) else 1000
+        return (steps if self.time_conditioning == "index" else max(steps, 1000)) - 1
 
 
 def read_metadata(folder: Path) -> AdapterMetadata:

@@ -209,7 +209,9 @@ class PixArtPipeline(PixArtSigmaPipeline):
         scheduler = self.scheduler
         if image is not None:
             begin_late(scheduler, strength)
-        last, guided = scheduler.config.num_train_timesteps - 1, guidance.interval if guidance.on else None
+        guided, last = guidance.interval if guidance.on else None, scheduler.config.num_train_timesteps - 1
+        if isinstance(scheduler, PixArtScheduler):
+            last = scheduler.schedule.last_timestep
         _refuse(interval_faults(guided, adapter_intervals(self.transformer), calls_to_come(scheduler), last))
 
         texts = self._texts(prompt, prompt_embeds, prompt_attention_mask, "prompt", max_sequence_length)

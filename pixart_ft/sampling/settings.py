@@ -88,7 +88,7 @@ def scheduler_for(settings: Settings, model: Abilities) -> PixArtScheduler | Sto
     """
     schedule = model.schedule
     if settings.schedule != "base":
-        words = named_config(settings.schedule, schedule.num_steps)
+        words = named_config(settings.schedule, schedule.num_steps, rescale=schedule.num_steps != 1000)
         schedule = conditioned(NoiseSchedule.from_diffusers_config(words), schedule, settings.time_conditioning)
     scheduler = build_scheduler(settings.sampler, schedule, model.prediction_type, settings.options)
     steps: Any = settings.steps  # a text is for schedulers on indices alone
@@ -151,7 +151,7 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
             scheduler = scheduler_for(replace(settings, image=None) if start_faults else settings, model)
             options = {key: scheduler.config[key] for key in EVERY_SAMPLER[settings.sampler].options}
             guided = settings.guidance_interval if settings.guidance > 1 else None
-            last = model.schedule.num_steps - 1
+            last = model.schedule.last_timestep
             faults += interval_faults(guided, model.intervals, calls_to_come(scheduler), last)
         except ValueError as error:
             named = str(error).startswith(f"sampler {settings.sampler} ")

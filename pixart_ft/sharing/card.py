@@ -186,8 +186,10 @@ def _beside(metadata: AdapterMetadata) -> list[str]:
         found.append(
             f"There it acts at all timesteps; it was trained at {shown(metadata.interval)}, where pixart_ft uses it."
         )
-    if metadata.time_conditioning == "snr_matched":
-        found.append("It was told of its noise by where the base met that noise, which stock schedulers do not do.")
+    if metadata.time_conditioning != "index":
+        by = {"snr_matched": "where the base met that noise", "rescaled": "its index in the base's count of steps"}
+        told = by[metadata.time_conditioning]
+        found.append(f"It was told of its noise by {told}, which stock schedulers do not do.")
     return found
 
 
@@ -207,7 +209,7 @@ def _training(facts: Facts) -> list[tuple[str, str]]:
         ("targets", "adapter.targets") if facts.what == "adapter" else ("trainable", "adapter.trainable"),
         ("kind", "adapter.kind", "adapter.peft_type", "adapter.rslora", "adapter.dora"),
         ("objective", "diffusion.objective", "diffusion.weighting", "diffusion.error", "diffusion.timestep_law"),
-        ("schedule", "diffusion.schedule", "diffusion.zero_snr", "diffusion.time_conditioning"),
+        ("schedule", "diffusion.schedule", "diffusion.num_steps", "diffusion.zero_snr", "diffusion.time_conditioning"),
         ("optimizer", "optim.optimizer", "optim.learning_rate", "optim.decay", "optim.warmup_steps"),
         ("batch", "train.batch_size", "train.accumulation"),
         ("precision", "train.mixed_precision", "model.quantization"),

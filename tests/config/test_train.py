@@ -128,6 +128,20 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
             {"diffusion.time_conditioning": "snr_matched"},
             r"time_conditioning is .snr_matched. with schedule .base. \(zero_snr false\): the base's own .* no match",
         ),
+        ({"diffusion.num_steps": "250"}, "num_steps is 250, unused while diffusion.schedule is .base"),
+        (
+            {"diffusion.schedule": "linear", "diffusion.rescale": "false"},
+            "rescale is false, unused while diffusion.num_steps is null",
+        ),
+        (
+            {"diffusion.schedule": "cosine", "diffusion.num_steps": "9", "diffusion.rescale": "false"},
+            "rescale is false, unused while diffusion.schedule is .cosine",
+        ),
+        (
+            {"diffusion.schedule": "linear", "diffusion.cosine_offset": "0.1"},
+            "cosine_offset is 0.1, unused while diffusion.schedule is .linear",
+        ),
+        ({"diffusion.time_conditioning": "rescaled"}, "time_conditioning is .rescaled. with schedule .base."),
         (
             {"diffusion.objective": "vlb", "diffusion.timestep_law": "logit_normal"},
             "objective .vlb. with timestep_law .logit_normal.: the bound is a sum over all t alike; use uniform",

@@ -15,7 +15,7 @@ import pixart_ft
 from pixart_ft.diffusion import names, objectives, process, respacing, schedules, sigmas, solvers, weighting
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
-LINEAR = NoiseSchedule.linear(20)
+LINEAR, SHORT = NoiseSchedule.linear(20), NoiseSchedule.linear(10)
 T = torch.tensor([3, 7])
 X = torch.ones(2, 4, 2, 2)
 OUTPUT = torch.ones(2, 8, 2, 2)
@@ -31,7 +31,7 @@ USES: dict[str, tuple[object, Callable[[Any], object]]] = {
     "to_v": (names.Quantity, lambda word: process.to_v(LINEAR, X, X, T, word)),
     "fixed_log_variance": (names.FixedVariance, lambda word: process.fixed_log_variance(LINEAR, word)),
     "named_config": (names.ScheduleName, schedules.named_config),
-    "conditioned": (names.TimeConditioning, lambda word: schedules.conditioned(LINEAR, LINEAR, word)),
+    "conditioned": (names.TimeConditioning, lambda word: schedules.conditioned(SHORT, LINEAR, word)),
     "spaced_indices": (names.IndexSpacing, lambda word: respacing.spaced_indices(20, 5, word)),
     "sigma_to_index": (names.Lookup, lambda word: sigmas.sigma_to_index(LINEAR, LEVEL, word)),
     "loss_weights": (names.Weighting, lambda word: weighting.loss_weights(LINEAR, word, "epsilon")),

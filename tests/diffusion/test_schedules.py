@@ -1,15 +1,18 @@
 """Noise schedules. Oracles: closed-form scalars, diffusers (float32), identities. See also test_golden.py."""
 
+import json
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from pixart_ft.diffusion.schedules import NoiseSchedule, interpolate
+from pixart_ft.diffusion.process import network_timesteps
+from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, interpolate, named_config, shown_config
 
 # What PixArt-Sigma's own scheduler_config.json says about the process.
 PIXART_SIGMA = {
@@ -41,6 +44,42 @@ def test_rescale_keeps_the_noise_of_1000_steps(name: str) -> None:
     many = getattr(NoiseSchedule, name)(1000)
     assert few.betas[-1].item() == pytest.approx(0.2) and many.betas[-1].item() == pytest.approx(0.02)
     assert few.alpha_bar[-1].log().item() == pytest.approx(many.alpha_bar[-1].log().item(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "given", "expected"),
+    [
+        ("linear", 250, {}, NoiseSchedule.linear(250)),
+        ("linear", 250, {"rescale": True}, NoiseSchedule.linear(250, rescale=True)),
+        ("linear", 4000, {"rescale": True}, NoiseSchedule.linear(4000, rescale=True)),
+        ("su_linear", 250, {"rescale": True}, NoiseSchedule.su_linear(250, rescale=True)),
+        ("scaled_linear", 250, {"rescale": True}, NoiseSchedule.scaled_linear(250)),
+        ("cosine", 4000, {}, NoiseSchedule.cosine(4000)),
+        ("cosine", 250, {"offset": 0.05}, NoiseSchedule.cosine(250, offset=0.05)),
+    ],
+)
+def test_words_of_a_schedule_are_its_tables(
+    name: Any, steps: int, given: dict[str, Any], expected: NoiseSchedule
+) -> None:
+    found = NoiseSchedule.from_diffusers_config(json.loads(json.dumps(named_config(name, steps, **given))))
+    torch.testing.assert_close(found.betas, expected.betas, rtol=1e-12, atol=0)
+    assert found.num_steps == steps
+    if "offset" in given:  # beta at t = 0 by Nichol & Dhariwal 2021, eq. 17
+        f = [math.cos((t / 250 + 0.05) / 1.05 * math.pi / 2) ** 2 for t in (0, 1)]
+        assert found.betas[0].item() == pytest.approx(1 - f[1] / f[0], rel=1e-12)
+        assert "'trained_betas': '250 numbers'" in shown_config(named_config(name, steps, **given))
+
+
+def test_another_count_of_steps_is_told_in_the_old_one() -> None:
+    """guided-diffusion's rescale_timesteps: t 1000 / T, as its float32 has it."""
+    for steps in (250, 300, 4000):
+        schedule = NoiseSchedule.linear(steps, rescale=True)
+        told = conditioned(schedule, NoiseSchedule.linear(), "rescaled")
+        theirs = torch.arange(steps).float() * (1000.0 / steps)
+        torch.testing.assert_close(network_timesteps(told, torch.arange(steps)), theirs, rtol=1e-6, atol=0)
+        assert torch.equal(told.alpha_bar, schedule.alpha_bar) and 990 < told.timesteps[-1] < 1000
+    assert NoiseSchedule.linear(250).counted_as(1000).last_timestep == 996
+    assert [NoiseSchedule.linear(steps).last_timestep for steps in (250, 4000)] == [249, 3999]
 
 
 def test_posterior_log_variance_borrows_its_first_entry() -> None:

@@ -154,6 +154,21 @@ def test_an_unknown_schedule_is_refused_with_the_choices() -> None:
     assert "'cosin'" in line and all(name in line for name in NAMED)
 
 
+def test_an_index_rescaled_to_as_many_steps_is_refused() -> None:
+    (line,) = faults(Settings(schedule="cosine", time_conditioning="rescaled"))
+    assert "time_conditioning rescaled of 1000 steps to 1000 is the index; choose index" in line
+
+
+def test_a_shorter_process_may_be_told_in_the_longer_ones_timesteps() -> None:
+    """Trained on 250 steps that are told as 0, 4, ..., 996: guidance and what is walked through are in these."""
+    short = replace(ABLE, schedule=NoiseSchedule.linear(250, rescale=True).counted_as(1000))
+    assert scheduler_for(Settings(steps=3), short).timesteps.tolist() == [996, 496, 0]  # 249, 124 (of 124.5) and 0
+    assert settled(Settings(guidance_interval=(500, 996)), short).guidance_interval == (500, 996)
+    assert "from 0 (the least noise) to 996" in faults(Settings(guidance_interval=(500, 997)), short)[0]
+    walked = scheduler_for(Settings(schedule="linear", steps=3), short).schedule
+    torch.testing.assert_close(walked.alpha_bar, short.schedule.alpha_bar)
+
+
 def test_guidance_knows_the_timesteps_of_a_longer_process() -> None:
     longer = replace(ABLE, schedule=NoiseSchedule.linear(2000))
     assert settled(Settings(guidance_interval=(1200, 1999)), longer).guidance_interval == (1200, 1999)
@@ -224,7 +239,8 @@ def test_the_base_schedule_is_the_models_whatever_it_is() -> None:
     assert torch.equal(scheduler.schedule.alpha_bar, model.schedule.alpha_bar)
     torch.testing.assert_close(scheduler.timesteps.double(), model.schedule.timesteps.flip(0), rtol=1e-6, atol=0)
     named = scheduler_for(Settings(sampler="ddim", steps=60, schedule="su_linear", time_conditioning="index"), model)
-    torch.testing.assert_close(named.schedule.alpha_bar, NoiseSchedule.su_linear(60).alpha_bar)  # as many steps
+    su = NoiseSchedule.su_linear(60, rescale=True)  # as many steps, and as much noise
+    torch.testing.assert_close(named.schedule.alpha_bar, su.alpha_bar)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -22,6 +22,7 @@ from pixart_ft.cli import main
 from pixart_ft.config.reading import to_yaml
 from pixart_ft.config.train import load_config
 from pixart_ft.diffusion.intervals import WHOLE
+from pixart_ft.diffusion.names import TimeConditioning
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned
 from pixart_ft.errors import UserError
 from pixart_ft.model import saving
@@ -270,13 +271,16 @@ def test_a_model_trained_at_some_timesteps_says_so(options: Options) -> None:
         assert Base.read(run).metadata is not None
 
 
-def test_a_model_told_of_other_noise_by_the_clock_of_its_base_keeps_that_clock(options: Options, tiny: Path) -> None:
+@pytest.mark.parametrize(("how", "steps"), [("snr_matched", 1000), ("rescaled", 250)])
+def test_a_model_told_of_other_noise_by_the_clock_of_its_base_keeps_that_clock(
+    options: Options, tiny: Path, how: TimeConditioning, steps: int
+) -> None:
     """It is drawn with on the schedule that it was trained on, and is a base on the one that its timesteps mean."""
-    cosine = {"diffusion.schedule": "cosine", "diffusion.time_conditioning": "snr_matched"}
+    cosine = {"diffusion.schedule": "cosine", "diffusion.time_conditioning": how, "diffusion.num_steps": steps}
     run, native = train(options | KINDS["full"] | cosine, train__steps=1), Base.read(tiny)
     base = Base.read(run)
     assert base.schedule_config == {**native.schedule_config, "rescale_betas_zero_snr": False}
-    matched = conditioned(NoiseSchedule.cosine(), native.schedule, "snr_matched")
+    matched = conditioned(NoiseSchedule.cosine(steps), native.schedule, how)
     found = abilities_of(base).schedule
     assert torch.equal(found.alpha_bar, matched.alpha_bar) and torch.equal(found.timesteps, matched.timesteps)
 

@@ -187,6 +187,38 @@ def test_schedules_by_name(
     torch.testing.assert_close(theirs, expected.alpha_bar.float(), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("diffusion", "expected", "told"),
+    [
+        ({"schedule": "linear"}, NoiseSchedule.linear(250, rescale=True), [0, 1, 249]),
+        ({"schedule": "su_linear"}, NoiseSchedule.su_linear(250, rescale=True), [0, 1, 249]),
+        ({"schedule": "cosine", "cosine_offset": 0.02}, NoiseSchedule.cosine(250, offset=0.02), [0, 1, 249]),
+        ({"schedule": "cosine", "time_conditioning": "rescaled"}, NoiseSchedule.cosine(250), [0, 4, 996]),
+    ],
+)
+def test_another_count_of_steps_and_another_offset_reach_the_process(
+    base: Path, diffusion: dict[str, Any], expected: NoiseSchedule, told: list[int]
+) -> None:
+    objective, described = built(base, num_steps=250, **diffusion)
+    torch.testing.assert_close(objective.schedule.alpha_bar, expected.alpha_bar, rtol=1e-11, atol=0)
+    assert objective.schedule.timesteps[[0, 1, -1]].tolist() == told and objective.vlb_scale == 0.25
+    again = NoiseSchedule.from_diffusers_config(json.loads(json.dumps(described)))
+    assert torch.equal(again.betas, objective.schedule.betas)
+    whole, _ = built(base, num_steps=250, timestep_range=(0, told[-1]), **diffusion)
+    assert whole.interval == WHOLE
+
+
+def test_what_a_shorter_process_cannot_be(base: Path) -> None:
+    with pytest.warns(UserWarning, match="the last of 250 steps of the schedule linear leaves 28% of the picture"):
+        built(base, schedule="linear", num_steps=250, rescale=False)
+    with pytest.raises(
+        UserError, match=r"rescaled to 20 steps the last beta would be 1, not below 1; use more than 20"
+    ):
+        built(base, schedule="linear", num_steps=20)
+    with pytest.raises(UserError, match="rescaled of 1000 steps to 1000 is the index; choose index"):
+        built(base, schedule="cosine", time_conditioning="rescaled")
+
+
 def test_the_base_keeps_betas_of_its_own(base: Path) -> None:
     edit(
         base / "scheduler/scheduler_config.json",
