@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -28,6 +29,7 @@ from pixart_ft.adapters.full import save_model
 from pixart_ft.adapters.weights import read_weights, save_adapter, take
 from pixart_ft.config.export import ExportConfig
 from pixart_ft.diffusion.intervals import WHOLE, shown
+from pixart_ft.diffusion.names import StockPrediction
 from pixart_ft.diffusion.schedules import NoiseSchedule, shown_config
 from pixart_ft.errors import UserError
 from pixart_ft.files import probe, write_folder
@@ -252,9 +254,10 @@ def _write_merged(source: _Source) -> list[str]:
     full = replace(metadata, kind="full", rank=None, alpha=None)
     save_model(out, transformer, source.base, full, null, whole=True)
     facts = [f"pipeline: {out}; diffusers' PixArtSigmaPipeline and --model read it"]
-    if metadata.prediction_type == "posterior_mean":
+    if metadata.prediction_type not in get_args(StockPrediction):
         facts.append(
-            "careful: no scheduler of diffusers knows a posterior mean, so that only this package draws with it"
+            f"careful: no scheduler of diffusers knows what it predicts ({metadata.prediction_type}), so that only "
+            "this package draws with it"
         )
     elif metadata.time_conditioning != "index":
         facts.append(

@@ -19,7 +19,7 @@ def eps_of(schedule: NoiseSchedule, network: Network, prediction_type: Predictio
     """What a network says is noise at y = x0 + sigma eps, at any sigma of the schedule, between its levels too.
 
     It receives y / sqrt(1 + sigma^2) and a fractional timestep in float32. Raises ValueError when called if the
-    network predicts the posterior's mean, which has no meaning between two steps.
+    network's is a `StepPrediction`, which has no meaning between two steps.
     """
 
     def eps(y: Tensor, sigma: float) -> Tensor:

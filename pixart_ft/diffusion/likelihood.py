@@ -76,8 +76,8 @@ def variational_bound(
     """-log2 p(x0) / d is at most `total` (Ho et al. 2020, eq. 5), one sample of x_t for each t; T network calls.
 
     noise(t) is eps (N, C, H, W) for index t; `Bound.averaged` makes one of several. With a respaced schedule it is the
-    bound of that shorter process (not for posterior_mean prediction: that is the mean of the step the network was
-    trained on). Raises ValueError when `variance` is learned and the network has no variance channels.
+    bound of that shorter process. Raises ValueError when `variance` is learned and the network has no variance
+    channels.
     """
     columns: list[tuple[Tensor, ...]] = []
     for index in range(schedule.num_steps):
@@ -140,8 +140,8 @@ def ode_likelihood(
     N(0, I). probe: (N, C, H, W) of +-1 for Hutchinson's unbiased estimate of the divergence; None for the exact one,
     which takes d backward passes. rtol, atol and method are those of scipy's `solve_ivp`, which takes the same steps
     for all samples; between the schedule's levels the network receives fractional timesteps, in float32.
-    Raises ValueError at zero terminal SNR, for posterior-mean prediction, which has no meaning between two steps, and
-    for a network whose output is not finite or cannot be differentiated.
+    Raises ValueError at zero terminal SNR, for a `StepPrediction`, which has no meaning between two steps, and for a
+    network whose output is not finite or cannot be differentiated.
     """
     if schedule.has_zero_snr:
         raise ValueError("the probability-flow likelihood ends at the schedule's last sigma, which is infinite here")

@@ -7,11 +7,16 @@ so a type checker sees a word that is not in the list, and one of the list that 
 from collections.abc import Iterable
 from typing import Any, Literal, Never, get_args
 
-# What a network may predict, as in diffusers' scheduler_config.json: eps, v and x0; and the posterior's mean, which
-# diffusers does not know.
-PredictionType = Literal["epsilon", "v_prediction", "sample", "posterior_mean"]
+# What a network may predict: eps, v and x0 as in diffusers' scheduler_config.json; and what diffusers does not know,
+# the posterior's mean, the score, and the noise of one step (Su's own).
+StockPrediction = Literal["epsilon", "v_prediction", "sample"]
+PredictionType = Literal[StockPrediction, "posterior_mean", "score", "step_noise"]
+StepPrediction = Literal[
+    "posterior_mean", "step_noise"
+]  # of one step, that of the training, and of no level between two
+NoisePrediction = Literal["epsilon", "score", "step_noise"]  # which say nothing of x0 where no signal is left
 LossSpace = PredictionType  # any network may be trained by the error of any of them
-Quantity = Literal[PredictionType, "score", "step_noise"]  # what x_t and t turn into each other
+Quantity = PredictionType  # what x_t and t turn into each other
 
 # The process.
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "su_linear"]

@@ -19,6 +19,7 @@ from pixart_ft.diffusion.process import (
     split_output,
     to_eps,
     to_posterior_mean,
+    to_score,
     to_step_noise,
     to_v,
     to_x0,
@@ -153,6 +154,10 @@ def _in_space(
         return to_v(schedule, value, x_t, t, kind)
     if space == "posterior_mean":
         return to_posterior_mean(schedule, value, x_t, t, kind)
+    if space == "score":
+        return to_score(schedule, value, x_t, t, kind)
+    if space == "step_noise":
+        return to_step_noise(schedule, value, x_t, t, kind)
     raise unknown(space, "loss space", LossSpace)
 
 
@@ -166,6 +171,8 @@ def _target(schedule: NoiseSchedule, noised: Noised, space: LossSpace) -> Tensor
         return velocity(schedule, x0, eps, noised.t)
     if space == "posterior_mean":
         return q_posterior(schedule, x0, promoted(noised.x_t), noised.t).mean
+    if space == "score" or space == "step_noise":
+        return _in_space(schedule, eps, noised.x_t, noised.t, "epsilon", space)
     raise unknown(space, "loss space", LossSpace)
 
 

@@ -8,7 +8,7 @@ asking for it raises ValueError. Symbols: `pixart_ft.diffusion`.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
+from typing import Self, get_args
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from pixart_ft.diffusion.names import (
     FixedVariance,
     PredictionType,
     Quantity,
+    StepPrediction,
     Variance,
     unknown,
 )
-from pixart_ft.diffusion.schedules import NoiseSchedule
+from pixart_ft.diffusion.schedules import LearnedSteps, NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,13 @@ def network_timesteps(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 
 def x0_from(value: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, kind: PredictionType) -> Tensor:
-    """x0 from eps, v or x0 itself at x = a x0 + s eps, in any scale (for v, a^2 + s^2 = 1); else ValueError."""
+    """x0 from eps, v, the score or x0 itself at x = a x0 + s eps; else ValueError.
+
+    In any scale, but for v and the score a^2 + s^2 = 1.
+    """
     match kind:
+        case "score":
+            return x0_from(-s * value, x, a, s, "epsilon")
         case "sample":
             return value
         case "v_prediction":
@@ -147,6 +153,8 @@ def x0_from(value: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, kind
 def eps_from(value: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, kind: PredictionType) -> Tensor:
     """The noise eps, likewise."""
     match kind:
+        case "score":
+            return -s * value
         case "epsilon":
             return value
         case "v_prediction":
@@ -309,13 +317,16 @@ def predict(
 ) -> Prediction:
     """Read a network's output (N, C or 2C, H, W) at x_t (N, C, H, W), whatever it was trained to predict.
 
-    Raises ValueError for another number of channels, and for epsilon at zero SNR.
+    What it says of a step (`StepPrediction`) is of the one that it was trained on, which on a respaced process is
+    shorter than that at hand. Raises ValueError for another number of channels, and for epsilon at zero SNR.
     """
     mean_half, variance_half = split_output(model_output, x_t.shape[1])
-    x_t = promoted(x_t)
+    x_t, kind = promoted(x_t), prediction_type
+    if schedule.learned is not None and kind in get_args(StepPrediction):
+        mean_half, kind = _stepless(schedule, mean_half, x_t, t, kind, schedule.learned)
     return Prediction(
-        x0=to_x0(schedule, mean_half, x_t, t, prediction_type),
-        eps=to_eps(schedule, mean_half, x_t, t, prediction_type),
+        x0=to_x0(schedule, mean_half, x_t, t, kind),
+        eps=to_eps(schedule, mean_half, x_t, t, kind),
         variance_half=variance_half,
     )
 
@@ -325,26 +336,34 @@ def _signal_and_noise(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple
 
 
 def _stepless(
-    schedule: NoiseSchedule, value: Tensor, x_t: Tensor, t: Tensor, kind: Quantity
+    schedule: NoiseSchedule,
+    value: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    kind: Quantity,
+    steps: NoiseSchedule | LearnedSteps | None = None,
 ) -> tuple[Tensor, PredictionType]:
-    """The same as eps, v or x0, which need no step but a level of noise alone, and which of them it is."""
-    value = promoted(value)
+    """The same as eps, v or x0, which need no step but a level of noise alone, and which of them it is.
+
+    steps: those that the value is of; None: the schedule's.
+    """
+    value, steps = promoted(value), steps or schedule
     match kind:
         case "epsilon" | "v_prediction" | "sample":
             return value, kind
         case "score":
             return -_signal_and_noise(schedule, t, x_t)[1] * value, "epsilon"
         case "step_noise":
-            return value * _signal_and_noise(schedule, t, x_t)[1] / at(schedule.step_noise, t, x_t), "epsilon"
+            return value * _signal_and_noise(schedule, t, x_t)[1] / at(steps.step_noise, t, x_t), "epsilon"
         case "posterior_mean":
-            weight_x0, weight_xt = _posterior_weights(schedule, t, x_t)
+            weight_x0, weight_xt = _posterior_weights(steps, t, x_t)
             return (value - weight_xt * x_t) / weight_x0, "sample"
     raise unknown(kind, "kind", Quantity)
 
 
 def _needs_step(kind: str) -> ValueError:
-    return ValueError(f"{kind} has no meaning between two steps; only epsilon, v_prediction and sample do")
+    return ValueError(f"{kind} has no meaning between two steps; only epsilon, v_prediction, sample and score do")
 
 
-def _posterior_weights(schedule: NoiseSchedule, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    return at(schedule.posterior_x0_weight, t, like), at(schedule.posterior_x_t_weight, t, like)
+def _posterior_weights(steps: NoiseSchedule | LearnedSteps, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    return at(steps.posterior_x0_weight, t, like), at(steps.posterior_x_t_weight, t, like)

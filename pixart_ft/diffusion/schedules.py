@@ -27,7 +27,7 @@ DIFFUSERS_KEYS = (
 
 @dataclass(frozen=True, eq=False)
 class LearnedSteps:
-    """What a network's variance says of x0, at the steps that it was trained on: tables of (T,) float64.
+    """What a network says of a step, at the steps that it was trained on: tables of (T,) float64.
 
     The fraction f between log beta tilde and log beta of such a step means Var[x0 | x_t] = scale expm1(f span), since
     beta tilde exp(f span) = beta tilde + w^2 Var[x0 | x_t] for the weight w of x0 in the posterior's mean (Bao et al.
@@ -38,6 +38,8 @@ class LearnedSteps:
     first  1 at the first step, else 0
     top    the f that means sigma^2, the error of who reads the noise as x0
     least  the clipped beta tilde, everywhere: no variance of the process is smaller
+
+    The others are those of `NoiseSchedule`, for a network that predicts something of the step.
     """
 
     span: Tensor
@@ -45,6 +47,9 @@ class LearnedSteps:
     first: Tensor
     top: Tensor
     least: Tensor
+    posterior_x0_weight: Tensor
+    posterior_x_t_weight: Tensor
+    step_noise: Tensor
 
     @classmethod
     def of(cls, schedule: "NoiseSchedule") -> Self:
@@ -60,6 +65,9 @@ class LearnedSteps:
             first=torch.cat([torch.ones_like(clipped), later]),
             top=torch.cat([torch.ones_like(clipped), top]),
             least=clipped.expand(schedule.num_steps),
+            posterior_x0_weight=schedule.posterior_x0_weight,
+            posterior_x_t_weight=schedule.posterior_x_t_weight,
+            step_noise=schedule.step_noise,
         )
 
     def at(self, indices: Tensor) -> Self:
@@ -80,8 +88,8 @@ class NoiseSchedule:
     sigmas                  sqrt((1 - alpha_bar) / alpha_bar); infinite where alpha_bar is 0
     timesteps               what the network receives for each index, in the count of the process it was trained
                             on: int64, or float64 (fractional) after `matched_to` and `counted_as`
-    learned                 the steps whose variance the network learned, where it was not trained on these but on
-                            those of the process that they were `respaced` from; None: on these
+    learned                 the steps that the network learned, where it was not trained on these but on those of the
+                            process that they were `respaced` from; None: on these
     """
 
     betas: Tensor

@@ -72,8 +72,8 @@ def signal_and_noise(sigma: float) -> tuple[float, float]:
 def eps_at_sigma(model_output: Tensor, x: Tensor, sigma: float, prediction_type: PredictionType) -> Tensor:
     """The noise eps that a network's output (N, C or 2C, H, W) at x says, at any sigma, on a schedule's level or not.
 
-    x = (x0 + sigma eps) / sqrt(1 + sigma^2) is what the network received. Raises ValueError for posterior_mean, which
-    has no meaning between two steps.
+    x = (x0 + sigma eps) / sqrt(1 + sigma^2) is what the network received. Raises ValueError for a `StepPrediction`,
+    which has no meaning between two steps.
     """
     value = promoted(split_output(model_output, x.shape[1])[0])
     return eps_from(value, promoted(x), *signal_and_noise(sigma), prediction_type)
@@ -82,10 +82,10 @@ def eps_at_sigma(model_output: Tensor, x: Tensor, sigma: float, prediction_type:
 def x0_at_sigma(model_output: Tensor, y: Tensor, sigma: float, prediction_type: PredictionType) -> Tensor:
     """The guess of x0 in a network's output (N, C or 2C, H, W) at y = x0 + sigma eps, at any sigma.
 
-    The network received y / sqrt(1 + sigma^2). Raises ValueError for posterior_mean, as `eps_at_sigma`.
+    The network received y / sqrt(1 + sigma^2). Raises ValueError for a `StepPrediction`, as `eps_at_sigma`.
     """
     value, y = promoted(split_output(model_output, y.shape[1])[0]), promoted(y)
-    if prediction_type != "v_prediction":
+    if prediction_type not in ("v_prediction", "score"):
         return x0_from(value, y, 1, sigma, prediction_type)
     a, s = signal_and_noise(sigma)
     return x0_from(value, a * y, a, s, prediction_type)

@@ -177,6 +177,10 @@ def loss_weights(
         weights = on_x0
     elif space == "posterior_mean":
         weights = on_x0 / schedule.posterior_x0_weight**2
+    elif space == "score":
+        weights = on_eps * schedule.noise**2
+    elif space == "step_noise":
+        weights = on_eps * (schedule.noise / schedule.step_noise) ** 2
     else:
         raise unknown(space, "loss space", LossSpace)
     if not bool(weights.isfinite().all()):

@@ -180,8 +180,6 @@ def _measure(
     fixed: tuple[Variance, ...] = ("beta_tilde", "beta")
     variances = fixed if abilities.variance == "none" else ("learned", "learned_range", *fixed)
     wanted = _wanted(config, model, len(held_out.x0), levels)
-    if asked & {"bpd", "calibration"} and abilities.prediction_type == "posterior_mean":
-        notes.append("it predicts the mean of a step of its training, so no process of fewer steps was measured")
     processes = {}
     total = sum(steps.t.numel() for steps in wanted.values())
     with tqdm(total=total, desc=one.label, unit=" calls", dynamic_ncols=True, disable=None) as bar:
@@ -226,7 +224,7 @@ def _wanted(config: EvaluateConfig, model: TextToImage, count: int, levels: Nois
         wanted[WHOLE] = _drawn(schedule, config, count)
     if "loss" in asked and not same:
         wanted["levels"] = _drawn(levels.matched_to(schedule), config, count)
-    if asked & {"bpd", "calibration"} and model.abilities.prediction_type != "posterior_mean":
+    if asked & {"bpd", "calibration"}:
         wanted |= {str(n): Steps.every(schedule.respaced(n), count) for n in config.respacings}
     return wanted
 

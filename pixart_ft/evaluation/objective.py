@@ -28,6 +28,8 @@ _ERRORS: dict[LossSpace, str] = {
     "v_prediction": "v error",
     "sample": "x0 error",
     "posterior_mean": "posterior mean error",
+    "score": "score error",
+    "step_noise": "step noise error",
 }
 
 

@@ -7,14 +7,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from pixart_ft.config.train import Weights
 from pixart_ft.diffusion.intervals import WHOLE, shown
-from pixart_ft.diffusion.names import PredictionType, VarianceState
+from pixart_ft.diffusion.names import PredictionType, StockPrediction, VarianceState
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.files import read_object
@@ -180,7 +180,7 @@ def _trained_with(
         )
     process = process_of(config)
     prediction_type = process["prediction_type"] if metadata is None else metadata.prediction_type
-    if metadata is None and prediction_type not in ("epsilon", "v_prediction", "sample"):
+    if metadata is None and prediction_type not in get_args(StockPrediction):
         raise ValueError(
             f"unknown prediction_type {prediction_type!r}; a PixArt-Sigma predicts epsilon, v_prediction or sample"
         )

@@ -5,7 +5,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast, get_args
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from pixart_ft.config.samplers import SAMPLERS, SamplerFacts
-from pixart_ft.diffusion.names import PredictionType, check
+from pixart_ft.diffusion.names import NoisePrediction, PredictionType, check
 from pixart_ft.diffusion.process import promoted
 from pixart_ft.diffusion.schedules import NoiseSchedule, interpolate
 from pixart_ft.diffusion.sigmas import index_to_sigma
@@ -150,10 +150,10 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin, ABC):
                 f"sampler {self.sampler} divides by the signal, and this schedule has zero terminal SNR (no signal at "
                 "its last step); use ddim, ddpm or iddpm, or a schedule without rescale_betas_zero_snr"
             )
-        if prediction_type == "epsilon":
+        if prediction_type in get_args(NoisePrediction):
             raise ValueError(
                 "at zero terminal SNR the noise does not determine x0: this schedule wants a network with "
-                "prediction_type v_prediction or sample, not epsilon"
+                f"prediction_type v_prediction or sample, not {prediction_type}"
             )
 
     def _ready(self, timesteps: Tensor, starts: Sequence[int], device: torch.device | str | None) -> None:

@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
@@ -11,7 +10,7 @@ from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader look
 from torch import Tensor
 
 from pixart_ft.diffusion.names import FixedVariance, IndexSpacing, LearnedVariance, StepVariance, Variance, check
-from pixart_ft.diffusion.process import Prediction, predict, promoted, to_eps, to_x0
+from pixart_ft.diffusion.process import Prediction, predict, promoted
 from pixart_ft.diffusion.respacing import sampled_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import ddim_encode_step, ddim_step, ddpm_step
@@ -64,13 +63,7 @@ class IndexScheduler(PixArtScheduler):
 
     def _predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
         """The network's output at index t (N,) of `respaced`."""
-        prediction = predict(self.respaced, output, x, t, self.prediction_type)
-        if self.prediction_type == "posterior_mean":  # that of the step it was trained on, not of the longer one here
-            whole = torch.tensor(self.kept, device=t.device)[t]
-            mean = output[:, : x.shape[1]]
-            x0 = to_x0(self.schedule, mean, x, whole, self.prediction_type)
-            prediction = replace(prediction, x0=x0, eps=to_eps(self.respaced, x0, x, t, "sample"))
-        return prediction
+        return predict(self.respaced, output, x, t, self.prediction_type)
 
 
 class _DownIndices(IndexScheduler):

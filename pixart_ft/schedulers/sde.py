@@ -1,13 +1,14 @@
 """Score-based samplers: the reverse SDE with a Langevin corrector, and its probability-flow ODE."""
 
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
 from torch import Tensor
 
 from pixart_ft.diffusion.flow import Network, eps_of, solve_flow
-from pixart_ft.diffusion.names import CorrectorNorms, IndexSpacing, Predictor, check
+from pixart_ft.diffusion.names import CorrectorNorms, IndexSpacing, Predictor, StepPrediction, check
 from pixart_ft.diffusion.process import to_score
 from pixart_ft.diffusion.solvers import langevin_step, langevin_step_size, pf_ode_step, sde_step
 from pixart_ft.schedulers.base import with_process
@@ -90,8 +91,11 @@ class ProbabilityFlowScheduler(IndexScheduler):
     ) -> None:
         if tolerance is not None and tolerance <= 0:
             raise ValueError(f"tolerance must be positive, got {tolerance:g}")
-        if tolerance is not None and self.prediction_type == "posterior_mean":
-            raise ValueError("an adaptive ODE steps between the timesteps, where a posterior mean has no meaning")
+        if tolerance is not None and self.prediction_type in get_args(StepPrediction):
+            raise ValueError(
+                "an adaptive ODE steps between the timesteps, where a prediction of one step "
+                f"({self.prediction_type}) has no meaning"
+            )
         self.spacing, self.tolerance = spacing, tolerance
 
     def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,13 @@ one above them, the network is told the last timestep.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader looks for it beside the class
 from torch import Tensor
 
-from pixart_ft.diffusion.names import Lookup, SigmaSpacing, check, unknown
+from pixart_ft.diffusion.names import Lookup, SigmaSpacing, StepPrediction, check, unknown
 from pixart_ft.diffusion.process import promoted
 from pixart_ft.diffusion.sigmas import (
     eps_at_sigma,
@@ -53,9 +54,10 @@ class SigmaScheduler(PixArtScheduler):
         churn: tuple[float, float, float | None, float] = (0.0, 0.0, None, 1.0),
     ) -> None:
         """Check the options of the grid against the process, which must have been read."""
-        if self.prediction_type == "posterior_mean":
+        if self.prediction_type in get_args(StepPrediction):
             raise ValueError(
-                f"sampler {self.sampler} steps between the timesteps, where a posterior mean has no meaning"
+                f"sampler {self.sampler} steps between the timesteps, where a prediction of one step "
+                f"({self.prediction_type}) has no meaning"
             )
         check(spacing, "spacing", SigmaSpacing)
         own = self.schedule.sigmas[0].item(), self.schedule.sigmas[-1].item()

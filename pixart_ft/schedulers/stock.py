@@ -2,14 +2,14 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
 from torch import Tensor
 
 from pixart_ft.config.samplers import StockFacts
-from pixart_ft.diffusion.names import PredictionType, unknown_word
+from pixart_ft.diffusion.names import PredictionType, StockPrediction, unknown_word
 from pixart_ft.diffusion.schedules import DIFFUSERS_KEYS, NoiseSchedule
 from pixart_ft.diffusion.sigmas import index_to_timestep
 from pixart_ft.schedulers.base import PixArtScheduler
@@ -43,8 +43,8 @@ class StockScheduler:
         spacing = str((options or {}).get("spacing") or facts.spacings[0])
         if spacing not in facts.spacings:
             raise ValueError(unknown_word(spacing, "spacing", facts.spacings))
-        if prediction_type == "posterior_mean":
-            raise ValueError(f"sampler {facts.name} is diffusers', where no network predicts a posterior mean")
+        if prediction_type not in get_args(StockPrediction):
+            raise ValueError(f"sampler {facts.name} is diffusers', where no network predicts {prediction_type}")
         if schedule.has_zero_snr:
             raise ValueError(
                 f"sampler {facts.name} divides by the signal, and this schedule has zero terminal SNR (no signal at "
@@ -135,7 +135,7 @@ class StockScheduler:
 def stock_twin(scheduler: PixArtScheduler) -> Any:
     """The scheduler of diffusers that comes nearest, on the same process; None where none can know that process."""
     config: Any = scheduler.config
-    if config.network_timesteps is not None or config.prediction_type == "posterior_mean":
+    if config.network_timesteps is not None or config.prediction_type not in get_args(StockPrediction):
         return None
     kind = getattr(diffusers, _TWINS.get(scheduler.sampler, "DPMSolverMultistepScheduler"))
     wanted = {key: config[key] for key in (*DIFFUSERS_KEYS, "prediction_type")}

@@ -7,12 +7,13 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from pixart_ft.config.hub import Publication
 from pixart_ft.diffusion.intervals import WHOLE, shown
+from pixart_ft.diffusion.names import StockPrediction
 from pixart_ft.files import versions
 from pixart_ft.runs.hub import HubModel
 from pixart_ft.runs.metadata import AdapterMetadata
@@ -122,8 +123,8 @@ def _use(facts: Facts, shown_as: Publication) -> str:
     ]
     if metadata.base == "demo" and not facts.whole:
         return "\n\n".join([*parts, "Its base is the demo inside that package, which nothing else has."])
-    if metadata.prediction_type == "posterior_mean":
-        return "\n\n".join([*parts, "No scheduler of diffusers knows what it predicts (the posterior's mean)."])
+    if metadata.prediction_type not in get_args(StockPrediction):
+        return "\n\n".join([*parts, f"No scheduler of diffusers knows what it predicts ({metadata.prediction_type})."])
     plain = (
         "With plain peft, in the stock pipeline of diffusers" if facts.what == "adapter" else "In the stock pipeline"
     )

@@ -6,12 +6,13 @@ Reads the base's configurations alone, so that every refusal comes before any we
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import get_args
 
 import torch
 
 from pixart_ft.config.train import Diffusion, TrainConfig, Validation
 from pixart_ft.diffusion.intervals import adapter_interval_faults, covers, end_faults, or_whole, shown
-from pixart_ft.diffusion.names import PredictionType, TimeConditioning, VarianceState
+from pixart_ft.diffusion.names import NoisePrediction, PredictionType, TimeConditioning, VarianceState
 from pixart_ft.diffusion.schedules import NoiseSchedule, conditioned, named_config
 from pixart_ft.diffusion.weighting import logit_normal_timesteps
 from pixart_ft.errors import UserError
@@ -159,7 +160,7 @@ def _faults(objective: Objective, *, learned_variance: bool) -> list[str]:
             f"diffusion.objective {objective.kind} trains a learned variance, and this base has no variance channels; "
             f"set diffusion.objective {remedy}"
         )
-    if objective.schedule.has_zero_snr and objective.prediction_type == "epsilon":
+    if objective.schedule.has_zero_snr and objective.prediction_type in get_args(NoisePrediction):
         faults.append(
             "the schedule leaves no signal at its last step (zero SNR), where the noise says nothing of the picture; "
             "set diffusion.prediction_type v_prediction or sample, or train on a schedule without it"

@@ -330,7 +330,7 @@ def test_mistakes_of_any_sampler_are_named(name: str) -> None:
     with pytest.raises(ValueError, match="unknown prediction_type 'eps'; choose epsilon, v_prediction"):
         build_scheduler(name, LINEAR, "eps")  # type: ignore[arg-type]
     if SAMPLERS[name].space == "sigma":
-        with pytest.raises(ValueError, match=f"sampler {name} steps between .* posterior mean has no meaning"):
+        with pytest.raises(ValueError, match=rf"sampler {name} steps between .* \(posterior_mean\) has no meaning"):
             build_scheduler(name, LINEAR, "posterior_mean")
     scheduler: Any = SCHEDULERS[name]()
     key, rising = ("sigmas", [1.0, 9.0]) if SAMPLERS[name].space == "sigma" else ("timesteps", [0, 500])

@@ -117,8 +117,9 @@ def test_adaptive_scheduler_names_what_it_lacks() -> None:
         ProbabilityFlowScheduler().solve(oracle(LINEAR, "epsilon", randn(1, 4, 2, 2)), randn(1, 4, 2, 2))
     with pytest.raises(ValueError, match="tolerance must be positive, got 0"):
         ProbabilityFlowScheduler(tolerance=0.0)
-    with pytest.raises(ValueError, match="posterior mean has no meaning"):
-        ProbabilityFlowScheduler(tolerance=1e-3, prediction_type="posterior_mean")
+    for kind in ("posterior_mean", "step_noise"):
+        with pytest.raises(ValueError, match=rf"a prediction of one step \({kind}\) has no meaning"):
+            ProbabilityFlowScheduler(tolerance=1e-3, prediction_type=kind)
 
 
 def test_signal_of_the_continuous_process_is_the_integral_of_its_beta() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pixart_ft.diffusion.flow import Network
 from pixart_ft.diffusion.likelihood import Bound, ode_likelihood, prior_bits, variational_bound
 from pixart_ft.diffusion.names import PredictionType
+from pixart_ft.diffusion.process import to_posterior_mean, to_score, to_step_noise
 from pixart_ft.diffusion.respacing import spaced_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from tests.helpers.networks import best_variance, best_variance_half, gaussian_output, left_variance, level
@@ -101,6 +102,20 @@ def test_with_the_best_variance_the_bound_is_tight(name: str, count: int) -> Non
     mismatch = 0.5 * (variance + signal * MEANS**2 - 1 - variance.log()) / math.log(2)
     total = expectation(bound_of(name, count).total)
     torch.testing.assert_close(total, entropy + mismatch, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["posterior_mean", "step_noise", "score"])
+def test_the_bound_of_few_steps_is_the_same_whatever_a_network_says_of_the_trained_ones(kind: PredictionType) -> None:
+    native = NATIVES["respaced"]
+    said = {"posterior_mean": to_posterior_mean, "step_noise": to_step_noise, "score": to_score}[kind]
+    by_noise = gaussian_network(native, "epsilon")
+
+    def network(x: Tensor, timestep: Tensor) -> Tensor:
+        eps, half = by_noise(x, timestep).chunk(2, dim=1)
+        return torch.cat([said(native, eps, x, timestep, "epsilon"), half], dim=1)
+
+    found = variational_bound(native.respaced(10), network, X0, kind, noise=lambda t: EPS)
+    torch.testing.assert_close(found.terms, bound_of("respaced", 10).terms, rtol=1e-9, atol=1e-9)
 
 
 # name, T, then for each of the three kinds of data the bound with variance beta_tilde, and with variance beta

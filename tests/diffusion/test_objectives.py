@@ -33,6 +33,8 @@ def output_for(kind: PredictionType, x0: Tensor, x_t: Tensor, schedule: NoiseSch
         "sample": process.to_x0,
         "v_prediction": process.to_v,
         "posterior_mean": process.to_posterior_mean,
+        "score": process.to_score,
+        "step_noise": process.to_step_noise,
     }
     return converters[kind](schedule, x0, x_t, T, "sample")
 
@@ -88,7 +90,9 @@ def test_simple_is_the_mean_squared_error_of_what_is_predicted(
 
 
 def test_an_eps_network_may_be_trained_by_any_error() -> None:
-    """An error d of eps is one of d / a in v, of s d / a in x0, of c s d / a in the posterior's mean."""
+    """An error d of eps is one of d / a in v, of s d / a in x0, of c s d / a in the posterior's mean, of -d / s in the
+    score, of sqrt(beta) d / s in the step's noise.
+    """
     noised = batch()
     output = randn(4, 4, 3, 3, seed=2)
     squared = ((output - noised.eps) ** 2).mean(dim=(1, 2, 3))
@@ -97,6 +101,8 @@ def test_an_eps_network_may_be_trained_by_any_error() -> None:
         "v_prediction": 1 / LINEAR.alpha_bar[T],
         "sample": 1 / LINEAR.snr[T],
         "posterior_mean": LINEAR.posterior_x0_weight[T] ** 2 / LINEAR.snr[T],
+        "score": 1 / (1 - LINEAR.alpha_bar[T]),
+        "step_noise": LINEAR.betas[T] / (1 - LINEAR.alpha_bar[T]),
     }
     for space in TYPES:
         simple = simple_term(LINEAR, output, noised, "epsilon", space=space)

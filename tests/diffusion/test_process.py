@@ -185,7 +185,10 @@ def test_predict_splits_the_output_and_knows_its_type() -> None:
         "sample": x0,
         "v_prediction": process.velocity(schedule, x0, eps, t),
         "posterior_mean": process.q_posterior(schedule, x0, x_t, t).mean,
+        "score": process.to_score(schedule, eps, x_t, t, "epsilon"),
+        "step_noise": process.to_step_noise(schedule, eps, x_t, t, "epsilon"),
     }
+    assert set(outputs) == set(get_args(PredictionType))
     for prediction_type, output in outputs.items():
         both = torch.cat([output, learned_range], dim=1)
         prediction = process.predict(schedule, both, x_t, t, prediction_type)

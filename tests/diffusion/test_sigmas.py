@@ -64,7 +64,7 @@ def test_timesteps_between_two_kept_ones() -> None:
     assert sigmas.index_to_timestep(respaced, numbers(0, 0.5, 1, 1.5, 2, 7)).tolist() == [0, 50, 100, 549.5, 999, 999]
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "score"])
 def test_the_noise_read_at_a_schedules_level_is_the_one_that_process_reads(
     prediction_type: PredictionType,
 ) -> None:
@@ -75,6 +75,10 @@ def test_the_noise_read_at_a_schedules_level_is_the_one_that_process_reads(
         expected = process.predict(LINEAR, output, x, torch.tensor([index]), prediction_type).eps
         ours = sigmas.eps_at_sigma(output, x, LINEAR.sigmas[index].item(), prediction_type)
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+        a = LINEAR.alpha_bar[index].sqrt().item()
+        x0 = sigmas.x0_at_sigma(output, x / a, LINEAR.sigmas[index].item(), prediction_type)
+        noise = (1 - LINEAR.alpha_bar[index]).sqrt()
+        torch.testing.assert_close(a * x0 + noise * ours, x, rtol=1e-10, atol=1e-9)
 
 
 def test_karras_grid_is_even_in_the_root_and_has_its_ends() -> None:

@@ -1,6 +1,7 @@
 """Laws of t and loss weights. Oracles: counts that come out exactly on an even grid of uniforms, closed forms."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -154,13 +155,16 @@ def test_elbo_weight_on_x0_is_half_the_loss_of_snr_and_at_0_the_decoders() -> No
 def test_weights_are_finite_and_the_same_for_one_prediction_in_every_space(
     schedule: NoiseSchedule, name: Weighting
 ) -> None:
-    """An error d of x0 is one of d / s in v, of d a / s in eps, of d times its weight of x0 in the posterior's mean."""
+    """An error d of x0 is one of d / s in v, of d a / s in eps, of d times its weight of x0 in the posterior's mean.
+
+    One of eps is 1 / s times as much in the score, sqrt(beta) / s in the step's noise.
+    """
     on_x0 = loss_weights(schedule, name, "sample")
     a, s = schedule.alpha_bar.sqrt(), (1 - schedule.alpha_bar).sqrt()
     weight_x0 = schedule.alpha_bar_prev.sqrt() * schedule.betas / (1 - schedule.alpha_bar)
     factors: dict[LossSpace, Tensor] = {"v_prediction": 1 / s, "posterior_mean": weight_x0}
     if not (schedule.has_zero_snr and name == "elbo"):
-        factors["epsilon"] = a / s
+        factors |= {"epsilon": a / s, "score": a / s**2, "step_noise": a / s**2 * schedule.betas.sqrt()}
     for space, factor in factors.items():
         weights = loss_weights(schedule, name, space)
         assert bool(weights.isfinite().all()) and bool((weights >= 0).all())
@@ -169,7 +173,7 @@ def test_weights_are_finite_and_the_same_for_one_prediction_in_every_space(
 
 
 def test_no_weighting_is_1_in_every_space() -> None:
-    for space in ("epsilon", "v_prediction", "sample", "posterior_mean"):
+    for space in get_args(LossSpace):
         assert bool((loss_weights(ZERO_SNR, "none", space) == 1).all())
 
 

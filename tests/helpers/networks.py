@@ -44,7 +44,7 @@ def level(native: NoiseSchedule, timestep: Tensor) -> tuple[float, float]:
 
 def output(kind: PredictionType, x0: Tensor, eps: Tensor, a: float, s: float) -> Tensor:
     """What a network of this kind says when it means x0 and eps."""
-    return {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0}[kind]
+    return {"epsilon": eps, "v_prediction": a * eps - s * x0, "sample": x0, "score": -eps / s}[kind]
 
 
 def gaussian_output(

@@ -92,8 +92,15 @@ def test_settled_fills_in_the_size_and_every_option_of_the_sampler(sampler: str)
             for name, facts in SAMPLERS.items()
             if facts.space != "index"
         ),
-        ({}, replace(VELOCITY, prediction_type="epsilon"), "prediction_type v_prediction or sample, not epsilon"),
-        ({"sampler": "euler"}, MEANS, "sampler euler steps between the timesteps, where a posterior mean has no"),
+        *(
+            ({}, replace(VELOCITY, prediction_type=kind), f"prediction_type v_prediction or sample, not {kind}")
+            for kind in ("epsilon", "score", "step_noise")
+        ),
+        (
+            {"sampler": "euler"},
+            MEANS,
+            "sampler euler steps between the timesteps, where a prediction of one step (post",
+        ),
         ({"negative_prompt": "red", "guidance": 1.0}, ABLE, "negative_prompt is unused at guidance 1; raise guidance"),
         ({"guidance_interval": (1, 2), "guidance": 1.0}, ABLE, "guidance_interval is unused at guidance 1"),
         ({"guidance": 0.0}, ABLE, "guidance must be at least 1, which is off, got 0"),

@@ -6,7 +6,7 @@ another type, another batch, another order of construction. Orders and variances
 """
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from pixart_ft.config.samplers import SAMPLERS
-from pixart_ft.diffusion.names import PredictionType
-from pixart_ft.diffusion.process import q_posterior
+from pixart_ft.diffusion.names import PredictionType, StepPrediction
+from pixart_ft.diffusion.process import to_posterior_mean, to_step_noise
 from pixart_ft.diffusion.schedules import conditioned
 from pixart_ft.schedulers import SCHEDULERS, build_scheduler
 from tests.helpers.driven import EVERY, Case, made, name_of, run
@@ -79,18 +79,32 @@ def test_no_signal_is_refused_where_it_would_be_divided_by(name: str) -> None:
         SCHEDULERS[name].from_config({"rescale_betas_zero_snr": True})
 
 
+@pytest.mark.parametrize(
+    "case", [("ddim", {}), ("euler", {}), ("edm", {"s_churn": 4.0, "s_max": 50.0}), ("score_sde", {})], ids=name_of
+)
+def test_the_score_leads_where_the_noise_does(case: Case) -> None:
+    """To the rounding of the timestep in float32, which says which s the network divides by."""
+    x0, paths = randn(*SHAPE, seed=1), []
+    for kind in ("epsilon", "score"):
+        scheduler = made(case, 10, kind=kind)
+        start = randn(*SHAPE) * scheduler.init_noise_sigma
+        paths.append(torch.stack(run(scheduler, oracle(LINEAR, kind, x0), start, torch.Generator().manual_seed(2))))
+    torch.testing.assert_close(paths[1], paths[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", [name for name, facts in SAMPLERS.items() if facts.space != "sigma"])
-def test_a_posterior_mean_is_that_of_the_trained_step_however_few_are_taken(name: str) -> None:
+@pytest.mark.parametrize("kind", get_args(StepPrediction))
+def test_what_is_said_of_a_step_is_of_the_trained_one_however_few_are_taken(name: str, kind: PredictionType) -> None:
     """The same way as by the noise, at ten steps of a thousand."""
     x0 = randn(*SHAPE, seed=1)
+    said = {"posterior_mean": to_posterior_mean, "step_noise": to_step_noise}[kind]
 
-    def posterior_mean(x: Tensor, timestep: Tensor) -> Tensor:
-        mean = q_posterior(LINEAR, x0, x, timestep.expand(len(x))).mean
-        return torch.cat([mean, torch.sin(x)], dim=1)
+    def of_a_step(x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.cat([said(LINEAR, x0, x, timestep.expand(len(x)), "sample"), torch.sin(x)], dim=1)
 
     paths = [
         torch.stack(run(made((name, {}), 10, kind=kind), network, randn(*SHAPE), torch.Generator().manual_seed(2)))
-        for kind, network in (("epsilon", oracle(LINEAR, "epsilon", x0)), ("posterior_mean", posterior_mean))
+        for kind, network in (("epsilon", oracle(LINEAR, "epsilon", x0)), (kind, of_a_step))
     ]
     torch.testing.assert_close(paths[1], paths[0], rtol=0, atol=1e-8)
 

@@ -157,7 +157,7 @@ def test_another_schedule_is_told_to_the_network(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "model", "message"),
     [
-        ({"sampler": "dpm++"}, replace(ABLE, prediction_type="posterior_mean"), "no network predicts a posterior mean"),
+        ({"sampler": "dpm++"}, replace(ABLE, prediction_type="score"), "diffusers', where no network predicts score"),
         ({"sampler": "unipc"}, replace(ABLE, schedule=ABLE.schedule.zero_terminal_snr()), "zero terminal SNR"),
         (
             {"sampler": "pndm", "options": {"spacing": "karras"}},

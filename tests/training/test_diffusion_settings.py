@@ -92,6 +92,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"num_train_timesteps": 40, "trained_betas": NoiseSchedule.cosine(40, offset=0.1).betas.tolist()},
         "trained",
     ),
+    "step noise": (
+        {"prediction_type": "step_noise", "objective": "su_noises", "schedule": "su_linear"},
+        LINEAR,
+        "stale",
+    ),
+    "score": ({"prediction_type": "score", "weighting": "constant"}, LINEAR, "trained"),
     "posterior": ({"prediction_type": "posterior_mean", "objective": "simple"}, LINEAR, "stale"),
 }
 

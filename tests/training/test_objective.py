@@ -136,7 +136,8 @@ def test_a_sampler_that_cannot_walk_the_schedule_is_refused_before_any_weight(ba
         ]
     if space == "sigma":
         assert faults(base, drawn, **mean) == [
-            f"{with_steps}: sampler {sampler} steps between the timesteps, where a posterior mean has no meaning"
+            f"{with_steps}: sampler {sampler} steps between the timesteps, where a prediction of one "
+            "step (posterior_mean) has no meaning"
         ]
     else:
         build_objective(configured(base, drawn, **mean), Base.read(base))
