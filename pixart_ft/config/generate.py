@@ -112,6 +112,12 @@ class GenerateConfig(Config):
         None,
         description="how the steps are spread; null = iddpm on indices and SDE, karras on levels, else linspace",
     )
+    clip_x0: float | None = Field(
+        None,
+        ge=0.1,
+        le=1e6,
+        description=_of("clip_x0") + "largest value of the guess of the latents, for much guidance; null = any",
+    )
     variance: Variance | None = Field(
         None,
         description=_of("variance")

@@ -31,7 +31,7 @@ class SamplerFacts:
     stochastic: bool = False  # whether its steps draw noise with the default options
     needs_variance: bool = False  # whether it steps by the network's own variance
     space: Space = "index"  # indices of the schedule; noise-to-signal ratios; the reverse SDE on some of the indices
-    options: tuple[str, ...] = ("spacing",)  # what it takes beside sampler, steps and guidance
+    options: tuple[str, ...] = ("spacing", "clip_x0")  # what it takes beside sampler, steps and guidance
     summary: str
 
     @property
@@ -45,6 +45,7 @@ class StockFacts(SamplerFacts):
     """The same of a scheduler of diffusers."""
 
     space: Space = "sigma"
+    options: tuple[str, ...] = ("spacing",)
     kind: str  # its class there
     arguments: Mapping[str, object] = field(default_factory=dict)  # of its constructor
     spacings_taken: tuple[Spacing, ...] = ("linspace", "trailing", "leading", "karras")
@@ -55,7 +56,7 @@ class StockFacts(SamplerFacts):
         return self.spacings_taken
 
 
-_SIGMAS = ("spacing", "rho", "sigma_min", "sigma_max")
+_SIGMAS = ("spacing", "clip_x0", "rho", "sigma_min", "sigma_max")
 _CHURN = ("s_churn", "s_min", "s_max", "s_noise")
 
 SAMPLERS: dict[str, SamplerFacts] = {
@@ -66,7 +67,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             title="DDPM",
             source="Ho et al. 2020, Alg. 2",
             stochastic=True,
-            options=("spacing", "variance"),
+            options=("spacing", "clip_x0", "variance"),
             summary="ancestral, fixed variance; wants 100 steps or more",
         ),
         SamplerFacts(
@@ -81,7 +82,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             source="Nichol & Dhariwal 2021, secs. 3.1 and 4",
             stochastic=True,
             needs_variance=True,
-            options=("spacing", "variance"),
+            options=("spacing", "clip_x0", "variance"),
             summary="ancestral, with the variance that the network learned; good from 50 steps",
         ),
         SamplerFacts(
@@ -89,7 +90,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             title="DDIM",
             source="Song et al. 2021a, eq. 12",
             order=1,
-            options=("spacing", "eta"),
+            options=("spacing", "clip_x0", "eta"),
             summary="deterministic at eta 0, good from 20 to 50 steps; at eta 1 it is DDPM with beta_tilde",
         ),
         SamplerFacts(
@@ -127,7 +128,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             calls_per_step=2,
             stochastic=True,
             space="sde",
-            options=("spacing", "predictor", "corrector_steps", "corrector_snr", "corrector_first"),
+            options=("spacing", "clip_x0", "predictor", "corrector_steps", "corrector_snr", "corrector_first"),
             summary="reverse SDE, predictor and Langevin corrector; wants 100 steps or more",
         ),
         SamplerFacts(
@@ -146,7 +147,7 @@ SAMPLERS: dict[str, SamplerFacts] = {
             source="Song et al. 2021b, sec. 4.3",
             order=1,
             space="sde",
-            options=("spacing", "tolerance"),
+            options=("spacing", "clip_x0", "tolerance"),
             summary="the deterministic ODE of score_sde, in even steps or, with a tolerance, adaptive ones",
         ),
     )
@@ -256,6 +257,7 @@ CONDITIONS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("corrector_snr", "corrector_steps", lambda steps: steps != 0),
     ("corrector_first", "corrector_steps", lambda steps: steps != 0),
     ("spacing", "tolerance", lambda tolerance: tolerance is None),
+    ("clip_x0", "tolerance", lambda tolerance: tolerance is None),
     ("spacing", "steps", lambda steps: not isinstance(steps, str)),  # a respacing says where they are
 )
 

@@ -41,8 +41,9 @@ def _process_keys(
     rescale_betas_zero_snr: bool = False,
     prediction_type: str = "epsilon",
     network_timesteps: list[float] | None = None,
+    clip_x0: float | None = None,
 ) -> None:
-    """The arguments with which every constructor begins; diffusers' names, but for the last."""
+    """The arguments with which every constructor begins; diffusers' names, but for the last two."""
 
 
 def with_process(init: Callable[..., None]) -> Callable[..., None]:
@@ -70,6 +71,8 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin, ABC):
     The process is read from the keys of a diffusers scheduler_config.json (`NoiseSchedule.from_diffusers_config`), so
     `EDMScheduler.from_config(pipeline.scheduler.config)` works, and `network_timesteps`: what the network is told at
     each index, where that is not the index itself (a schedule matched in SNR to the one the network knows).
+
+    clip_x0: the largest value of the guess of x0 that a step is made by, None for any (static thresholding).
 
     One entry of `timesteps` is one network call, whose input is `scale_model_input(sample)`. `step` computes in
     float32, or float64 if the sample is, and returns the sample's dtype.
@@ -136,7 +139,10 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin, ABC):
         check(config.prediction_type, "prediction_type", PredictionType)
         if schedule.has_zero_snr:
             self._refuse_zero_snr(config.prediction_type)
+        if config.clip_x0 is not None and not config.clip_x0 > 0:
+            raise ValueError(f"clip_x0 must be positive, got {config.clip_x0:g}")
         self.schedule, self.prediction_type = schedule, config.prediction_type
+        self.clip_x0: float | None = config.clip_x0
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = schedule.timesteps.flip(0)
@@ -214,6 +220,9 @@ class PixArtScheduler(SchedulerMixin, ConfigMixin, ABC):
         self._call = call + 1
         previous, x0 = previous.to(sample.dtype), x0.to(sample.dtype)
         return StepOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
+
+    def _clipped(self, x0: Tensor) -> Tensor:
+        return x0 if self.clip_x0 is None else x0.clamp(-self.clip_x0, self.clip_x0)
 
     @abstractmethod
     def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

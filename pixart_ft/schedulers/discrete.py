@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
@@ -10,7 +11,7 @@ from diffusers import SchedulerMixin as SchedulerMixin  # diffusers' loader look
 from torch import Tensor
 
 from pixart_ft.diffusion.names import FixedVariance, IndexSpacing, LearnedVariance, StepVariance, Variance, check
-from pixart_ft.diffusion.process import Prediction, predict, promoted
+from pixart_ft.diffusion.process import Prediction, predict, promoted, to_eps
 from pixart_ft.diffusion.respacing import sampled_indices
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.solvers import ddim_encode_step, ddim_step, ddpm_step
@@ -63,7 +64,11 @@ class IndexScheduler(PixArtScheduler):
 
     def _predict(self, output: Tensor, x: Tensor, t: Tensor) -> Prediction:
         """The network's output at index t (N,) of `respaced`."""
-        return predict(self.respaced, output, x, t, self.prediction_type)
+        prediction = predict(self.respaced, output, x, t, self.prediction_type)
+        x0 = self._clipped(prediction.x0)
+        if x0 is prediction.x0:
+            return prediction
+        return replace(prediction, x0=x0, eps=to_eps(self.respaced, x0, x, t, "sample"))
 
 
 class _DownIndices(IndexScheduler):

@@ -96,6 +96,8 @@ class ProbabilityFlowScheduler(IndexScheduler):
                 "an adaptive ODE steps between the timesteps, where a prediction of one step "
                 f"({self.prediction_type}) has no meaning"
             )
+        if tolerance is not None and self.clip_x0 is not None:
+            raise ValueError("clip_x0 would bend the flow that an adaptive ODE follows; leave one of them out")
         self.spacing, self.tolerance = spacing, tolerance
 
     def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,15 @@ from pixart_ft.diffusion.sigmas import (
     trailing_sigmas,
     x0_at_sigma,
 )
-from pixart_ft.diffusion.solvers import churn, churned_sigma, euler_ancestral_step, euler_step, heun_step, langevin_step
+from pixart_ft.diffusion.solvers import (
+    churn,
+    churned_sigma,
+    euler_ancestral_step,
+    euler_step,
+    heun_step,
+    langevin_step,
+    slope,
+)
 from pixart_ft.schedulers.base import PixArtScheduler, with_process
 
 
@@ -156,6 +164,9 @@ class SigmaScheduler(PixArtScheduler):
         position = self._position(timestep)
         return (promoted(sample) / math.sqrt(1 + self.calls[position] ** 2)).to(sample.dtype)
 
+    def _x0(self, output: Tensor, y: Tensor, sigma: float) -> Tensor:
+        return self._clipped(x0_at_sigma(output, y, sigma, self.prediction_type))
+
     def _call_levels(self) -> Tensor:
         return torch.tensor(self.calls, dtype=torch.float64)
 
@@ -190,7 +201,7 @@ class EulerScheduler(SigmaScheduler):
 
     def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         sigma, after = self.calls[call], self.sigmas[call + 1].item()
-        x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
+        x0 = self._x0(output, x, sigma)
         return self._churned(euler_step(x, x0, sigma, after), call + 1, new_noise), x0
 
 
@@ -216,7 +227,7 @@ class EulerAncestralScheduler(SigmaScheduler):
 
     def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         sigma, after = self.calls[call], self.sigmas[call + 1].item()
-        x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
+        x0 = self._x0(output, x, sigma)
         noise = new_noise() if self.eta > 0 and after > 0 else None
         return euler_ancestral_step(x, x0, sigma, after, eta=self.eta, noise=noise), x0
 
@@ -256,9 +267,10 @@ class EDMScheduler(SigmaScheduler):
 
     def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         (step, second), sigma = divmod(call, 2), self.calls[call]
-        x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
+        x0 = self._x0(output, x, sigma)
         # The slope dy/dsigma; (y - x0) / sigma would lose the digits that y and x0 share where sigma is small.
         eps = eps_at_sigma(output, x / math.hypot(1, sigma), sigma, self.prediction_type)
+        eps = eps if self.clip_x0 is None else slope(x, x0, sigma)
         here, after = self.sigma_hats[step], self.sigmas[step + 1].item()
         if not second:
             self._first = None if after == 0 else (x, eps)
@@ -302,7 +314,7 @@ class AnnealedLangevinScheduler(SigmaScheduler):
 
     def _advance(self, call: int, output: Tensor, x: Tensor, new_noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         sigma = self.calls[call]
-        x0 = x0_at_sigma(output, x, sigma, self.prediction_type)
+        x0 = self._x0(output, x, sigma)
         if call == len(self.calls) - 1:
             return x0, x0
         return langevin_step(x, (x0 - x) / sigma**2, self.langevin_step_size * sigma**2, new_noise()), x0

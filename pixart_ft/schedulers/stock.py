@@ -146,7 +146,8 @@ def stock_twin(scheduler: PixArtScheduler) -> Any:
     wanted["use_karras_sigmas"] = config.spacing == "karras"
     wanted["use_exponential_sigmas"] = config.spacing == "exponential"
     wanted |= {
-        "clip_sample": False,
+        "clip_sample": config.clip_x0 is not None,
+        "clip_sample_range": config.clip_x0 or 1.0,
         "variance_type": "fixed_large" if config.get("variance") == "beta" else "fixed_small",
     }
     takes = inspect.signature(kind.__init__).parameters

@@ -316,6 +316,8 @@ MISTAKES: list[tuple[str, dict[str, Any], Any, str]] = [
     ("annealed_langevin", {"langevin_steps": 0}, 5, "at least 1 .* got 0"),
     ("annealed_langevin", {"langevin_step_size": 2.0}, 5, "between 0 and 2, .* got 3 and 2"),
     ("pf_ode", {"tolerance": -1.0}, 5, "tolerance must be positive, got -1"),
+    ("pf_ode", {"tolerance": 0.1, "clip_x0": 1.0}, 5, "clip_x0 would bend the flow"),
+    *[(name, {"clip_x0": 0.0}, 5, "clip_x0 must be positive, got 0") for name in SAMPLERS],
 ]
 
 

@@ -18,6 +18,7 @@ SCHEDULE = NoiseSchedule.linear()
 NULL = torch.randn(1, 32, generator=torch.Generator().manual_seed(2))
 # For each option of any sampler a value that is not its default, and what makes it matter.
 OPTION_VALUES: dict[str, dict[str, object]] = {
+    "clip_x0": {"clip_x0": 0.5},
     "variance": {"variance": "beta"},
     "eta": {"eta": 0.5},
     "rho": {"rho": 3.0},

@@ -54,6 +54,37 @@ def test_exact_network_leads_to_x0(case: Case, name: str, kind: PredictionType) 
         torch.testing.assert_close(found, x0, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("case", ON_INDICES + ON_LEVELS, ids=name_of)
+def test_a_clipped_guess_of_x0_is_where_the_way_ends(case: Case) -> None:
+    """The last step returns the guess; with a limit that nothing meets, the way is that without."""
+    x0, (name, options) = 3 * randn(*SHAPE, seed=1), case
+    paths = []
+    for limit in (None, 1.0, 1e6):
+        scheduler = made((name, options | {"clip_x0": limit}), 10)
+        start = randn(*SHAPE) * scheduler.init_noise_sigma
+        paths.append(run(scheduler, oracle(LINEAR, "epsilon", x0), start, torch.Generator().manual_seed(2)))
+    torch.testing.assert_close(paths[1][-1], x0.clamp(-1, 1), rtol=0, atol=1e-8)
+    torch.testing.assert_close(torch.stack(paths[2]), torch.stack(paths[0]), rtol=1e-9, atol=1e-7)
+
+
+def test_every_step_is_made_by_the_clipped_guess_and_the_noise_that_it_leaves() -> None:
+    """By hand: x0 = 3 taken for 1, and the noise is what x_t then holds beside it."""
+    x0, x, limit = torch.full(SHAPE, 3.0, dtype=torch.float64), randn(*SHAPE), {"clip_x0": 1.0}
+    (a, s), (a2, s2) = ((ab.sqrt(), (1 - ab).sqrt()) for ab in LINEAR.alpha_bar[[999, 0]])
+    noise = (x - a) / s
+    beta = 1 - (a / a2) ** 2
+    steps = {
+        "ddim": a2 + s2 * noise,
+        "ddpm_greedy": (a / a2 * s2**2 * x + a2 * beta) / s**2,
+        "pf_ode": x - torch.log(a2 / a) * (noise / s - x),
+        "score_sde": (2 - a / a2) * x - beta * noise / s,
+    }
+    for name, expected in steps.items():
+        options = limit | ({"corrector_steps": 0} if name == "score_sde" else {})
+        path = run(made((name, options), 2), oracle(LINEAR, "epsilon", x0), x, noise=lambda call: torch.zeros(SHAPE))
+        torch.testing.assert_close(path[1], expected, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["v_prediction", "sample"])
 @pytest.mark.parametrize("case", ON_INDICES, ids=name_of)
 def test_exact_network_leads_to_x0_from_no_signal_at_all(case: Case, kind: PredictionType) -> None:
