@@ -146,6 +146,13 @@ class Data(Section):
     )
     cache: Folder = Field(Path(".cache/pixart_ft"), description="folder of encoded captions and pictures")
     max_tokens: int = Field(300, ge=1, le=4096, description="longest caption, tokens; the rest is cut")
+    shuffle_tags: bool = Field(
+        False, description="captions are tags parted by commas, in an order that each draw chooses, by its index"
+    )
+    keep_tags: int = Field(0, ge=0, le=1000, description="first tags of a caption that stay where they are")
+    caption_variants: int = Field(
+        4, ge=2, le=64, description="orders encoded of each caption: so many times the work of T5 and its cache"
+    )
 
 
 def _paper_scale(beside: Mapping[str, Any]) -> float:
@@ -359,6 +366,7 @@ class TrainConfig(Config):
     unused = (
         ("model.revision", "model.base", lambda base: base != "demo"),
         ("data.prior_weight", "data.prior", lambda folder: folder is not None),
+        *((f"data.{key}", "data.shuffle_tags", bool) for key in ("keep_tags", "caption_variants")),
         ("model.quantization", "adapter.kind", lambda kind: kind != "full"),
         *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "lora") for key in ("rank", "alpha", "dropout")),
         *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "lora") for key in ("rslora", "dora", "init")),

@@ -14,6 +14,7 @@ from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
 from pixart_ft.data.datasets import Account, Row, listed, picture_folder, split, survey
 from pixart_ft.data.seen import Seen, look_at
+from pixart_ft.data.tags import in_orders
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.model import loading
@@ -64,6 +65,11 @@ class Pictures:
             told = ", ".join(f"{count:,} {use}" for use, count in counts.items() if count)
             orphans = f"; {account.orphans:,} captions or text files without a picture" if account.orphans else ""
             lines.append(f"{'in ' + key:<18} {account.pictures:,} pictures: {told}{orphans}")
+        texts = sum(len(row.captions) for row in self.train)
+        if texts > len(self.train):
+            per = texts / len(self.train)
+            cost = f"{per:.3g} times the work of T5 and its place in data.cache"
+            lines.append(f"{'captions':<18} {texts:,} of {len(self.train):,} pictures, one in each draw: {cost}")
         return lines
 
 
@@ -90,6 +96,10 @@ def read_pictures(config: TrainConfig, *, remember: bool = False, progress: bool
         rows, held = split(rows, config.data.held_out_fraction, seed)
     if not rows:
         raise UserError(f"data.held_out_fraction {config.data.held_out_fraction} leaves nothing to train on; lower it")
+    if config.data.shuffle_tags:  # what is measured is measured as it is written
+        shuffled = [in_orders(row, config.data.caption_variants, config.data.keep_tags) for row in rows]
+        seen.update((new, seen[old]) for old, new in zip(rows, shuffled, strict=True))
+        rows = shuffled
     prior = [] if config.data.prior is None else read("prior", "train")
     measured = held[: config.validation.pictures]
     return Pictures(rows, measured, prior, len(held) - len(measured), accounts, seen)
