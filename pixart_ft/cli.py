@@ -98,8 +98,8 @@ def _doctor(config: PlanConfig, options: Mapping[str, str]) -> None:
         show_caption(config, options["caption"])
         return
     given = any(getattr(config, section).model_fields_set for section in PlanConfig.model_fields)
-    sheet = Path(options["sheet"]) if "sheet" in options else None
-    examine(config if given else None, None if card is None else round(card * 2**30), sheet)
+    sheet, plot = (Path(options[name]) if name in options else None for name in ("sheet", "plot"))
+    examine(config if given else None, None if card is None else round(card * 2**30), sheet, plot)
 
 
 def _convert(config: ConvertConfig, options: Mapping[str, str]) -> None:
@@ -156,6 +156,7 @@ COMMANDS = {
             "card": "memory in GB of an NVIDIA GPU that computes in bfloat16, to plan for in place of this machine",
             "sheet": "write a PNG of pictures as the VAE sees them, with their captions, the worst of them marked",
             "caption": "show the tokens of a caption or prompt, what of it T5 sees and what not, and nothing else",
+            "plot": "PNG file for a picture of the noise: alpha_bar, SNR, timesteps, weights and law of t",
         },
         _doctor,
     ),

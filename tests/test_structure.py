@@ -21,7 +21,7 @@ HOUSE = {
     "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow likelihood "
     "readings",
     "config": "text yaml_text key_types reading samplers optimizers hub train generate evaluate export push",
-    "pictures": "lettering recipes own sheets",
+    "pictures": "lettering recipes own sheets process_plot",
     "schedulers": "stored base discrete sigma sde stock",
     "runs": "manifest lock log folder metadata hub results",
     "sharing": "card push",

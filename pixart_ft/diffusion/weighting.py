@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.names import LossSpace, Weighting, unknown
+from pixart_ft.diffusion.names import LossSpace, TimestepLaw, Weighting, unknown
 from pixart_ft.diffusion.process import network_timesteps
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
@@ -68,6 +68,19 @@ def logit_normal_timesteps(
         )
     t = torch.sigmoid(mean + std * torch.special.ndtri(below + (above - below) * u.to(torch.float64)))
     return uniform_timesteps(t, num_steps).clamp(within.start, within.stop - 1)
+
+
+def timestep_probabilities(
+    law: TimestepLaw, num_steps: int, *, mean: float = 0.0, std: float = 1.0, within: range | None = None
+) -> Tensor:
+    """The probability (T,) float64 of each t; of importance that of its beginning, when no loss is known."""
+    within = within or range(num_steps)
+    inside = torch.zeros(num_steps, dtype=torch.float64)
+    inside[within.start : within.stop] = 1
+    if law == "logit_normal":
+        edges = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+        inside *= torch.special.ndtr((edges.logit() - mean) / std).diff()
+    return inside / inside.sum()
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What training minimises: one network call at x_t, and its loss."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import get_args
@@ -17,7 +18,7 @@ from pixart_ft.diffusion.names import (
     Variance,
     Weighting,
 )
-from pixart_ft.diffusion.objectives import simple_term, su_term, variance_alone, vlb_term
+from pixart_ft.diffusion.objectives import simple_term, su_factors, su_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised, at, network_timesteps
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.diffusion.weighting import indices_within, loss_weights
@@ -101,6 +102,25 @@ class Objective:
         return loss_weights(
             self.schedule, self.weighting, space, min_snr_gamma=self.min_snr_gamma, p2_gamma=self.p2_gamma
         )
+
+    @property
+    def noise_weights(self) -> Tensor:
+        """What the squared error of the noise has for its weight (T,) in the loss, whatever error that is of.
+
+        Of a small error under Huber's penalty; of vlb under the variance beta tilde; infinite or not a number where the
+        noise means nothing for it.
+        """
+        match self.kind:
+            case "hybrid" | "simple":
+                return self.weights / loss_weights(self.schedule, "constant", self.space or self.prediction_type)
+            case "vlb":
+                return loss_weights(self.schedule, "elbo", "sample") / self.schedule.snr / math.log(2)
+        factors = su_factors(self.schedule)
+        by_form = {"su_raw": ("raw_per_noises", "noises_per_reduced"), "su_noises": ("noises_per_reduced",)}
+        weights = torch.ones_like(self.schedule.snr)
+        for name in by_form.get(self.kind, ()):
+            weights = weights * factors[name]
+        return weights
 
     def terms(
         self,

@@ -17,6 +17,7 @@ from torch import nn
 
 from pixart_ft.config.optimizers import check_installed
 from pixart_ft.config.train import PlanConfig, TrainConfig
+from pixart_ft.diffusion.weighting import timestep_probabilities
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.files import versions
 from pixart_ft.model import loading
@@ -25,9 +26,11 @@ from pixart_ft.model.base import Base
 from pixart_ft.model.captions import account_of
 from pixart_ft.model.text import token_ids
 from pixart_ft.pictures.own import check_own
+from pixart_ft.pictures.process_plot import PLOT, process_plot
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.training import memory
 from pixart_ft.training.memory import Case, Need
+from pixart_ft.training.objective import build_objective
 from pixart_ft.training.overview import SHEET, Overview
 from pixart_ft.training.places import check_training
 from pixart_ft.training.processes import asked_for
@@ -39,17 +42,22 @@ _PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
 _EIGHT_BITS = "adamw8bit"
 
 
-def examine(config: PlanConfig | None, card: int | None, sheet: Path | None = None) -> None:
+def examine(config: PlanConfig | None, card: int | None, sheet: Path | None = None, plot: Path | None = None) -> None:
     """Print what is found, and raise one UserError with all that a training cannot begin with.
 
     config   None: the machine alone is looked at
     card     bytes of a GPU to plan for, in place of this machine
     sheet    where to write a contact sheet of the pictures
+    plot     where to draw the training's process as a PNG
     """
     if sheet is not None:
         if config is None or not config.data.folder:
             raise UserError("--sheet shows the pictures of a training; give --config, or --data.folder")
         check_own([sheet], SHEET, "--sheet")
+    if plot is not None:
+        if config is None:
+            raise UserError("--plot draws the process of a training: give its --config, or any of its keys")
+        check_own([plot], PLOT, "--plot")
     places = ("runs", ".cache") if config is None else (config.run.folder, config.data.cache)
     _say(_machine([Path(place) for place in places]))
     if config is None:
@@ -65,6 +73,9 @@ def examine(config: PlanConfig | None, card: int | None, sheet: Path | None = No
     if base is not None:
         print()
         _say(_of_base(base))
+        if plot is not None:
+            with mistakes.noted():
+                _say({"plot": _plotted(settled, base, plot)})
         overview = None
         with mistakes.noted():
             overview = _of_data(settled, card)
@@ -167,6 +178,28 @@ def _of_base(base: Base) -> dict[str, str]:
         "its output": f"{base.prediction_type}, {variance}",
     }
     return found if Path(base.place).is_dir() else found | {"to download": _to_download(base)}
+
+
+def _plotted(config: TrainConfig, base: Base, path: Path) -> str:
+    objective, _ = build_objective(config, base)
+    choice = config.diffusion
+    law = timestep_probabilities(
+        choice.timestep_law,
+        objective.schedule.num_steps,
+        mean=choice.logit_mean,
+        std=choice.logit_std,
+        within=objective.within,
+    )
+    predicts = f"predicts {objective.prediction_type}, {choice.objective}, weighting {choice.weighting}"
+    process_plot(
+        path,
+        title=f"{config.run.name}: schedule {choice.schedule}, {predicts}, {choice.timestep_law} t",
+        schedule=objective.schedule,
+        base=base.schedule,
+        weights=objective.noise_weights,
+        law=law,
+    )
+    return str(path)
 
 
 def _to_download(base: Base) -> str:

@@ -16,6 +16,7 @@ from pixart_ft.diffusion.weighting import (
     logit_normal_timesteps,
     loss_weights,
     stratified_timesteps,
+    timestep_probabilities,
     uniform_timesteps,
 )
 
@@ -132,6 +133,18 @@ def test_weights_on_the_eps_error() -> None:
         torch.testing.assert_close(ours, weights, rtol=1e-12, atol=0)
     capped = loss_weights(NoiseSchedule.cosine(), "debiased", "epsilon")
     assert capped[-1] == weighting.MAX_DEBIASED and capped[-2] == NoiseSchedule.cosine().snr[-2].rsqrt()
+
+
+@pytest.mark.parametrize("within", [None, range(20, 70)])
+def test_probabilities_of_t_are_the_shares_that_the_laws_draw(within: range | None) -> None:
+    """Of even numbers in place of random ones: a t gets its share to within one of them."""
+    count, some = 20_000, within or range(100)
+    drawn = logit_normal_timesteps(even_grid(count), 100, mean=-0.7, std=0.8, within=within)
+    law = timestep_probabilities("logit_normal", 100, mean=-0.7, std=0.8, within=within)
+    assert (drawn.bincount(minlength=100) / count - law).abs().max() <= 1 / count
+    for even in ("uniform", "stratified", "importance"):
+        law = timestep_probabilities(even, 100, within=within)
+        assert law.nonzero().flatten().tolist() == list(some) and law.max().item() == pytest.approx(1 / len(some))
 
 
 def test_min_snr_on_v_and_x0_as_published() -> None:

@@ -224,6 +224,31 @@ def test_an_error_is_called_by_what_it_is_of(choice: dict[str, Any], title: str)
     assert Objective(schedule=NoiseSchedule.linear(10), **words).titles["simple"] == title
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"kind": "simple"},
+        {"kind": "simple", "space": "v_prediction", "weighting": "min_snr"},
+        {"kind": "simple", "space": "sample"},
+        {"kind": "simple", "space": "score", "weighting": "debiased"},
+        {"kind": "vlb", "variance": "beta_tilde"},
+        *({"kind": form} for form in get_args(SuForm)),
+    ],
+    ids=str,
+)
+def test_the_weight_of_the_noises_error_is_that_of_a_small_one(how: dict[str, Any]) -> None:
+    """The loss is a square of it and what an error of the other sign takes away again."""
+    objective = Objective(LINEAR, "epsilon", **how)
+    noised = Noised.of(LINEAR, randn(4, 4, 3, 3), T, randn(4, 4, 3, 3, seed=1))
+
+    def loss(error: float) -> Tensor:
+        output = torch.cat([noised.eps + error, torch.zeros_like(noised.eps)], dim=1)
+        return objective.terms_of(output, noised, rest=randn(4, 4, 3, 3, seed=2))["loss"]
+
+    square = (loss(0.5) + loss(-0.5)) / 2 - loss(0.0)
+    torch.testing.assert_close(square, objective.noise_weights[T] * 0.25, rtol=1e-6, atol=1e-9)
+
+
 def test_every_error_has_its_name() -> None:
     for space in get_args(LossSpace):
         assert Objective(LINEAR, "epsilon", "simple", space=space).titles["simple"]

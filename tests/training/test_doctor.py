@@ -121,6 +121,20 @@ def test_processes_are_named(
     assert found["memory"].endswith("for one process without shards")
 
 
+def test_the_process_is_drawn_where_asked(capsys: pytest.CaptureFixture[str], plan: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "plots" / "noise.png"
+    found, _ = printed(capsys, [*plan, "--plot", str(file), "--diffusion.schedule", "cosine"])
+    assert found["plot"] == str(file)
+    with Image.open(file) as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+    stranger = tmp_path / "mine.png"
+    Image.new("RGB", (2, 2)).save(stranger)
+    assert cli.main([*plan, "--plot", str(stranger)]) == 2
+    assert f"{stranger} is there and is no sheet by pixart_ft" in capsys.readouterr().err
+    assert cli.main(["doctor", "--plot", str(file)]) == 2
+    assert "--plot draws the process of a training: give its --config" in capsys.readouterr().err
+
+
 def test_pictures_may_come_later_and_every_mistake_is_told(capsys: pytest.CaptureFixture[str], plan: list[str]) -> None:
     found, _ = printed(capsys, plan[:3])
     assert found["pictures"].startswith("none were given") and "sample grid" not in found
