@@ -7,7 +7,7 @@ The command line, the YAML files and the help all read the fields below, so a ke
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -18,6 +18,7 @@ from pixart_ft.config.samplers import Sampler
 from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.diffusion.names import (
     COSINE_OFFSET,
+    FixedVariance,
     LossSpace,
     Norm,
     ObjectiveKind,
@@ -195,7 +196,11 @@ class Diffusion(Section):
     )
     min_snr_gamma: Scale = Field(5.0, description="cap of min_snr, knee of soft_min_snr")
     p2_gamma: float = Field(1.0, ge=0, le=5, description="exponent of p2")
-    variance: TrainedVariance = Field("learned", description="of the vlb objective")
+    variance: TrainedVariance = Field(
+        "learned",
+        description="of hybrid and vlb; learned = between the two fixed ones, which vlb may have too, direct = its "
+        "logarithm, unstable",
+    )
     vlb_scale: Scale = Field(
         default_factory=_paper_scale,
         description="weight of the hybrid VLB term, per bit/dim; by default num_steps / 1000 (the paper's 0.001)",
@@ -379,7 +384,7 @@ class TrainConfig(Config):
         ("diffusion.rescale", "diffusion.num_steps", lambda num_steps: num_steps is not None),
         ("diffusion.cosine_offset", "diffusion.schedule", lambda schedule: schedule == "cosine"),
         ("diffusion.vlb_scale", "diffusion.objective", lambda objective: objective == "hybrid"),
-        ("diffusion.variance", "diffusion.objective", lambda objective: objective == "vlb"),
+        ("diffusion.variance", "diffusion.objective", lambda objective: objective in ("hybrid", "vlb")),
         ("diffusion.loss_space", "diffusion.objective", _has_simple_term),
         ("diffusion.error", "diffusion.objective", _has_simple_term),
         ("diffusion.weighting", "diffusion.objective", _has_simple_term),
@@ -406,6 +411,12 @@ class TrainConfig(Config):
             lambda conditioning, schedule, zero_snr: conditioning != "index" and schedule == "base" and not zero_snr,
             "diffusion.time_conditioning is {} with schedule {} (zero_snr {}): the base's own schedule needs no match; "
             "choose another schedule, or leave it at index",
+        ),
+        (
+            ("diffusion.variance", "diffusion.objective"),
+            lambda variance, objective: objective == "hybrid" and variance in get_args(FixedVariance),
+            "diffusion.variance is {} with objective {}, whose second term trains a learned one; use objective simple "
+            "or vlb, or variance learned or direct",
         ),
         (
             ("diffusion.objective", "diffusion.timestep_law"),

@@ -27,11 +27,14 @@ TimeConditioning = Literal["index", "rescaled", "snr_matched"]
 COSINE_OFFSET = 0.008  # s of Nichol & Dhariwal 2021, eq. 17: as they have it
 FixedVariance = Literal["beta_tilde", "beta"]
 # The network's own: learned is read in the process that it was trained on and said in another by the error of x0 that
-# it means; learned_range takes it for the fraction of the step at hand (Nichol & Dhariwal 2021).
-LearnedVariance = Literal["learned", "learned_range"]
+# it means; learned_range takes it for the fraction of the step at hand (Nichol & Dhariwal 2021). direct is for another
+# network, whose output is the logarithm itself, exp(f), which they found unstable; read as learned is.
+LearnedVariance = Literal["learned", "learned_range", "direct"]
 Variance = Literal[LearnedVariance, FixedVariance]  # p's, that of x_{t-1} given x_t
-TrainedVariance = Literal["learned", FixedVariance]  # of a run, which trains whole processes: there the two are one
-VarianceState = Literal["trained", "stale", "none"]  # of a network's learned variance: fit to use, left behind, absent
+# Of a run, which trains whole processes: there learned and learned_range are one.
+TrainedVariance = Literal["learned", "direct", FixedVariance]
+# Of a network's learned variance: fit to use as a fraction, or as the logarithm itself; left behind, absent.
+VarianceState = Literal["trained", "direct", "stale", "none"]
 
 # Losses.
 SuForm = Literal["su_raw", "su_noises", "su_reduced"]

@@ -255,6 +255,8 @@ def log_variance_of(
         read = learned_log_variance
     elif variance == "learned_range":
         read = learned_range_log_variance
+    elif variance == "direct":
+        read = direct_log_variance
     else:
         raise unknown(variance, "variance", Variance)
     if prediction.variance_half is None:
@@ -298,6 +300,18 @@ def learned_range_log_variance(schedule: NoiseSchedule, learned_range: Tensor, t
     high = at(schedule.log_betas, t, learned_range)
     low = at(schedule.posterior_log_variance, t, learned_range)
     return fraction * high + (1 - fraction) * low
+
+
+def direct_log_variance(schedule: NoiseSchedule, log_variance: Tensor, t: Tensor) -> Tensor:
+    """What a network says whose output is the log variance of its own steps (Nichol & Dhariwal 2021, sec. 3.1).
+
+    On others by the error of x0 that it means there, as `learned_log_variance`.
+    """
+    log_variance = promoted(log_variance)
+    if schedule.learned is None:
+        return log_variance
+    low, span = (at(table, t, log_variance) for table in (schedule.learned.low, schedule.learned.span))
+    return learned_log_variance(schedule, 2 * (log_variance - low) / span - 1, t)
 
 
 def fixed_log_variance(schedule: NoiseSchedule, variance: FixedVariance) -> Tensor:

@@ -38,6 +38,7 @@ class LearnedSteps:
     first  1 at the first step, else 0
     top    the f that means sigma^2, the error of who reads the noise as x0
     least  the clipped beta tilde, everywhere: no variance of the process is smaller
+    low    log beta tilde, clipped at the first step
 
     The others are those of `NoiseSchedule`, for a network that predicts something of the step.
     """
@@ -47,6 +48,7 @@ class LearnedSteps:
     first: Tensor
     top: Tensor
     least: Tensor
+    low: Tensor
     posterior_x0_weight: Tensor
     posterior_x_t_weight: Tensor
     step_noise: Tensor
@@ -65,6 +67,7 @@ class LearnedSteps:
             first=torch.cat([torch.ones_like(clipped), later]),
             top=torch.cat([torch.ones_like(clipped), top]),
             least=clipped.expand(schedule.num_steps),
+            low=schedule.posterior_log_variance,
             posterior_x0_weight=schedule.posterior_x0_weight,
             posterior_x_t_weight=schedule.posterior_x_t_weight,
             step_noise=schedule.step_noise,

@@ -178,7 +178,8 @@ def _measure(
     """What was asked for of one model; the loss is measured at the noise of the schedule `levels`."""
     abilities, asked, notes = model.abilities, set(config.metrics), list(one.refused)
     fixed: tuple[Variance, ...] = ("beta_tilde", "beta")
-    variances = fixed if abilities.variance == "none" else ("learned", "learned_range", *fixed)
+    own: dict[str, tuple[Variance, ...]] = {"none": (), "direct": ("direct",)}
+    variances = (*own.get(abilities.variance, ("learned", "learned_range")), *fixed)
     wanted = _wanted(config, model, len(held_out.x0), levels)
     processes = {}
     total = sum(steps.t.numel() for steps in wanted.values())
@@ -195,6 +196,7 @@ def _measure(
                 autocast=None if model.dtype == torch.float32 else model.dtype,
                 progress=bar.update,
             )
+            readings = {"learned" if how == "direct" else how: found for how, found in readings.items()}
             processes[name] = Process(steps, readings, prior_bits(steps.schedule, held_out.x0.double()))
     at_levels = processes.pop("levels", processes.get(WHOLE)) if "loss" in asked else None
     flow = None

@@ -45,7 +45,7 @@ class Objective:
                which PixArt-Sigma was trained with
     space      whose error the simple term is; None: of what the network predicts
     weighting  of the simple term by t, see `loss_weights`
-    variance   p's, for vlb alone
+    variance   p's, for hybrid and vlb
     interval   the network's timesteps that are trained, both ends included
     """
 
@@ -155,7 +155,9 @@ class Objective:
                 loss = simple if self.weighting == "none" else at(self.weights, noised.t, simple) * simple
                 if self.kind == "simple":
                     return {"simple": simple, "loss": loss}
-                vlb = vlb_term(self.schedule, variance_alone(output), noised, self.prediction_type)
+                vlb = vlb_term(
+                    self.schedule, variance_alone(output), noised, self.prediction_type, variance=self.variance
+                )
                 return {"simple": simple, "vlb": vlb, "loss": loss + self.vlb_scale * vlb}
             case "vlb":
                 simple = simple_term(self.schedule, output.detach(), noised, self.prediction_type)

@@ -143,8 +143,10 @@ def settled(settings: Settings, model: Abilities, adapter: str | None = None) ->
         faults.append(f"steps must be at least 1, got {settings.steps}")
     if settings.sampler not in EVERY_SAMPLER:
         faults.append(f"sampler: {unknown_word(settings.sampler, 'sampler', EVERY_SAMPLER)}")
-    elif _learned(settings) and model.variance != "trained":
-        faults.append(_untrained_variance(model.variance, adapter))
+    else:
+        if model.variance == "direct" and _learned(settings):  # the only way to read it
+            settings = replace(settings, options={"variance": "direct", **settings.options})
+        faults += _variance_faults(settings, model.variance, adapter)
     options: dict[str, object] = {}
     if settings.sampler in EVERY_SAMPLER and counted:
         try:
@@ -274,11 +276,17 @@ def _start_faults(settings: Settings) -> list[str]:
     return faults
 
 
-def _untrained_variance(state: VarianceState, adapter: str | None) -> str:
+def _variance_faults(settings: Settings, state: VarianceState, adapter: str | None) -> list[str]:
+    """What keeps the steps from being taken by the network's own variance, where they are to be."""
+    variance = settings.options.get("variance", "learned")
+    if not _learned(settings) or state == ("direct" if variance == "direct" else "trained"):
+        return []
     if state == "none":
-        return "sampler iddpm steps by a learned variance, and this network has no variance channels; use ddpm"
+        return ["sampler iddpm steps by a learned variance, and this network has no variance channels; use ddpm"]
     by = f"the adapter {adapter}" if adapter else "this model"
-    return (
+    if state != "stale":
+        return [f"variance {variance} is not how {by} was trained (diffusion.variance); leave variance out"]
+    return [
         f"sampler iddpm steps by a learned variance, and {by} was trained by an objective that leaves it stale; use "
         "sampler ddpm, or set variance beta_tilde, or train with diffusion.objective hybrid"
-    )
+    ]

@@ -63,7 +63,7 @@ def abilities_of(base: Base, adapters: Sequence[Adapter] = ()) -> Abilities:
         }
         if apart := [what for what, is_same in same.items() if not is_same]:
             raise UserError(f"lora: {adapters[0].name} and {other.name} were trained on another {', '.join(apart)}")
-        variance = variance if about.variance == "trained" else about.variance
+        variance = variance if about.variance == variance else "stale"  # they share the network's channels
     intervals = tuple(adapter.interval for adapter in adapters)
     return Abilities(schedule, prediction_type, variance, base.native_size, base.size_unit, intervals)
 

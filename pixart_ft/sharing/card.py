@@ -21,6 +21,7 @@ from pixart_ft.runs.results import What
 
 _VARIANCE = {
     "trained": "trained; the iddpm sampler steps by it",
+    "direct": "trained as its logarithm itself; the iddpm sampler steps by it",
     "stale": "stale: the training moved the network and did not train it; sample with a fixed one (ddim, ddpm, ...)",
     "none": "the network has none",
 }

@@ -66,6 +66,12 @@ def build_objective(config: TrainConfig, base: Base) -> tuple[Objective, dict[st
             "diffusion.rescale",
             stacklevel=2,
         )
+    if objective.trains_variance and (objective.variance == "direct") != (base.variance == "direct"):
+        warnings.warn(
+            f"the base's variance channels are not read as diffusion.variance {choice.variance} reads them: they begin "
+            "wrong and must relearn",
+            stacklevel=2,
+        )
     if prediction_type != native_prediction:
         warnings.warn(
             f"the base predicts {native_prediction} and will be taught {prediction_type}: it begins wrong "
@@ -80,7 +86,8 @@ def abilities_after(objective: Objective, base: Base, size: int | None = None) -
 
     An objective without the learned variance leaves it to a network that has moved on.
     """
-    variance: VarianceState = "trained" if objective.trains_variance else "stale"
+    trained: VarianceState = "direct" if objective.variance == "direct" else "trained"
+    variance = trained if objective.trains_variance else "stale"
     return Abilities(
         objective.schedule,
         objective.prediction_type,
@@ -104,6 +111,8 @@ def warn_of_relearning(adapter: AdapterMetadata, objective: Objective, time_cond
         changes.append(f"they predict {adapter.prediction_type}, not {objective.prediction_type}")
     if not torch.equal(schedule.alpha_bar, objective.schedule.alpha_bar):
         changes.append("they know another noise schedule")
+    if objective.trains_variance and (objective.variance == "direct") != (adapter.variance == "direct"):
+        changes.append(f"their variance is not read as {objective.variance}")
     if adapter.time_conditioning != time_conditioning:
         changes.append(f"they were told its steps by {adapter.time_conditioning}, not {time_conditioning}")
     if not covers(or_whole(adapter.interval, adapter.last_timestep), objective.interval):

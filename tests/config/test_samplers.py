@@ -309,7 +309,12 @@ MISTAKES: list[tuple[str, dict[str, Any], Any, str]] = [
     *[(name, {"eta": 1.2}, 10, r"eta must be 0 .* to 1 .*got 1\.2") for name in users_of("eta")],
     *[(name, {"eta": -0.1}, 10, r"eta must be 0 .* to 1 .*got -0\.1") for name in users_of("eta")],
     ("ddpm", {"variance": "learned"}, 5, "beta_tilde or beta, got 'learned'; iDDPM"),
-    ("iddpm", {"variance": "small"}, 5, "unknown variance 'small'; choose learned, learned_range, beta_tilde or beta"),
+    (
+        "iddpm",
+        {"variance": "small"},
+        5,
+        "unknown variance 'small'; choose learned, learned_range, direct, beta_tilde or",
+    ),
     ("score_sde", {"predictor": "heun"}, 5, "unknown predictor 'heun'; choose euler_maruyama"),
     ("score_sde", {"corrector_steps": -1}, 5, "must not be negative .* got -1"),
     ("score_sde", {"corrector_snr": 0.0}, 5, "corrector_snr positive, got 1 and 0"),

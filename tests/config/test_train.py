@@ -97,7 +97,11 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
             {"diffusion.objective": "simple", "diffusion.vlb_scale": "2"},
             "vlb_scale is 2, unused while .* is .simple",
         ),
-        ({"diffusion.variance": "beta"}, "variance is .beta., unused while diffusion.objective is .hybrid"),
+        ({"diffusion.variance": "beta"}, "variance is .beta. with objective .hybrid., whose second term trains a"),
+        (
+            {"diffusion.variance": "direct", "diffusion.objective": "simple"},
+            "variance is .direct., unused while diffusion.objective is .simple",
+        ),
         (
             {"diffusion.objective": "vlb", "diffusion.weighting": "min_snr"},
             "diffusion.weighting is .min_snr., unused while diffusion.objective is .vlb",

@@ -70,7 +70,7 @@ def test_each_word_is_known_and_no_other(use: str) -> None:
 
 def test_what_comes_from_a_file_is_checked() -> None:
     names.check("learned", "variance", names.Variance)
-    with pytest.raises(ValueError, match="unknown variance 'none'; choose learned, learned_range, beta_tilde or beta"):
+    with pytest.raises(ValueError, match="unknown variance 'none'; choose learned, learned_range, direct, beta_tilde"):
         names.check("none", "variance", names.Variance)
 
 

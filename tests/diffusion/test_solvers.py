@@ -199,5 +199,5 @@ def test_mistakes_are_named() -> None:
         ddpm_step(LINEAR, prediction, x, t, variance="beta")
     with pytest.raises(ValueError, match="'learned' needs a network with variance channels"):
         ddpm_step(LINEAR, prediction, x, t, variance="learned", noise=x)
-    with pytest.raises(ValueError, match="unknown variance 'small'; choose learned, learned_range, beta_tilde or beta"):
+    with pytest.raises(ValueError, match="unknown variance 'small'; choose learned, learned_range, direct, beta_tilde"):
         ddpm_step(LINEAR, prediction, x, t, variance="small", noise=x)  # type: ignore[arg-type]

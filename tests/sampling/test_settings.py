@@ -212,6 +212,17 @@ def test_a_stale_variance_is_named_after_its_adapter_and_may_be_replaced() -> No
     assert settled(Settings(sampler="iddpm"), ABLE).options["variance"] == "learned"
 
 
+def test_a_variance_is_read_as_it_was_trained() -> None:
+    direct = replace(ABLE, variance="direct")
+    assert settled(Settings(sampler="iddpm"), direct).options["variance"] == "direct"
+    assert settled(Settings(sampler="iddpm", options={"variance": "beta"}), direct).options["variance"] == "beta"
+    for model, variances in ((direct, ("learned", "learned_range")), (ABLE, ("direct",))):
+        for variance in variances:
+            (line,) = faults(Settings(sampler="iddpm", options={"variance": variance}), model)
+            assert f"variance {variance} is not how this model was trained (diffusion.variance)" in line
+    assert "leaves it stale" in faults(Settings(sampler="iddpm", options={"variance": "direct"}), STALE)[0]
+
+
 @pytest.mark.parametrize("sampler", [name for name, facts in SAMPLERS.items() if facts.space == "index"])
 def test_zero_snr_is_no_hindrance_to_samplers_on_indices(sampler: str) -> None:
     assert settled(Settings(sampler=sampler), VELOCITY).options["spacing"] == "iddpm"

@@ -98,11 +98,12 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "stale",
     ),
     "score": ({"prediction_type": "score", "weighting": "constant"}, LINEAR, "trained"),
+    "logarithm": ({"variance": "direct"}, LINEAR, "direct"),
     "posterior": ({"prediction_type": "posterior_mean", "objective": "simple"}, LINEAR, "stale"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:the base predicts", "ignore:of .* noise levels")
+@pytest.mark.filterwarnings("ignore:the base predicts", "ignore:of .* noise levels", "ignore:the base's variance")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_what_was_trained_is_what_is_drawn(options: Options, trained_on: list[Objective], name: str) -> None:
     diffusion, schedule, variance = SETTINGS[name]
@@ -126,7 +127,7 @@ def test_what_was_trained_is_what_is_drawn(options: Options, trained_on: list[Ob
     assert torch.equal(able.schedule.timesteps, objective.schedule.timesteps)
     (picture,) = drawing.generate("a red circle", steps=2)  # it refuses what is not finite
     assert picture.size == (64, 64)
-    if variance == "trained":
+    if variance in ("trained", "direct"):
         drawing.generate("a red circle", steps=2, sampler="iddpm")
     else:
         with pytest.raises(UserError, match="trained by an objective that leaves it stale"):

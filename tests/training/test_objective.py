@@ -21,7 +21,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model.base import Base
 from pixart_ft.runs.metadata import AdapterMetadata
-from pixart_ft.training.objective import build_objective, warn_of_relearning
+from pixart_ft.training.objective import abilities_after, build_objective, warn_of_relearning
 from pixart_ft.training.run import run_training
 from tests.helpers.tiny import edit
 
@@ -245,6 +245,12 @@ def test_snr_matched_tells_the_network_where_the_base_saw_that_noise(base: Path,
     assert torch.equal(matched.schedule.timesteps, expected.timesteps) and same == described
     assert torch.equal(matched.schedule.alpha_bar, by_index.schedule.alpha_bar)
     assert not torch.equal(matched.schedule.timesteps, by_index.schedule.timesteps.double())
+
+
+def test_another_reading_of_the_variance_is_said_aloud(base: Path) -> None:
+    with pytest.warns(UserWarning, match="the base's variance channels are not read as diffusion.variance direct"):
+        objective, _ = built(base, variance="direct")
+    assert objective.variance == "direct" and abilities_after(objective, Base.read(base)).variance == "direct"
 
 
 def test_another_prediction_type_is_said_aloud(base: Path) -> None:
