@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from pixart_ft.config.evaluate import PictureMetric
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.held_out import mean_over_pictures, paired_difference
 from pixart_ft.evaluation.metrics import (
     GROUPS,
     NEIGHBOURS,
-    PictureMetric,
     caption_similarity,
     cmmd,
     frechet_distance,
