@@ -248,4 +248,4 @@ def test_another_prediction_or_schedule_is_told_of(trained: Any, tiny: Path, tmp
     mean = replace(adapter.metadata, prediction_type="posterior_mean")
     save_adapter(tmp_path / "mean", network, mean, torch.zeros(1, 32))
     facts = written(tmp_path / "mean", tmp_path / "merged_mean", "merged")
-    assert any("no scheduler of diffusers knows a posterior mean" in fact for fact in facts)
+    assert any("no scheduler of diffusers knows what it predicts (posterior_mean)" in fact for fact in facts)
