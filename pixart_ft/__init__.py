@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pixart_ft.adapters.pipelines import fuse, load_lora, set_scale, unload
+    from pixart_ft.config.evaluate import EvaluateConfig
     from pixart_ft.config.generate import GenerateConfig
     from pixart_ft.config.push import PushConfig
     from pixart_ft.config.train import TrainConfig, load_config
     from pixart_ft.errors import UserError
+    from pixart_ft.evaluation.command import run_evaluation
     from pixart_ft.files import __version__ as __version__
     from pixart_ft.pictures.recipes import read_recipe
     from pixart_ft.sampling.command import run_generation
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from pixart_ft.training.run import run_training
 
 __all__ = [
+    "EvaluateConfig",
     "GenerateConfig",
     "PixArtPipeline",
     "PushConfig",
@@ -31,6 +34,7 @@ __all__ = [
     "load_lora",
     "push",
     "read_recipe",
+    "run_evaluation",
     "run_generation",
     "run_training",
     "set_scale",
@@ -38,6 +42,7 @@ __all__ = [
 ]
 
 _HOMES = {  # imported when first asked for, since most bring torch along
+    "EvaluateConfig": "config.evaluate",
     "GenerateConfig": "config.generate",
     "PixArtPipeline": "sampling.pipeline",
     "PushConfig": "config.push",
@@ -51,6 +56,7 @@ _HOMES = {  # imported when first asked for, since most bring torch along
     "load_lora": "adapters.pipelines",
     "push": "sharing.push",
     "read_recipe": "pictures.recipes",
+    "run_evaluation": "evaluation.command",
     "run_generation": "sampling.command",
     "run_training": "training.run",
     "set_scale": "adapters.pipelines",

@@ -18,8 +18,8 @@ PACKAGE = ROOT / "pixart_ft"
 # files of its own; the package's own names and the command line are the doors, which import from everywhere.
 HOUSE = {
     "": "errors files randomness",
-    "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow likelihood "
-    "readings",
+    "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow readings "
+    "likelihood",
     "config": "text yaml_text key_types reading samplers optimizers hub train generate evaluate export push",
     "pictures": "lettering recipes own sheets process_plot",
     "schedulers": "stored base discrete sigma sde stock",

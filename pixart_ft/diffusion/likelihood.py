@@ -14,15 +14,8 @@ from torch import Tensor
 
 from pixart_ft.diffusion.flow import Network, drift, eps_of, integrate
 from pixart_ft.diffusion.names import Decoder, PredictionType, Variance
-from pixart_ft.diffusion.objectives import vlb_term
-from pixart_ft.diffusion.process import (
-    Noised,
-    log_variance_of,
-    network_timesteps,
-    predict,
-    promoted,
-    q_posterior,
-)
+from pixart_ft.diffusion.process import Noised, network_timesteps, promoted
+from pixart_ft.diffusion.readings import Readings
 from pixart_ft.diffusion.schedules import NoiseSchedule
 
 
@@ -79,20 +72,15 @@ def variational_bound(
     bound of that shorter process. Raises ValueError when `variance` is learned and the network has no variance
     channels.
     """
-    columns: list[tuple[Tensor, ...]] = []
+    found = []
     for index in range(schedule.num_steps):
         t = torch.full((len(x0),), index, device=x0.device)
         noised = Noised.of(schedule, x0, t, noise(index))
-        x_t = noised.x_t
-        output = network(x_t, network_timesteps(schedule, t))
-        prediction = predict(schedule, output, x_t, t, prediction_type)
-        q, mean = q_posterior(schedule, x0, x_t, t), q_posterior(schedule, prediction.x0, x_t, t).mean
-        squared_distance = (q.mean - mean) ** 2 + q.variance
-        log_variance = log_variance_of(schedule, prediction, x_t, t, variance)
-        means = [(prediction.x0 - x0) ** 2, (prediction.eps - noised.eps) ** 2, log_variance.exp(), squared_distance]
-        term = vlb_term(schedule, output, noised, prediction_type, decoder=decoder, variance=variance)
-        columns.append((term, *(x.flatten(1).mean(dim=1) for x in means)))
-    terms, x0_mse, eps_mse, predicted, empirical = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
+        output = network(noised.x_t, network_timesteps(schedule, t))
+        found.append(Readings.of(schedule, output, noised, prediction_type, variance, decoder))
+    terms, x0_mse, eps_mse, predicted, empirical, _ = (
+        torch.stack([getattr(one, field.name) for one in found], dim=1) for field in fields(Readings)
+    )
     alone = torch.full_like(terms[:, 0], math.nan)
     return Bound(terms, prior_bits(schedule, x0), x0_mse, eps_mse, predicted, empirical, alone)
 

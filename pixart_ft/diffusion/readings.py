@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from pixart_ft.diffusion.names import PredictionType, Variance
+from pixart_ft.diffusion.names import Decoder, PredictionType, Variance
 from pixart_ft.diffusion.objectives import vlb_term
 from pixart_ft.diffusion.process import Noised, log_variance_of, predict, q_posterior
 from pixart_ft.diffusion.schedules import NoiseSchedule
@@ -22,7 +22,8 @@ class Readings:
     """What was found of N samples, each (N,) at one step or (N, G) at all.
 
     bits       the bound's term: the decoder at t = 0, a divergence after it
-    eps_mse    mean squared error of the noise, whatever the network predicts
+    x0_mse     mean squared error of x0, and
+    eps_mse    of the noise, whatever the network predicts
     predicted  mean of p's variance
     empirical  expected squared distance of x_{t-1} from p's mean, given x_t and x0: beta tilde, and w^2 times the
                squared error of x0 for the weight w of x0 in that mean; at t = 0 the error itself
@@ -30,6 +31,7 @@ class Readings:
     """
 
     bits: Tensor
+    x0_mse: Tensor
     eps_mse: Tensor
     predicted: Tensor
     empirical: Tensor
@@ -43,6 +45,7 @@ class Readings:
         noised: Noised,
         prediction_type: PredictionType,
         variance: Variance,
+        decoder: Decoder = "gaussian",
     ) -> Self:
         """Of one output (N, C or 2C, H, W) at a step of `schedule`.
 
@@ -53,8 +56,14 @@ class Readings:
         q, mean = q_posterior(schedule, x0, x_t, t), q_posterior(schedule, prediction.x0, x_t, t).mean
         distance = (q.mean - mean) ** 2 + q.variance
         predicted = log_variance_of(schedule, prediction, x_t, t, variance).exp()
-        bits = vlb_term(schedule, output, noised, prediction_type, variance=variance)
-        fields = [(prediction.eps - noised.eps) ** 2, predicted, distance, distance / predicted]
+        bits = vlb_term(schedule, output, noised, prediction_type, decoder=decoder, variance=variance)
+        fields = [
+            (prediction.x0 - x0) ** 2,
+            (prediction.eps - noised.eps) ** 2,
+            predicted,
+            distance,
+            distance / predicted,
+        ]
         return cls(bits, *(x.flatten(1).mean(dim=1) for x in fields))
 
 

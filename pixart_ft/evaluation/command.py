@@ -4,7 +4,7 @@ import json
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from pixart_ft.config.reading import flat
 from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import fitted
 from pixart_ft.diffusion.likelihood import prior_bits
-from pixart_ft.diffusion.names import Variance
+from pixart_ft.diffusion.names import StepPrediction, Variance
 from pixart_ft.diffusion.readings import Steps, strata
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
@@ -197,6 +197,8 @@ def _measure(
                 progress=bar.update,
             )
             readings = {"learned" if how == "direct" else how: found for how, found in readings.items()}
+            if not all(bool(one_of.bits.isfinite().all()) for one_of in readings.values()):
+                raise UserError(f"{one.name}: the network gives NaN or infinity in {model.dtype}; use dtype float32")
             processes[name] = Process(steps, readings, prior_bits(steps.schedule, held_out.x0.double()))
     at_levels = processes.pop("levels", processes.get(WHOLE)) if "loss" in asked else None
     flow = None
@@ -222,9 +224,10 @@ def _wanted(config: EvaluateConfig, model: TextToImage, count: int, levels: Nois
     schedule, asked = model.abilities.schedule, set(config.metrics)
     wanted = {}
     same = torch.equal(schedule.alpha_bar, levels.alpha_bar) and torch.equal(schedule.timesteps, levels.timesteps)
-    if asked & {"bpd", "calibration"} or ("loss" in asked and same):
+    at_its_own = same or model.abilities.prediction_type in get_args(StepPrediction)  # which has no other levels
+    if asked & {"bpd", "calibration"} or ("loss" in asked and at_its_own):
         wanted[WHOLE] = _drawn(schedule, config, count)
-    if "loss" in asked and not same:
+    if "loss" in asked and not at_its_own:
         wanted["levels"] = _drawn(levels.matched_to(schedule), config, count)
     if asked & {"bpd", "calibration"}:
         wanted |= {str(n): Steps.every(schedule.respaced(n), count) for n in config.respacings}

@@ -161,6 +161,17 @@ def test_what_cannot_be_compared_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_network_that_gives_no_numbers_is_named(scrambled: Path, pictures: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(scrambled, broken)
+    file = next((broken / "transformer").glob("*.safetensors"))
+    weights = load_file(file)
+    weights["proj_out.bias"][0] = float("nan")
+    save_file(weights, file)
+    with pytest.raises(UserError, match=f"{broken}: the network gives NaN or infinity"):
+        run_evaluation(config(model=str(broken), data=str(pictures), out=str(tmp_path / "out")))
+
+
 def test_a_model_with_another_vae_is_refused(tiny: Path, pictures: Path, tmp_path: Path) -> None:
     """Same configuration, other weights: only the latents tell."""
     other = build_tiny_pipeline(tmp_path / "other", seed=1)

@@ -24,7 +24,7 @@ def measured(
     squares = torch.randn(PICTURES, 10, DIMENSIONS, generator=draw, dtype=torch.float64).square().mean(dim=2)
     ratio = squares / off
     bits = 0.5 * (math.log(off) + ratio) / math.log(2)
-    readings = Readings(bits, error * squares, torch.full_like(ratio, off), squares, ratio)
+    readings = Readings(bits, squares, error * squares, torch.full_like(ratio, off), squares, ratio)
     process = Process(
         steps, {"learned": readings, "beta_tilde": replace(readings, bits=bits + 1)}, torch.zeros(PICTURES)
     )
@@ -101,7 +101,7 @@ def test_means_are_over_the_whole_process() -> None:
     one = measured("base", 0)
     steps = Steps(NoiseSchedule.linear(10), torch.tensor([[0, 5], [0, 3]]), torch.tensor([1.0, 9.0]).double())
     values = torch.tensor([[2.0, 1.0], [4.0, 3.0]]).double()
-    process = Process(steps, {"learned": Readings(*[values] * 5)}, torch.tensor([0.5, 1.5]))
+    process = Process(steps, {"learned": Readings(*[values] * 6)}, torch.tensor([0.5, 1.5]))
     model = replace(one, levels=process, processes={"whole": process})
     (row,) = loss_table([model])["rows"]
     assert row["mean"] == pytest.approx(((2 + 9 * 1) / 10 + (4 + 9 * 3) / 10) / 2)
