@@ -90,6 +90,13 @@ def _evaluate(config: EvaluateConfig, options: Mapping[str, str]) -> None:
         evaluate(config, entries, accelerator)
 
 
+def _cache(config: TrainConfig, options: Mapping[str, str]) -> None:
+    from pixart_ft.training.caching import cache, verify
+
+    for line in verify(config) if "verify" in options else cache(config):
+        print(line)
+
+
 def _doctor(config: PlanConfig, options: Mapping[str, str]) -> None:
     card = _positive(options["card"], "--card", "GB of memory") if "card" in options else None
     from pixart_ft.training.doctor import examine, show_caption
@@ -144,6 +151,18 @@ COMMANDS = {
         },
         _train,
         {"accept_changes": "with resume: go on though what the run is trained on has changed", **DRY_RUN},
+    ),
+    "cache": Command(
+        "encode the pictures and captions of a training ahead of it",
+        "pixart-ft cache --config NAME|FILE [--section.key value ...] [--verify]",
+        TrainConfig,
+        "validation.prompts",
+        {
+            "config": "of the training: YAML file or shipped name",
+            "prompt": "one prompt of the sample grid; give it again for more",
+        },
+        _cache,
+        {"verify": "only read all that is in data.cache, and name and remove what is damaged"},
     ),
     "doctor": Command(
         "check this machine, and whether a training fits on it",

@@ -54,7 +54,7 @@ def test_the_bare_command_lists_the_commands(capsys: pytest.CaptureFixture[str])
     for arguments in ([], ["--help"], ["-h"]):
         assert cli.main(arguments) == 0
         out = capsys.readouterr().out
-        assert all(f"pixart-ft {name}" in out for name in ("train", "doctor", "generate", "evaluate", "push"))
+        assert all(f"pixart-ft {name}" in out for name in ("train", "cache", "doctor", "generate", "evaluate", "push"))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
 
 def test_other_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert problems(capsys, "trian") == [
-        "unknown command 'trian'; choose train, doctor, generate, evaluate, export, convert or push"
+        "unknown command 'trian'; choose train, cache, doctor, generate, evaluate, export, convert or push"
     ]
     assert "shipped name: cosine_512, dreambooth, full_1024" in problems(capsys, "train", "--config", "nope")[0]
     both = problems(capsys, "generate", "--prompt", "a", "--prompts", "[b]")
@@ -328,6 +328,7 @@ def test_what_the_system_refuses_is_one_message_in_every_command() -> None:
 TAKES_EMPTY = {"prompt", "caption", "prompts", "validation.prompts", "negative_prompt"}
 NEEDED = {
     "train": {"config": "quickstart"},
+    "cache": {"config": "quickstart"},
     "convert": {"file": "a", "out": "b"},
     "evaluate": {"runs": "a"},
     "export": {"run": "a", "to": "peft", "out": "b"},

@@ -34,7 +34,7 @@ HOUSE = {
     "contestants likeness command",
     "training": "places shell stopping processes nested ahead ema sharding importance step_numbers "
     "pace screen trackers records learning_rate optimizers guard in_backward moving batches encode overview speed "
-    "objective kinds trained_on before_after watching keeping trainer report start run memory doctor",
+    "objective kinds trained_on before_after watching keeping trainer report start run caching memory doctor",
 }
 DOORS = ("", "cli")
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}

@@ -146,6 +146,9 @@ class Data(Section):
         description="side of the square pictures, pixels; null = the base's own",
     )
     cache: Folder = Field(Path(".cache/pixart_ft"), description="folder of encoded captions and pictures")
+    latents: Literal["sample", "mode"] = Field(
+        "sample", description="of a picture: drawn from the VAE's posterior anew each time, or its most likely"
+    )
     max_tokens: int = Field(300, ge=1, le=4096, description="longest caption, tokens; the rest is cut")
     shuffle_tags: bool = Field(
         False, description="captions are tags parted by commas, in an order that each draw chooses, by its index"

@@ -8,26 +8,29 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.models import AutoencoderKL
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.datasets import Row, in_threads
 from pixart_ft.data.pixels import TRANSFORM, fitted
 from pixart_ft.data.seen import verified
-from pixart_ft.data.store import TensorStore
+from pixart_ft.data.store import Array, TensorStore
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, sha256, write_text
 from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 
 CAPTIONS_AT_ONCE = 16  # encoded in one call
+Share = tuple[int, int]  # (place, count): of what is missing, a process encodes its part among so many
+ALONE: Share = (0, 1)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,6 +46,10 @@ class CachedPictures:
 
     def __len__(self) -> int:
         return len(self._latents)
+
+    def sizes(self) -> tuple[Array, Array]:
+        """The bytes of the latents and of the text of each item, (N,) int64."""
+        return self._latents.sizes(), self._texts.sizes()
 
     def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Posterior mean and standard deviation, each (N, C, H, W) float32, as the VAE gives them.
@@ -65,9 +72,10 @@ def cache_captions(
     encoder_id: str,
     max_tokens: int = 300,
     batch_size: int = CAPTIONS_AT_ONCE,
+    share: Share = ALONE,
     progress: bool = True,
 ) -> list[str]:
-    """Encode the captions that the store misses; returns the key of each. "" is a caption too.
+    """Encode the captions that the store misses, or a share of them; returns the key of each. "" is a caption too.
 
     load_text_encoder   gives tokenizer and encoder; called only if something is missing, and its result freed
     encoder_id          names tokenizer, encoder and dtype: see `component_id`
@@ -76,10 +84,11 @@ def cache_captions(
     about = {"preparation": TEXT_PREPARATION, "encoder": encoder_id, "max_tokens": max_tokens}
     keys = [_key(about, text) for text in texts]
     text_of = dict(zip(keys, texts, strict=True))
-    if missing := store.missing(keys):
+    if missing := _share(store.missing(keys), share, cost=lambda key: len(text_of[key])):
         store.check_writable()
         tokenizer, text_encoder = load_text_encoder()
-        warn_of_losses(tokenizer, texts, max_tokens)  # of all: one may become the tokens of another that is there
+        if share[0] == 0:  # of all texts: one may become the tokens of another that is there
+            warn_of_losses(tokenizer, texts, max_tokens)
         wanted = [text_of[key] for key in missing]
         found = encode_each(text_encoder, tokenizer, wanted, max_tokens=max_tokens, batch_size=batch_size)
         pairs = ((missing[index], embedding) for index, embedding in found)
@@ -103,58 +112,60 @@ def cache_pictures(
     size: int,
     digests: Sequence[str] | None = None,
     batch_size: int | None = None,
+    share: Share = ALONE,
     progress: bool = True,
 ) -> list[str]:
-    """Encode the pictures that the store misses, at size x size pixels; returns the key of each.
+    """Encode the pictures that the store misses, or a share of them, at size x size pixels; returns the key of each.
 
     load_vae   called only if something is missing, and its result freed
     vae_id     names the VAE and its dtype: see `component_id`
     digests    of the rows, where all were read and decoded before: see `look_at`; else they are here
     batch_size pictures of one call; None: `pictures_at_once`
 
-    Raises UserError listing the pictures that cannot be read, that changed since their digest was taken, or for which
-    the VAE gives NaN or infinity.
+    A picture for which the VAE gives NaN or infinity is kept as an empty tensor, see `without_latents`. Raises
+    UserError listing the pictures that cannot be read, or that changed since their digest was taken.
     """
     about = {"transform": TRANSFORM, "size": size, "vae": vae_id}
     digests = [found.digest for found in verified(rows, progress=progress)] if digests is None else digests
     keys = [_key(about, digest) for digest in digests]
     row_of = dict(zip(keys, rows, strict=True))
     digest_of = dict(zip(keys, digests, strict=True))
-    if missing := store.missing(keys):
+    if missing := _share(store.missing(keys), share):
         store.check_writable()
         vae = load_vae()
-        bad: list[Row] = []
         wanted = {key: (row_of[key], digest_of[key]) for key in missing}
-        pairs = _encode_pictures(vae, wanted, size, batch_size or pictures_at_once(size), bad)
+        pairs = _encode_pictures(vae, wanted, size, batch_size or pictures_at_once(size))
         store.fill(tqdm(pairs, "pictures encoded", len(missing), disable=None if progress else True))
-        if bad:
-            listed = "".join(f"\n    {row.where}" for row in bad[:10]) + ("\n    ..." if len(bad) > 10 else "")
-            raise UserError(
-                f"the VAE ({vae.dtype}) gave NaN or infinity for {len(bad)} of {len(missing)} pictures; "
-                f"load it in float32 or bfloat16:{listed}"
-            )
         del vae, pairs
         _free_memory()
     return keys
 
 
+def without_latents(store: TensorStore, keys: Sequence[str]) -> list[int]:
+    """The numbers of the pictures for which the VAE gave NaN or infinity, of those with these keys."""
+    return [int(number) for number in np.flatnonzero(store.held(keys).sizes() == 0)]
+
+
+def _share(missing: list[str], share: Share, cost: Callable[[str], int] = lambda _: 1) -> list[str]:
+    """This process's part, in the order given: all parts together are all, and cost about the same."""
+    place, count = share
+    mine = set(sorted(missing, key=cost)[place::count])
+    return [key for key in missing if key in mine]
+
+
 def _encode_pictures(
-    vae: AutoencoderKL, wanted: Mapping[str, tuple[Row, str]], size: int, batch_size: int, bad: list[Row]
+    vae: AutoencoderKL, wanted: Mapping[str, tuple[Row, str]], size: int, batch_size: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Key and (2, C, H, W), posterior mean and standard deviation; those that fail are added to `bad`.
+    """Key and (2, C, H, W), posterior mean and standard deviation, or nothing where that is not finite.
 
     wanted  row and digest of each key
     """
     keys = list(wanted)
-    with ThreadPoolExecutor(batch_size) as pool:
-        for start in range(0, len(keys), batch_size):
-            batch = keys[start : start + batch_size]
-            pixels = torch.stack(list(pool.map(lambda key: _pixels(*wanted[key], size), batch)))
-            for key, moments in zip(batch, encode_moments(vae, pixels), strict=True):
-                if moments.isfinite().all():
-                    yield key, moments
-                else:
-                    bad.append(wanted[key][0])
+    pixels = in_threads(lambda key: _pixels(*wanted[key], size), keys, ahead=2 * batch_size)  # while others are encoded
+    for start in range(0, len(keys), batch_size):
+        batch = keys[start : start + batch_size]
+        for key, moments in zip(batch, encode_moments(vae, torch.stack(list(islice(pixels, len(batch))))), strict=True):
+            yield key, moments if moments.isfinite().all() else moments.new_empty(0)
 
 
 def _pixels(row: Row, digest: str, size: int) -> Tensor:

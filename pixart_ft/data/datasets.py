@@ -6,8 +6,9 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -25,6 +26,7 @@ _PACKED_TYPES = frozenset({".tar", ".tgz", ".gz", ".zip", ".rar", ".7z", ".parqu
 _NEARLY_TXT = frozenset({".txt", ".caption", ".captions", ".cap", ".text"})
 _REST = "\0"  # the cells of a row that no column has; a name that no column can have
 UNREAD = "pictures that cannot be read (repair them or move them out)"
+Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 DEMO_PICTURES = Path(__file__).parents[1] / "demo" / "pictures"
@@ -264,11 +266,19 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
     return [row for row in rows if row.name not in held_out], [row for row in rows if row.name in held_out]
 
 
-def in_threads(work: Callable[[Row], Found], rows: Sequence[Row]) -> Iterator[Found]:
-    """`work` of each row, in order, by as many threads as there are processors; only some rows wait at a time."""
+def in_threads(work: Callable[[Item], Found], items: Iterable[Item], ahead: int = 1024) -> Iterator[Found]:
+    """`work` of each item, in order, by as many threads as there are processors; so many are worked on ahead."""
+    waiting = deque[Future[Found]]()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(rows), 1024):
-            yield from pool.map(work, rows[start : start + 1024])
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 Captions = dict[str, str | None]  # by picture; None: what is wrong with it is reported

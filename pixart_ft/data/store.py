@@ -6,6 +6,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256 as hasher
@@ -74,6 +75,10 @@ class Held:
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def sizes(self) -> Array:
+        """The bytes of each, (N,) int64."""
+        return np.array([size for _, _, size in self._kinds], np.int64)[self._places["kind"]]
 
     def __getitem__(self, number: int) -> Tensor:
         """The tensor, on the CPU. Raises UserError if its file is gone or damaged."""
@@ -149,19 +154,26 @@ class TensorStore:
         self.meet(self.written[-1:])
 
     def fill(self, items: Iterable[tuple[str, Tensor]]) -> None:
-        """Store items as they are made, a shard at a time; what was made before an interruption is kept."""
+        """Store items as they are made, a shard at a time; what was made before an interruption is kept.
+
+        A shard is written while the items of the next are made.
+        """
         pending: dict[str, Tensor] = {}
-        size, begun = 0, monotonic()
-        try:
-            for key, tensor in items:
-                pending[key] = tensor
-                size += tensor.nbytes
-                if len(pending) == _SHARD_ITEMS or size >= _SHARD_BYTES or monotonic() - begun > _SHARD_SECONDS:
+        size, begun, written = 0, monotonic(), Future[None]()
+        written.set_result(None)
+        with ThreadPoolExecutor(1) as writer:
+            try:
+                for key, tensor in items:
+                    pending[key] = tensor
+                    size += tensor.nbytes
+                    if len(pending) == _SHARD_ITEMS or size >= _SHARD_BYTES or monotonic() - begun > _SHARD_SECONDS:
+                        written.result()
+                        written = writer.submit(self.add, pending)
+                        pending, size, begun = {}, 0, monotonic()
+            finally:
+                written.result()
+                if pending:
                     self.add(pending)
-                    pending, size, begun = {}, 0, monotonic()
-        finally:
-            if pending:
-                self.add(pending)
 
     def meet(self, names: Iterable[str]) -> None:
         """Take in shards that are in the folder by now; a damaged one is removed with a warning."""
@@ -194,10 +206,9 @@ class TensorStore:
         """Remember the headers of all shards for the next time, unless that is done."""
         if not (self._index_lacks or self._new):
             return
-        table = self._merged().tobytes()
-        about = json.dumps([self._shards.files, list(self._shards.kinds)]).encode()
-        arrays = {"about": np.frombuffer(about, np.uint8), "table": np.frombuffer(table, np.uint8)}
-        arrays["check"] = np.array([zlib.crc32(table, zlib.crc32(about))], np.uint32)
+        about = np.frombuffer(json.dumps([self._shards.files, list(self._shards.kinds)]).encode(), np.uint8)
+        arrays: dict[str, Array] = {"about": about, "table": self._merged().view(np.uint8)}
+        arrays["check"] = np.array([_sum_of(arrays)], np.uint32)
         with suppress(UserError):  # it is only a memory, and a full cache may be read-only
             write_bytes(self.folder / INDEX, safetensors.numpy.save(arrays))
         self._index_lacks = False
@@ -214,16 +225,15 @@ class TensorStore:
         """Take from the index what it says of these shards; returns whether it is to be written anew."""
         try:
             found = safetensors.numpy.load((self.folder / INDEX).read_bytes())
-            about, table = found["about"].tobytes(), found["table"].tobytes()
-            if zlib.crc32(table, zlib.crc32(about)) != found["check"][0]:
+            if _sum_of(found) != found["check"][0]:
                 return True
         except OSError:
             return False
         except (safetensors.SafetensorError, *_NO_SHARD):
             return True
-        files, kinds = json.loads(about)
+        files, kinds = json.loads(found["about"].tobytes())
         stands = np.array([sizes.get(name) == size for name, size in files], bool)
-        entries = np.frombuffer(table, _ENTRY)
+        entries = found["table"].view(_ENTRY)
         entries = entries[stands[entries["shard"]]]
         entries["shard"] = (stands.cumsum() - 1)[entries["shard"]]
         self._table = entries
@@ -246,19 +256,19 @@ class TensorStore:
                 sums = _sums(header, memoryview(data))
             else:
                 sums = [int(told[8 * at : 8 * at + 8], 16) for at in range(len(header))]
-        ends = [header[key]["data_offsets"] for key in sorted(header)]
+        keys = sorted(header)
+        ends = [header[key]["data_offsets"] for key in keys]
         if (
             any(not 0 <= begin <= end for begin, end in ends)
             or max([end for _, end in ends], default=0) != size - start
         ):
             raise ValueError("its tensors lie outside of it")
         entries = np.empty(len(header), _ENTRY)
-        entries[list(_KEY.names or ())] = _digests(sorted(header))
+        entries[list(_KEY.names or ())] = _digests(keys)
         entries["offset"] = [start + begin for begin, _ in ends]
         entries["shard"], entries["sum"] = len(self._shards.files), sums
         kinds = self._shards.kinds
-        found = [_kind(header[key]) for key in sorted(header)]
-        entries["kind"] = [kinds.setdefault(kind, len(kinds)) for kind in found]
+        entries["kind"] = [kinds.setdefault(_kind(header[key]), len(kinds)) for key in keys]
         self._shards.files.append((path.name, size))
         self._met.add(path.name)
         self._new.append(entries)
@@ -309,6 +319,11 @@ def _sums(header: Mapping[str, Any], data: memoryview) -> list[int]:
 
 def _sum(dtype: str, shape: Sequence[int], data: bytes | memoryview) -> int:
     return zlib.crc32(data, zlib.crc32(json.dumps([dtype, *shape]).encode()))
+
+
+def _sum_of(index: Mapping[str, Array]) -> int:
+    """The checksum of an index."""
+    return zlib.crc32(index["table"].data, zlib.crc32(index["about"].data))
 
 
 def _read_part(path: Path, start: int, length: int) -> tuple[int | None, bytes]:

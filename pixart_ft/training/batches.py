@@ -9,7 +9,7 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class DrawLaws:
     timestep_law: TimestepLaw
     logit_mean: float
     logit_std: float
+    latents: Literal["sample", "mode"] = "sample"  # of the VAE's posterior
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ def draw_batch(
     captions = data.pictures.texts([data.text(laws.seed, draw, row) for draw, row in zip(draws, rows, strict=True)])
     texts = drop_captions(captions, dropped.tolist(), data.null_caption)
     embeds, mask = pad_text(texts)
+    z = mean if laws.latents == "mode" else mean + std * normal(laws.seed, draws, "posterior", shape)
     return Batch(
-        x0=data.scale.scaled(mean + std * normal(laws.seed, draws, "posterior", shape)),
+        x0=data.scale.scaled(z),
         eps=normal(laws.seed, draws, "noise", shape),
         t=t,
         weight=weight * data.weights(rows),

@@ -1,25 +1,37 @@
 """The data of a run: rows from the folders, everything that T5 and the VAE are needed for encoded once."""
 
+import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.cache import CachedPictures, TensorStore, cache_captions, cache_pictures, component_id
+from pixart_ft.data.cache import (
+    ALONE,
+    CachedPictures,
+    Share,
+    cache_captions,
+    cache_pictures,
+    component_id,
+    without_latents,
+)
 from pixart_ft.data.datasets import Account, Row, listed, picture_folder, split, survey
-from pixart_ft.data.seen import Seen, look_at
+from pixart_ft.data.seen import Seen, look_at, verified
+from pixart_ft.data.store import TensorStore
 from pixart_ft.data.tags import in_orders
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.vae import LatentScale
+from pixart_ft.training.stopping import AllFailed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -151,6 +163,7 @@ class Encoded:
     """
 
     train: CachedPictures
+    learned: list[int]  # which of the pictures to train on these are
     held_out: HeldOutSet | None
     null_caption: Tensor
     prompts: list[Tensor]
@@ -167,12 +180,17 @@ def encode_once(
     accelerator: Accelerator,
     digests: Sequence[str] | None = None,
 ) -> Encoded:
-    """Fill the cache on the main process, then read it on all; what it holds already is not encoded again.
+    """Fill the cache, each process a share of it, then read it on all; what it holds already is not encoded again.
 
     Pictures go first, since one that cannot be read should be known before T5 is even downloaded. `digests` are those
     of the pictures of `rows`, then of `held`, where they are known.
     """
-    device = accelerator.device
+    device, show = accelerator.device, accelerator.is_main_process
+    everything = rows + held
+    with accelerator.main_process_first():  # models are hashed and the index is written once
+        store = TensorStore(config.data.cache)
+        of_vae, of_text = vae_id(config, base), text_encoder_id(config, base)
+    digests = [found.digest for found in verified(everything)] if digests is None else digests
 
     def text_encoder() -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
         tokenizer, encoder = loading.load_text_encoder(base, dtype=text_dtype(config))
@@ -181,51 +199,59 @@ def encode_once(
     def vae() -> AutoencoderKL:
         return loading.load_vae(base, dtype=torch.float32).to(device)
 
-    def fill() -> tuple[TensorStore, list[str], list[str]]:
-        show = accelerator.is_main_process
-        store = TensorStore(config.data.cache)
-        picture_keys = cache_pictures(
+    def encode_pictures(share: Share) -> list[str]:
+        return cache_pictures(
             store,
-            rows + held,
+            everything,
             load_vae=vae,
-            vae_id=vae_id(config, base),
+            vae_id=of_vae,
             digests=digests,
             size=resolution,
+            share=share,
             progress=show,
         )
-        texts = [row.caption for row in rows + held] + list(config.validation.prompts) + [""]
-        texts += [caption for row in rows for caption in row.others]
-        text_keys = cache_captions(
+
+    picture_keys = _divided(store, accelerator, encode_pictures)
+    kept = _with_latents(config, store, picture_keys, everything, needed=range(len(rows)))
+    learned, shown = [number for number in kept if number < len(rows)], [everything[number] for number in kept]
+    count, known = len(learned), len(shown)
+    null = known + len(config.validation.prompts)
+    texts = [row.caption for row in shown] + list(config.validation.prompts) + [""]
+    texts += [caption for row in shown[:count] for caption in row.others]
+
+    def encode_captions(share: Share) -> list[str]:
+        return cache_captions(
             store,
             texts,
             load_text_encoder=text_encoder,
-            encoder_id=text_encoder_id(config, base),
+            encoder_id=of_text,
             max_tokens=config.data.max_tokens,
+            share=share,
             progress=show,
         )
-        return store, text_keys, picture_keys
 
-    with accelerator.main_process_first():
-        store, text_keys, picture_keys = fill()
-    count, known = len(rows), len(rows) + len(held)
-    null = known + len(config.validation.prompts)
-    measured = CachedPictures(store, picture_keys[count:], text_keys[count:known])
+    text_keys = _divided(store, accelerator, encode_captions)
+    if show:
+        store.write_index()
+    latent_keys = [picture_keys[number] for number in kept]
+    measured = CachedPictures(store, latent_keys[count:], text_keys[count:known])
     held_out = None
-    if held:
-        everything = list(range(len(held)))
+    if len(measured):
+        all_of_them = range(len(measured))
         held_out = HeldOutSet(
-            x0=base.latent_scale.scaled(measured.latents(everything)[0]),
-            texts=measured.texts(everything),
+            x0=base.latent_scale.scaled(measured.latents(all_of_them)[0]),
+            texts=measured.texts(all_of_them),
             timestep_count=config.validation.timesteps,
             seed=config.run.seed,
         )
     return Encoded(
-        train=CachedPictures(store, picture_keys[:count], text_keys[:count] + text_keys[null + 1 :]),
+        train=CachedPictures(store, latent_keys[:count], text_keys[:count] + text_keys[null + 1 :]),
+        learned=learned,
         held_out=held_out,
         null_caption=store.get(text_keys[null]),
         prompts=[store.get(key) for key in text_keys[known:null]],
         scale=base.latent_scale,
-        captions=_several_captions(rows),
+        captions=_several_captions(shown[:count]),
     )
 
 
@@ -238,3 +264,37 @@ def _several_captions(rows: Sequence[Row]) -> dict[int, tuple[Sequence[int], Seq
             found[number] = ((number, *range(end, end + len(row.others))), row.shares)
             end += len(row.others)
     return found
+
+
+def _divided(store: TensorStore, accelerator: Accelerator, encode: Callable[[Share], list[str]]) -> list[str]:
+    """Let each process encode its share of what the store misses; returns the keys that `encode` gives.
+
+    All processes share the work. A machine with a folder of its own does for itself what that lacks then, and at last
+    a process for itself.
+    """
+    hosts, rank = gather_object([platform.node()]), accelerator.process_index  # all have opened the folder by now
+    beside = [other for other, host in enumerate(hosts) if host == hosts[rank]]
+    for share in ((rank, len(hosts)), (beside.index(rank), len(beside)), ALONE):
+        before = len(store.written)
+        keys = encode(share)
+        store.meet(gather_object(store.written[before:]))
+        if not any(gather_object([bool(store.missing(keys))])):
+            return keys
+    raise AssertionError("what was encoded is not there")
+
+
+def _with_latents(
+    config: TrainConfig, store: TensorStore, keys: Sequence[str], rows: Sequence[Row], needed: range
+) -> list[int]:
+    """The numbers of the pictures that have latents; the others are named.
+
+    Raises AllFailed for these if data.strict is true, or if they are all that are needed.
+    """
+    lost = without_latents(store, keys)
+    if lost:
+        kind = "pictures for which the VAE gives NaN or infinity (move them out, or mend it)"
+        named = listed(kind, [str(rows[number].where) for number in lost])
+        if config.data.strict or set(needed) <= set(lost):
+            raise AllFailed(f"some pictures cannot be used:\n{named}\n  --data.strict false leaves them out")
+        warnings.warn(f"left out:\n{named}", stacklevel=3)
+    return sorted(set(range(len(keys))).difference(lost))

@@ -253,4 +253,5 @@ def _draw_laws(config: TrainConfig) -> DrawLaws:
         timestep_law=config.diffusion.timestep_law,
         logit_mean=config.diffusion.logit_mean,
         logit_std=config.diffusion.logit_std,
+        latents=config.data.latents,
     )

@@ -93,6 +93,7 @@ def test_the_posterior_is_sampled_with_its_own_deviation(data: TrainingSet, tmp_
     one = TrainingSet(CachedPictures(store, ["wide"], ["text0"]), LatentScale(0.1, 3.0), data.null_caption)
     x0 = draw(one, range(500)).x0
     assert abs(x0.std().item() - 0.2) < 0.01 and abs(x0.mean().item() + 0.3) < 0.01
+    assert torch.equal(draw(one, range(3), replace(LAWS, latents="mode")).x0, torch.full((3, 4, 2, 2), -0.1 * 3.0))
 
 
 def test_stratified_t_visits_every_stratum_of_a_global_batch(data: TrainingSet) -> None:

@@ -246,10 +246,12 @@ def test_every_number_of_the_configuration_arrives(options: dict[str, dict[str, 
     noise = {"caption_dropout": 0.37, "timestep_law": "logit_normal", "logit_mean": 0.3, "logit_std": 0.8}
     often = {"every": 19, "samples_every": 23, "timesteps": 6, "pictures": 2}
     other: dict[str, Any] = {"run": {"folder": str(tmp_path / "run"), "seed": 17}, "logging": {"every": 29}}
-    diffusion = noise | {"vlb_scale": 2.5}
-    trainer = at_the_start(options, diffusion=diffusion, optim=optim, train=length, validation=often, **other)
+    diffusion, data = noise | {"vlb_scale": 2.5}, {"latents": "mode"}
+    trainer = at_the_start(
+        options, data=data, diffusion=diffusion, optim=optim, train=length, validation=often, **other
+    )
     rest = {"log_every": 29, "validate_every": 19, "samples_every": 23, "in_backward": False}  # it would not clip
-    assert dataclasses.asdict(trainer.laws) == noise | {"seed": 17}
+    assert dataclasses.asdict(trainer.laws) == noise | {"seed": 17} | data
     assert dataclasses.asdict(trainer.plan) == length | {"clip_norm": optim.pop("clip_norm")} | rest
     rate = {"peak": optim.pop("learning_rate"), "steps": length["steps"]}
     assert dataclasses.asdict(trainer.learning_rate) == rate | optim

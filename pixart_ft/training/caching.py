@@ -1,0 +1,57 @@
+"""`pixart-ft cache`: what T5 and the VAE are needed for, made ahead of a training by all processes; or read through."""
+
+from pixart_ft.config.train import TrainConfig
+from pixart_ft.data.datasets import listed
+from pixart_ft.data.store import TensorStore
+from pixart_ft.errors import UserError
+from pixart_ft.training.encode import encode_once
+from pixart_ft.training.processes import Together, agree
+from pixart_ft.training.start import accelerator_for, look, with_precision
+from pixart_ft.training.trained_on import trained_on
+
+
+def cache(config: TrainConfig) -> list[str]:
+    """Encode what the cache misses for this training; returns what it holds of it, in lines, on the first process.
+
+    Raises UserError for whatever the training would refuse before it loads the network.
+    """
+    config = with_precision(config)
+    accelerator = accelerator_for(config)
+    with Together(accelerator):
+        main = accelerator.is_main_process
+        start = look(config, None, accelerator, progress=main)
+        learned, held, digests = start.pictures.learned, start.held_rows, start.pictures.digests
+        with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered
+            before = len(TensorStore(config.data.cache))
+            about = trained_on(
+                config,
+                start.base,
+                start.rows,
+                start.prior_rows,
+                held,
+                digests,
+                start.schedule_config,
+                start.objective,
+                start.resolution,
+            )
+        agree(accelerator, about.facts())
+        encoded = encode_once(config, start.base, learned, held, start.resolution, accelerator, digests)
+        accelerator.wait_for_everyone()
+    if not main:
+        return []
+    latents, texts = (sizes.mean() for sizes in encoded.train.sizes())
+    store = TensorStore(config.data.cache)
+    return [
+        *start.pictures.facts(),
+        f"cache              {store.folder}: {len(store):,} encodings, {len(store) - before:,} of them made now",
+        f"a picture          {latents:,.0f} bytes of latents and {texts:,.0f} of text, on average",
+    ]
+
+
+def verify(config: TrainConfig) -> list[str]:
+    """Read the whole cache; returns what it holds, in lines. Raises UserError naming the files that were damaged."""
+    store = TensorStore(config.data.cache)
+    if damaged := store.verify():
+        named = listed("damaged files, removed (the next run encodes anew what was in them)", list(map(str, damaged)))
+        raise UserError(f"data.cache: {store.folder} was not whole:\n{named}")
+    return [f"cache              {store.folder}: {len(store):,} encodings, all as they were written"]
