@@ -187,7 +187,7 @@ def test_the_recipe_holds_what_the_picture_was_made_of(model: TextToImage, photo
     assert set(settings.options) == set(SAMPLERS["euler"].options)
     plain = model.recipe(PROMPT, SEED, model.settled(Settings()))
     assert plain["image"] is None and "image_sha256" not in plain
-    assert plain["options"] == {"spacing": "iddpm", "eta": 0.0}
+    assert plain["options"] == {"spacing": "iddpm", "clip_x0": None, "eta": 0.0}
 
 
 def test_a_file_that_is_no_picture_is_named(model: TextToImage, tmp_path: Path) -> None:
