@@ -71,8 +71,8 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
     with mistakes.noted():
         if held_out is None:
             what = "a folder of pictures with captions that none of the models has seen"
-            origin = str(folder := picture_folder(_or_demo(config.data, base, "data", what), "held_out"))
-            held_out = survey(folder).usable()
+            origin = _or_demo(config.data, base, "data", what)
+            held_out = survey(picture_folder(origin, "held_out")).usable()
         if len(held_out) < 2:
             raise UserError(f"data: one picture in {origin}; an error, and so any comparison, takes two or more")
         held_out = list(held_out[: config.pictures])

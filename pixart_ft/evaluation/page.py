@@ -148,7 +148,8 @@ def _calibration(found: Mapping[str, Any]) -> list[str]:
         ),
         "<p><i>Wrong by</i> is the typical factor over the steps (exp of the root mean square of the logarithm), 1 "
         "being right. <i>Bits to save</i> is what the bound above loses by it, with the right factor for a picture "
-        "taken from the other pictures: about zero, or a little below, where nothing is wrong.</p>",
+        "taken from the other pictures: about zero, or a little below, where nothing is wrong. Each table is a "
+        "family of tests of its own; the verdicts below take all of them as one, and so ask for more.</p>",
     ]
     for name, table in tables.items():
         rows = [[row["model"], f"{row['factor']:.3f}", number(row, 5), *_difference(row, 5)] for row in table["rows"]]
