@@ -118,7 +118,10 @@ def test_other_options_win_and_what_they_leave_without_use_is_set_aside(tiny: Pa
         return read_recipe(next((tmp_path / "b").glob("[0c]*.png")))
 
     changed = again("--sampler", "ddpm", "--guidance", 1, "--aspect-ratio", "1:1")
-    assert changed["options"] == {"spacing": "iddpm", "variance": "beta_tilde"} and changed["negative_prompt"] == ""
+    assert (
+        changed["options"] == {"spacing": "iddpm", "clip_x0": None, "variance": "beta_tilde"}
+        and changed["negative_prompt"] == ""
+    )
     assert (changed["prompt"], changed["seed"], changed["steps"], changed["width"]) == ("a circle", 3, 2, 64)
     assert again("--guidance", 3) == recipe | {"guidance": 3.0}
     assert again("--spacing", "karras")["options"] == recipe["options"] | {"spacing": "karras", "rho": 7.0}
