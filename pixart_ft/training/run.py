@@ -84,6 +84,8 @@ def _run(
     lock: RunLock,
 ) -> Path:
     main = accelerator.is_main_process
+    if main:
+        folder.probe()  # before the cache remembers what pictures are like
     start = look(config, resume, accelerator, progress=main)
     base, resolution, objective = start.base, start.resolution, start.objective
     plan, checkpoint = start.plan, start.checkpoint
@@ -91,7 +93,6 @@ def _run(
     schedule_config = start.schedule_config
     overview = start.overview(config.data.max_tokens) if main else None
     if overview:
-        folder.probe()
         facts = start.facts(config, str(accelerator.device), accelerator.num_processes)
         print("\n".join([*facts, *overview.facts()]))
         start.warn(overview, config)
