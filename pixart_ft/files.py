@@ -191,6 +191,17 @@ def reason_of(error: Exception) -> str | None:
     return None if number is None else _REASONS.get(number, os.strerror(number))
 
 
+def stamp(path: Path) -> list[object]:
+    """What changes when a file does, without reading it.
+
+    Size and time of change are no proof: fine-tunes of one model have one size, and `cp -p`, rsync and unpacking set
+    the time of another file. Its inode changes with a file moved into its place, and the time at which the inode
+    changed cannot be set (on Windows that is the file's birth, which what is written into it there leaves alone).
+    """
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     if path.is_dir() and not hasattr(os, "O_DIRECTORY"):  # Windows cannot

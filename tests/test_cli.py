@@ -214,9 +214,9 @@ def test_mistakes_of_the_line_and_of_the_file_come_in_one_report(
         "adapter.dropout, adapter.rslora, adapter.dora, adapter.init, adapter.trainable, adapter.whole, "
         "adapter.peft_type, adapter.options",
         "--resume and --init-from exclude each other; give one",
-        'data.folder is required: folder of pictures with captions, or "demo"',
         "adapter.rnak: unknown key; did you mean adapter.rank?",
         'train.steps is "many"; expected integer >= 1, <= 100,000,000',
+        'data.folder is required: folder of pictures with captions, or "demo"; or data.sources with some to train on',
     ]
 
 
@@ -357,7 +357,7 @@ def test_an_empty_value_in_a_file_is_a_mistake_too(
     assert problems(capsys, "train", "--config", "my.yaml") == [
         "my.yaml: 3 problems",
         "run.folder is empty; give path, or leave it out",
-        "data.folder is empty; give text",
+        "data.folder is empty; give text or null, or leave it out",
         "adapter.targets is empty; give [text, ...] (not empty), or leave it out",
     ]
     assert understood(monkeypatch, "generate", "--prompt", "", "--negative-prompt=").prompts == ("",)  # they mean it

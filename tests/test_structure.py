@@ -20,7 +20,7 @@ HOUSE = {
     "": "errors files randomness",
     "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow readings "
     "likelihood",
-    "config": "text yaml_text key_types reading samplers optimizers hub train generate evaluate export push",
+    "config": "text yaml_text key_types reading samplers optimizers hub sources train generate evaluate export push",
     "pictures": "lettering recipes own sheets process_plot",
     "schedulers": "stored base discrete sigma sde stock",
     "runs": "manifest lock log folder metadata hub results",
@@ -28,7 +28,7 @@ HOUSE = {
     "model": "place faults weights vae text captions attention repeated engine adapter_switch network shared_calls "
     "base loading saving original convert text_encoder quantized",
     "adapters": "files targets attach weights acting dialects adopting pipelines full export",
-    "data": "pixels datasets tags seen store cache",
+    "data": "pixels datasets tags seen tables tars sources store cache",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "places objective held_out metrics features measure statistics tables words plots page drawing "
     "contestants likeness command",
@@ -37,7 +37,18 @@ HOUSE = {
     "objective kinds trained_on before_after watching keeping trainer report start run caching memory doctor",
 }
 DOORS = ("", "cli")
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "matplotlib", "safetensors"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "matplotlib",
+    "safetensors",
+    "datasets",
+    "pyarrow",
+}
 
 
 @cache

@@ -167,6 +167,10 @@ class GenerateConfig(Config):
     compare_steps: tuple[SamplerSteps, ...] = Field(
         (10, 25, 50), min_length=1, max_length=32, description="columns of that sheet"
     )
+    captions: bool = Field(
+        False,
+        description="a .txt with its prompt beside each picture, and no grid: a folder to train on, as data.prior",
+    )
     batch_size: Batch = Field(4, description="pictures drawn at once; does not change them")
     tiling: bool = Field(False, description="decode in overlapping tiles: less memory for large pictures")
     attention: Attention = Field("by_shape", description=ATTENTION)
@@ -190,7 +194,10 @@ class GenerateConfig(Config):
         ("height", "aspect_ratio", lambda ratio: ratio is None),
         ("compare_samplers", "compare", lambda compare: compare),
         ("compare_steps", "compare", lambda compare: compare),
-        *((key, "compare", lambda compare: not compare) for key in ("sampler", "steps", "images_per_prompt", *OPTIONS)),
+        *(
+            (key, "compare", lambda compare: not compare)
+            for key in ("sampler", "steps", "images_per_prompt", "captions", *OPTIONS)
+        ),
         *((key, "sampler", partial(_uses, key)) for key in OPTIONS),
         *CONDITIONS,
     )

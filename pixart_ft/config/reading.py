@@ -26,6 +26,9 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+Rule = tuple[tuple[str, ...], Callable[..., bool], str]
+
+
 class Config(Section):
     """A whole configuration: its sections or keys, and what they may not say together.
 
@@ -38,7 +41,7 @@ class Config(Section):
     """
 
     unused: ClassVar[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = ()
-    rules: ClassVar[tuple[tuple[tuple[str, ...], Callable[..., bool], str], ...]] = ()
+    rules: ClassVar[tuple[Rule, ...]] = ()
     may_be_empty: ClassVar[tuple[str, ...]] = ()
     shipped: ClassVar[bool] = False
 
@@ -265,7 +268,14 @@ def _explain(error: ValidationError, fields: Mapping[str, FieldInfo]) -> Iterato
             elif words[-1] in item:
                 yield owner, f"{inner} is {_show(value)}; expected {expected(item[words[-1]])}"
             else:
-                yield owner, f"{inner}: unknown key; {owner} has {', '.join(item)}"
+                near = difflib.get_close_matches(words[-1], item, 1)
+                yield (
+                    owner,
+                    f"{inner}: unknown key; "
+                    + (f"did you mean {near[0]}?" if near else f"{owner} has {', '.join(item)}"),
+                )
+        elif finding["type"] == "value_error" and isinstance(value, dict):  # what an item may not say together
+            yield key, f"{key}{''.join(items)}: {finding['msg'].removeprefix('Value error, ')}"
         elif finding["type"] == "extra_forbidden":
             yield from ((k, None) for k, _ in _flat({key: value}))
         elif finding["type"] == "missing":

@@ -26,6 +26,11 @@ def read_text(path: Path, *, most: int | None = None) -> str:
         data = file.read(-1 if most is None else most + 1)
     if most is not None and len(data) > most:
         raise UserError(f"{path} is larger than {most:,} bytes: it is not what it should be")
+    return text_of(data, str(path))
+
+
+def text_of(data: bytes, name: str) -> str:
+    """The text in a file's bytes, see `read_text`; `name` is the file's, for messages."""
     mark = next((mark for mark in _MARKS if data.startswith(mark)), b"")
     data, encoding = data[len(mark) :], _MARKS.get(mark, "utf-8")
     try:
@@ -33,10 +38,10 @@ def read_text(path: Path, *, most: int | None = None) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].decode(encoding, "ignore").count("\n") + 1
         found = data[error.start : error.end].hex(" ")
-        raise UserError(f"{path} line {line}: the bytes {found} are no {encoding} text; save it as UTF-8") from None
+        raise UserError(f"{name} line {line}: the bytes {found} are no {encoding} text; save it as UTF-8") from None
     if "\0" in text:  # UTF-16 without a mark reads as UTF-8 with a zero beside each letter
         line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(f"{path} line {line}: a zero byte, so it is no UTF-8 text; save it as UTF-8")
+        raise UserError(f"{name} line {line}: a zero byte, so it is no UTF-8 text; save it as UTF-8")
     return text.replace("\ufeff", "").replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -5,16 +5,17 @@ The command line, the YAML files and the help all read the fields below, so a ke
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from pixart_ft.config.hub import Hub, Publication
 from pixart_ft.config.optimizers import OptimizerName, takes
-from pixart_ft.config.reading import Config, Section, load
+from pixart_ft.config.reading import Config, Rule, Section, load
 from pixart_ft.config.samplers import Sampler
+from pixart_ft.config.sources import PictureSource, Source, Use
 from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.diffusion.names import (
     COSINE_OFFSET,
@@ -65,7 +66,6 @@ def _place(path: Path) -> Path:
 
 
 Folder = Annotated[Path, AfterValidator(_place)]
-Source = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a name such as "demo" or a Hub id
 
 # Limits that mean something: beyond them a run would not end, fit no machine, or leave what float32 holds.
 SEEDS = 2**64  # torch takes the seeds below it
@@ -130,7 +130,10 @@ class Model(Section):
 class Data(Section):
     """what it learns from"""
 
-    folder: Source = Field(description='folder of pictures with captions, or "demo"')
+    folder: Source | None = Field(None, description='folder of pictures with captions, or "demo"')
+    sources: tuple[PictureSource, ...] = Field(
+        (), description="more places, or in place of folder: folders, datasets, Parquet, tar files (docs/data.md)"
+    )
     held_out: Source | None = Field(None, description='folder only measured on, or "demo"')
     held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of data.folder set aside for it")
     prior: Source | None = Field(
@@ -157,6 +160,13 @@ class Data(Section):
     caption_variants: int = Field(
         4, ge=2, le=64, description="orders encoded of each caption: so many times the work of T5 and its cache"
     )
+
+    def every_source(self) -> dict[str, PictureSource]:
+        """All sources by the keys that name them; folder, held_out and prior are short forms."""
+        short: dict[str, Use] = {"folder": "train", "held_out": "held_out", "prior": "prior"}
+        places = {key: getattr(self, key) for key in short}
+        found = {f"data.{key}": PictureSource(folder=p, use=short[key]) for key, p in places.items() if p is not None}
+        return found | {f"data.sources[{number}]": source for number, source in enumerate(self.sources)}
 
 
 def _paper_scale(beside: Mapping[str, Any]) -> float:
@@ -343,12 +353,29 @@ def _has_simple_term(objective: str) -> bool:
     return objective in ("hybrid", "simple")
 
 
+def _of_use(sources: Sequence[Mapping[str, Any]], use: Use) -> list[Mapping[str, Any]]:
+    return [source for source in sources if source.get("use", "train") == use]
+
+
+def _partly_weighed(short: str | None, sources: Sequence[Mapping[str, Any]], use: Use) -> bool:
+    """Whether some sources of a use have a weight and others none."""
+    weights = [source.get("weight") for source in _of_use(sources, use)] + ([None] if short is not None else [])
+    return len({weight is None for weight in weights}) > 1
+
+
+NEEDS_PICTURES: Rule = (
+    ("data.folder", "data.sources"),
+    lambda folder, sources: folder is None and not _of_use(sources, "train"),
+    'data.folder is required: folder of pictures with captions, or "demo"; or data.sources with some to train on',
+)
+
+
 class TrainConfig(Config):
     """Everything a training run is told."""
 
     run: Run = Run()
     model: Model = Model()
-    data: Data
+    data: Data = Data()
     diffusion: Diffusion = Diffusion()
     adapter: Adapter = Adapter()
     optim: Optim = Optim()
@@ -373,7 +400,6 @@ class TrainConfig(Config):
 
     unused = (
         ("model.revision", "model.base", lambda base: base != "demo"),
-        ("data.prior_weight", "data.prior", lambda folder: folder is not None),
         *((f"data.{key}", "data.shuffle_tags", bool) for key in ("keep_tags", "caption_variants")),
         ("model.quantization", "adapter.kind", lambda kind: kind != "full"),
         *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "lora") for key in ("rank", "alpha", "dropout")),
@@ -408,7 +434,26 @@ class TrainConfig(Config):
         ("optim.stochastic_rounding", "optim.optimizer", lambda optimizer: takes(optimizer, "stochastic_rounding")),
         *((f"hub.{key}", "hub.repo", lambda repo: repo is not None) for key in Publication.model_fields),
     )
-    rules = (
+    rules: ClassVar[tuple[Rule, ...]] = (
+        NEEDS_PICTURES,
+        (
+            ("data.prior_weight", "data.prior", "data.sources"),
+            lambda weight, folder, sources: weight != 1 and folder is None and not _of_use(sources, "prior"),
+            "data.prior_weight is {}, unused while data.prior is {}; change one",
+        ),
+        (
+            ("data.held_out_fraction", "data.sources"),
+            lambda fraction, sources: fraction > 0 and bool(_of_use(sources, "held_out")),
+            "data.held_out_fraction is {}, unused while one of data.sources is held out; change one",
+        ),
+        (
+            ("data.folder", "data.prior", "data.sources"),
+            lambda folder, prior, sources: (
+                _partly_weighed(folder, sources, "train") or _partly_weighed(prior, sources, "prior")
+            ),
+            "data.folder {}, data.prior {} and data.sources {}: of one use some have a weight and others none; give "
+            "one to each, or to none",
+        ),
         (
             ("diffusion.time_conditioning", "diffusion.schedule", "diffusion.zero_snr"),
             lambda conditioning, schedule, zero_snr: conditioning != "index" and schedule == "base" and not zero_snr,
@@ -505,16 +550,10 @@ class TrainConfig(Config):
     )
 
 
-class SomeData(Data):
-    """what it learns from"""
-
-    folder: Source = Field("", description='folder of pictures with captions, or "demo"; without it none are looked at')
-
-
 class PlanConfig(TrainConfig):
-    """What is told of a training that is only planned: its pictures may not be there yet."""
+    """What is told of a training that is only planned: without pictures none are looked at."""
 
-    data: SomeData = SomeData()
+    rules: ClassVar[tuple[Rule, ...]] = tuple(rule for rule in TrainConfig.rules if rule is not NEEDS_PICTURES)
 
 
 def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> TrainConfig:

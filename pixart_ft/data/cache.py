@@ -24,7 +24,7 @@ from pixart_ft.data.pixels import TRANSFORM, fitted
 from pixart_ft.data.seen import verified
 from pixart_ft.data.store import Array, TensorStore
 from pixart_ft.errors import UserError
-from pixart_ft.files import explained, sha256, write_text
+from pixart_ft.files import explained, sha256, stamp, write_text
 from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 
@@ -188,7 +188,7 @@ def component_id(
     A local folder is named by the SHA-256 of all files of the subfolders; a Hub id, whose files may not be
     here yet, by id and commit.
 
-    memo   a JSON file that remembers each file's hash by path and `_stamp`, since hashing T5-XXL takes long
+    memo   a JSON file that remembers each file's hash by path and `stamp`, since hashing T5-XXL takes long
     """
     folder = Path(base)
     if not folder.is_dir():
@@ -210,21 +210,10 @@ def component_id(
 
 
 def _remembered(path: Path, known: dict[str, list[object]]) -> object:
-    name, stamp = str(path.resolve()), _stamp(path)  # before it is hashed: what comes later has another stamp
-    if known.get(name, [])[:-1] != stamp:
-        known[name] = [*stamp, _file_sha256(path)]
+    name, now = str(path.resolve()), stamp(path)  # before it is hashed: what comes later has another stamp
+    if known.get(name, [])[:-1] != now:
+        known[name] = [*now, _file_sha256(path)]
     return known[name][-1]
-
-
-def _stamp(path: Path) -> list[object]:
-    """What changes when a file does, without reading it.
-
-    Size and time of change are no proof: fine-tunes of one model have one size, and `cp -p`, rsync and unpacking set
-    the time of another file. Its inode changes with a file moved into its place, and the time at which the inode
-    changed cannot be set (on Windows that is the file's birth, which what is written into it there leaves alone).
-    """
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _read_memo(memo: Path | None) -> dict[str, list[object]]:

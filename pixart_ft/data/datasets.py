@@ -14,13 +14,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from pixart_ft.config.sources import PictureSource
 from pixart_ft.config.text import is_text, read_text, visible
 from pixart_ft.data.pixels import Opened, departs, is_picture, picture_types, read_picture, refused_types
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, reason_of, sha256
 
-_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv")
-_CAPTION_COLUMNS = ("text", "caption")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
+CAPTION_COLUMNS = ("text", "caption")
 _TABLE_TYPES = (".json", ".csv", ".tsv", ".ndjson")
 _PACKED_TYPES = frozenset({".tar", ".tgz", ".gz", ".zip", ".rar", ".7z", ".parquet", ".arrow"})
 _NEARLY_TXT = frozenset({".txt", ".caption", ".captions", ".cap", ".text"})
@@ -28,6 +29,8 @@ _REST = "\0"  # the cells of a row that no column has; a name that no column can
 UNREAD = "pictures that cannot be read (repair them or move them out)"
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+
+PLAIN = PictureSource(folder=".")  # what a source asks for that asks for nothing
 
 DEMO_PICTURES = Path(__file__).parents[1] / "demo" / "pictures"
 
@@ -38,6 +41,9 @@ class Place(Protocol):
     def read_bytes(self) -> bytes: ...
 
 
+Said = dict[str, float]  # the captions of a picture and the share of the draws that each has; {}: it has none
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One captioned picture.
@@ -45,6 +51,7 @@ class Row:
     name     its path relative to the data folder, with forward slashes
     others   further captions of it
     shares   of the draws that each caption has, the first before the others, where there are several; 1 together
+    background   the colour behind what is transparent
     """
 
     where: Place
@@ -52,6 +59,13 @@ class Row:
     name: str
     others: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
+    background: str = "white"
+
+    @classmethod
+    def of(cls, where: Place, said: Said, name: str, background: str) -> "Row":
+        """With the captions by their shares."""
+        first, *others = said
+        return cls(where, first, name, tuple(others), tuple(said.values()) if others else (), background)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -65,24 +79,25 @@ class Row:
 
     def digest(self, content: bytes) -> str:
         """What names the picture in a cache: the SHA-256 of its bytes and, where it is not read as usual, how."""
-        return f"{sha256(content)} {departs(content)}".rstrip()
+        return f"{sha256(content)} {departs(content, self.background)}".rstrip()
 
     def opened(self, content: bytes | None = None) -> Opened:
         """The picture, of its bytes where they were read before; see `read_picture`. Raises UserError naming it."""
-        return read_picture(self.where, self.content() if content is None else content)
+        return read_picture(self.where, self.content() if content is None else content, self.background)
 
 
 @dataclass(frozen=True)
 class Account:
-    """What a folder holds, to the last picture.
+    """What a source holds, to the last picture.
 
+    source    what it is, in words: the picture folder X
     rows      that can be used
     pictures  in it, with or without a caption, also those of types that are not read and links that lead nowhere
     orphans   captions without a picture
     wrong     by kind, what keeps the other pictures and captions from being used
     """
 
-    folder: Path
+    source: str
     rows: list[Row]
     pictures: int
     orphans: int
@@ -92,11 +107,11 @@ class Account:
         """The rows. Raises UserError with all that is wrong; not strict, it warns of that unless no row is left."""
         if self.wrong and strict:
             hint = "\n  --data.strict false leaves out what is named here" if self.rows else ""
-            raise UserError(self._told(f"the picture folder {self.folder} cannot be used as it is:") + hint)
+            raise UserError(self._told(f"{self.source} cannot be used as it is:") + hint)
         if not self.rows:
-            raise UserError(self._told(f"the picture folder {self.folder} has no picture that can be used:"))
+            raise UserError(self._told(f"{self.source} has no picture that can be used:"))
         if self.wrong:
-            warnings.warn(self._told(f"left out of {self.folder}:"), stacklevel=3)
+            warnings.warn(self._told(f"left out of {self.source}:"), stacklevel=3)
         return self.rows
 
     def without(self, unread: Mapping[Row, str]) -> "Account":
@@ -108,7 +123,7 @@ class Account:
         return "\n".join([subject, *(listed(kind, items) for kind, items in self.wrong.items())])
 
 
-class _Report:
+class Report:
     """Everything wrong, kind by kind with the paths concerned."""
 
     def __init__(self) -> None:
@@ -130,14 +145,14 @@ def picture_folder(name: str, part: str) -> Path:
     return DEMO_PICTURES / part if name == "demo" else Path(name)
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, key: str = "data.folder") -> None:
     """Raise UserError unless there is such a folder."""
     if folder.is_file():
         packed = folder.suffix.lower() in _PACKED_TYPES
-        remedy = "unpack it into files in a folder, and give that" if packed else f"give the folder: {folder.parent}"
-        raise UserError(f"the picture folder {folder} is a file (data.folder); {remedy}")
+        remedy = "unpack it, or give it in data.sources" if packed else f"give the folder: {folder.parent}"
+        raise UserError(f"the picture folder {folder} is a file ({key}); {remedy}")
     if not folder.is_dir():
-        raise UserError(f"the picture folder {folder} does not exist or is not a folder (data.folder)")
+        raise UserError(f"the picture folder {folder} does not exist or is not a folder ({key})")
 
 
 def read_folder(folder: str | Path) -> list[Row]:
@@ -145,36 +160,43 @@ def read_folder(folder: str | Path) -> list[Row]:
     return survey(folder).usable()
 
 
-def survey(folder: str | Path) -> Account:
+def survey(folder: str | Path, asked: PictureSource = PLAIN) -> Account:
     """The captioned pictures below a folder, sorted by name, and every picture and caption that cannot be used.
 
-    Captions come from `metadata.jsonl`, `.csv` or `.tsv` in the folder (columns `file_name` and `text` or `caption`),
-    else from a .txt beside each picture. Pictures in subfolders count, also behind links, each folder once; hidden
-    files do not. Raises UserError unless there is such a folder.
+    Captions come from `metadata.jsonl`, `.csv`, `.tsv` or `.parquet` in the folder, else from a .txt beside each
+    picture. Pictures in subfolders count, also behind links, each folder once; hidden files do not.
+
+    asked   the columns of the captions and of the file names; else `text` or `caption`, and `file_name`
+
+    Raises UserError unless there is such a folder.
     """
     folder = Path(folder)
     check_folder(folder)
-    report = _Report()
+    report = Report()
     files, lost = _files(folder, report)
     pictures = [name for name, path in files.items() if _is_taken(path)]
     refused = [name for name, path in files.items() if path.suffix.lower() in refused_types()]
     metadata = [name for name in _METADATA if name in files]
     if metadata:
-        captions, orphans = _from_metadata(files[metadata[0]], files, {*pictures, *refused}, report)
+        captions, orphans = _from_metadata(files[metadata[0]], {*pictures, *refused}, asked, report)
         _warn_of_other_words(metadata[0], files, pictures, captions)
     else:
         captions, orphans = _from_text_files(files, pictures, report)
+        if columns := [*asked.caption, *([asked.image] if asked.image else [])]:
+            report.add(
+                "columns asked for, and there is no table (metadata.jsonl, .csv, .tsv, .parquet)", ", ".join(columns)
+            )
     for name in metadata[1:]:
         report.add(f"caption files beside {metadata[0]} (keep one)", name)
     rows = []
     for name in pictures:
-        caption = captions.get(name, "")
+        said = captions.get(name, {})
         if not is_text(name):
             report.add("pictures whose file names are not UTF-8 (rename them)", visible(name))
-        elif caption is None:  # reported
+        elif said is None:  # reported
             continue
-        elif caption.strip():
-            rows.append(Row(files[name], caption.strip(), name))
+        elif said:
+            rows.append(Row.of(files[name], said, name, asked.background))
         else:
             remedy = f"a row in {metadata[0]}" if metadata else "a .txt beside it, or a row in metadata.jsonl"
             report.add(f"pictures without a caption (give each {remedy})", name)
@@ -185,10 +207,12 @@ def survey(folder: str | Path) -> Account:
     if not pictures:
         report.add("folders without a picture (JPEG, PNG, WebP and others by their first bytes)", str(folder))
     lost_pictures = [name for name in lost if Path(name).suffix.lower() in picture_types() | refused_types()]
-    return Account(folder, rows, len(pictures) + len(refused) + len(lost_pictures), orphans, report.found)
+    return Account(
+        f"the picture folder {folder}", rows, len(pictures) + len(refused) + len(lost_pictures), orphans, report.found
+    )
 
 
-def _files(folder: Path, report: _Report) -> tuple[dict[str, Path], list[str]]:
+def _files(folder: Path, report: Report) -> tuple[dict[str, Path], list[str]]:
     """By name, in order, all files below a folder that are not hidden; and the names of links that lead nowhere.
 
     Links are followed, to each folder once: by its own name if it lies below, else by the first link to it.
@@ -230,7 +254,7 @@ def _is_taken(path: Path) -> bool:
     return not says_another and is_picture(path)
 
 
-def _point_at_near_misses(folder: Path, files: dict[str, Path], pictures: Sequence[str], report: _Report) -> None:
+def _point_at_near_misses(folder: Path, files: dict[str, Path], pictures: Sequence[str], report: Report) -> None:
     """Report files that hold what is missed, under a name by which they are not read."""
     stems = {Path(name).with_suffix("") for name in pictures}
     for name, path in files.items():
@@ -262,8 +286,13 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
         raise UserError(f"data.held_out_fraction {fraction} needs two pictures or more; there is {len(rows)}")
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}/{row.name}".encode()).digest())
-    held_out = {row.name for row in ranked[:count]}
-    return [row for row in rows if row.name not in held_out], [row for row in rows if row.name in held_out]
+    held_out = {id(row) for row in ranked[:count]}  # names of several sources may be equal
+    return [row for row in rows if id(row) not in held_out], [row for row in rows if id(row) in held_out]
+
+
+def distinct(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each once, where some stand several times."""
+    return list({id(row): row for row in rows}.values())
 
 
 def in_threads(work: Callable[[Item], Found], items: Iterable[Item], ahead: int = 1024) -> Iterator[Found]:
@@ -281,26 +310,46 @@ def in_threads(work: Callable[[Item], Found], items: Iterable[Item], ahead: int 
             pool.shutdown(cancel_futures=True)
 
 
-Captions = dict[str, str | None]  # by picture; None: what is wrong with it is reported
+def said_by(cells: Mapping[str, object], asked: PictureSource, usual: Sequence[str] = CAPTION_COLUMNS) -> Said | None:
+    """The captions in the cells of a picture; None where one is no text.
+
+    A list is so many captions, in a column that was asked for: in another it may be tags.
+    """
+    columns = asked.caption or [column for column in usual if cells.get(column) not in (None, "")][:1]
+    said: Said = {}
+    for column, weight in zip(columns, asked.caption_weights or [1.0] * len(columns), strict=True):
+        cell = cells.get(column)
+        texts = [text for text in (cell if isinstance(cell, list) and asked.caption else [cell]) if text is not None]
+        words = [text.strip() for text in texts if isinstance(text, str)]
+        if len(words) < len(texts):
+            return None
+        words = [text for text in words if text]
+        for text in words:
+            said[text] = said.get(text, 0.0) + weight / len(words)
+    whole = sum(said.values())
+    return {text: weight / whole for text, weight in said.items()}
 
 
-def _from_metadata(path: Path, files: dict[str, Path], there: set[str], report: _Report) -> tuple[Captions, int]:
+Captions = dict[str, Said | None]  # by picture; None: what is wrong with it is reported
+
+
+def _from_metadata(path: Path, there: set[str], asked: PictureSource, report: Report) -> tuple[Captions, int]:
     """Captions, and how many have no picture. `there`: the names of pictures, also of those that are not read."""
     captions: Captions = {}
+    key = asked.image or "file_name"
     orphans, columns = 0, dict[str, None]()
     for where, row in _metadata_rows(path, report):
         columns.update((key, None) for key in row if key != _REST)
-        name = row.get("file_name")
+        name = row.get(key)
         if not isinstance(name, str) or not name:
-            found = ", ".join(key for key in row if key != _REST) or "nothing"
-            report.add(f"rows without a file_name in {path.name}", f"{where}: has {found}")
+            found = ", ".join(column for column in row if column != _REST) or "nothing"
+            report.add(f"rows without a {key} in {path.name}", f"{where}: has {found}")
             continue
-        said = next((row[column] for column in _CAPTION_COLUMNS if row.get(column) not in (None, "")), "")
-        caption = said if isinstance(said, str) else None
-        if not (is_text(name) and is_text(caption or "")):
+        said = said_by(row, asked)
+        if not all(map(is_text, (name, *(said or ())))):
             report.add(
                 f"rows of {path.name} with half a surrogate pair, which is no text (write the whole letter)",
-                f"{where}: {visible(name)}: {visible(caption or '')[:60]}",
+                f"{where}: {visible(name)}: {visible(', '.join(said or ()))[:60]}",
             )
             captions[name] = None
             continue
@@ -309,39 +358,51 @@ def _from_metadata(path: Path, files: dict[str, Path], there: set[str], report: 
             orphans += 1
             report.add(
                 f"rows of {path.name} that name an absent picture (correct the name or delete the row)",
-                f"{where}: {row['file_name']}",
+                f"{where}: {row[key]}",
             )
         elif _REST in row:  # an unquoted comma: what follows it would be lost
             report.add("rows with too many cells (put a caption with commas in quotation marks)", where)
-            caption = None
+            said = None
         elif name in captions:
             report.add(f"rows of {path.name} that repeat a picture", f"{where}: {name}")
-            caption = None
-        elif caption is None:
+            said = None
+        elif said is None:
+            wrong = next(
+                row[column] for column in asked.caption or CAPTION_COLUMNS if row.get(column) not in (None, "")
+            )
             report.add(
                 f"captions of {path.name} that are no text (write one, in quotation marks)",
-                f"{where}: {name}: {visible(str(said))[:60]}",
+                f"{where}: {name}: {visible(str(wrong))[:60]}",
             )
-        captions[name] = caption
+        captions[name] = said
     if columns:
-        _point_at_columns(path, list(columns), report)
+        point_at_columns(path.name, list(columns), [(key,), *named_columns(asked)], report)
     return captions, orphans
 
 
-def _point_at_columns(path: Path, columns: Sequence[str], report: _Report) -> None:
+def named_columns(asked: PictureSource, usual: Sequence[str] = CAPTION_COLUMNS) -> list[Sequence[str]]:
+    """The columns of captions that a table must have, each by the names that will do."""
+    return [(column,) for column in asked.caption] or [usual]
+
+
+def point_at_columns(name: str, columns: Sequence[str], needed: Sequence[Sequence[str]], report: Report) -> None:
     """Report the columns that no row has, and what may be meant for them."""
-    for wanted in (("file_name",), _CAPTION_COLUMNS):
+    for wanted in needed:
         if not set(wanted) & set(columns):
             near = [(column, get_close_matches(column.strip().lower(), wanted, 1)) for column in columns]
             meant = "".join(f'; write {match[0]} instead of "{column}"' for column, match in near if match)
             there = ", ".join(f'"{column}"' for column in columns)
-            report.add(
-                f"columns that {path.name} lacks", f"{' or '.join(wanted)}: it has {visible(there)}{visible(meant)}"
-            )
+            report.add(f"columns that {name} lacks", f"{' or '.join(wanted)}: it has {visible(there)}{visible(meant)}")
 
 
-def _metadata_rows(path: Path, report: _Report) -> list[tuple[str, dict[str, object]]]:
+def _metadata_rows(path: Path, report: Report) -> list[tuple[str, dict[str, object]]]:
     """Each row with where it stands, for messages."""
+    if path.suffix == ".parquet":
+        try:
+            return [(f"{path.name} row {number}", row) for number, row in enumerate(_parquet(path))]
+        except Exception as error:  # a broken file makes pyarrow raise almost anything
+            report.add("files that cannot be read", f"{path}: {error}")
+            return []
     text = _read_text(path, report)
     rows: list[tuple[str, dict[str, object]]] = []
     if path.suffix != ".jsonl":
@@ -374,14 +435,21 @@ def _metadata_rows(path: Path, report: _Report) -> list[tuple[str, dict[str, obj
     return rows
 
 
-def _from_text_files(files: dict[str, Path], pictures: Sequence[str], report: _Report) -> tuple[Captions, int]:
+def _parquet(path: Path) -> list[dict[str, object]]:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def _from_text_files(files: dict[str, Path], pictures: Sequence[str], report: Report) -> tuple[Captions, int]:
     """Captions, and how many text files have no picture."""
     captions: Captions = {}
     used = set()
     for name in pictures:
         beside = files[name].with_suffix(".txt")
         if beside.is_file():
-            captions[name] = _read_text(beside, report)
+            text = _read_text(beside, report).strip()
+            captions[name] = {text: 1.0} if text else {}
             used.add(beside)
     orphans = [name for name, path in files.items() if path.suffix == ".txt" and path not in used]
     if orphans:  # only a warning: it may be a licence
@@ -393,15 +461,15 @@ def _warn_of_other_words(metadata: str, files: dict[str, Path], pictures: Sequen
     """Warn of text files that say something else of a picture than the metadata, which counts."""
     differ = []
     for name in pictures:
-        beside, caption = files[name].with_suffix(".txt"), captions.get(name)
-        if caption and beside.is_file() and _read_text(beside, _Report()).split() != caption.split():
+        beside, said = files[name].with_suffix(".txt"), captions.get(name)
+        if said and beside.is_file() and _read_text(beside, Report()).split() not in map(str.split, said):
             differ.append(Path(name).with_suffix(".txt").as_posix())
     if differ:
         told = listed(f"text files that say something else than {metadata}, which counts", differ, 3)
         warnings.warn(told, stacklevel=3)
 
 
-def _read_text(path: Path, report: _Report) -> str:
+def _read_text(path: Path, report: Report) -> str:
     try:
         return read_text(path)
     except (UserError, OSError) as error:

@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from pixart_ft.errors import UserError
 
@@ -93,11 +93,12 @@ def fitted(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
     return pixels.to(torch.float32) / 127.5 - 1
 
 
-def read_picture(where: object, content: bytes | None = None) -> Opened:
-    """In RGB: upright by EXIF, colours to sRGB by its profile, transparency on white; of an animation one frame.
+def read_picture(where: object, content: bytes | None = None, background: str = "white") -> Opened:
+    """In RGB: upright by EXIF, colours to sRGB by its profile, transparency on a colour; of an animation one frame.
 
     where     the path, or as text what messages name
     content   the file's bytes; None: they are read from the path
+    background   the colour that transparency is laid on
 
     Raises UserError naming it.
     """
@@ -106,27 +107,36 @@ def read_picture(where: object, content: bytes | None = None) -> Opened:
             _large_pictures(),
             Image.open(str(where) if content is None else io.BytesIO(content), formats=_known()) as it,
         ):
-            return _read(it)
+            return _read(it, background)
     except UnidentifiedImageError:
         raise UserError(f"{where}: cannot identify it as a picture of a format that is read") from None
     except Exception as error:  # a broken file makes Pillow raise almost anything
         raise UserError(f"{where}: {str(error) or type(error).__name__}") from error
 
 
-def departs(content: bytes) -> str:
+def departs(content: bytes, background: str = "white") -> str:
     """How `read_picture` would depart from its usual way for a file of these bytes, mostly without decoding it."""
     try:
         with _large_pictures(), Image.open(io.BytesIO(content), formats=_known()) as opened:
-            return _departs(_turn_to_frame(opened), _to_srgb(opened))
+            frame, transform = _turn_to_frame(opened), _to_srgb(opened)
+            return _departs(frame, transform, _lies_on(opened, background))
     except Exception:  # it cannot be read: said where it is
         return ""
 
 
-def _departs(frame: int, transform: object) -> str:
-    return " ".join(([f"frame {frame}"] if frame else []) + (["to sRGB 1"] if transform is not None else []))
+def _departs(frame: int, transform: object, colour: str) -> str:
+    ways = {f"frame {frame}": frame, "to sRGB 1": transform is not None, f"on {colour}": colour}
+    return " ".join(way for way, taken in ways.items() if taken)
 
 
-def _read(opened: Image.Image) -> Opened:
+def _lies_on(opened: Image.Image, background: str) -> str:
+    """The colour behind a picture, as #rrggbb; "" where it is white, or nothing shows it."""
+    red, green, blue = ImageColor.getrgb(background)[:3]
+    colour = f"#{red:02x}{green:02x}{blue:02x}"
+    return colour if colour != "#ffffff" and opened.has_transparency_data else ""
+
+
+def _read(opened: Image.Image, background: str = "white") -> Opened:
     notes = []
     frame, count = _turn_to_frame(opened), getattr(opened, "n_frames", 1)
     if count > 1 and opened.format not in ("MPO", "PSD"):  # whose others are views of the whole, and layers of it
@@ -135,7 +145,8 @@ def _read(opened: Image.Image) -> Opened:
     transform = _to_srgb(opened)
     if transform is None and opened.info.get("icc_profile") and not _fits(opened):
         notes.append("its colour profile cannot be used and is ignored")
-    return Opened(_rgb(opened, transform), _departs(frame, transform), tuple(notes))
+    colour = _lies_on(opened, background)
+    return Opened(_rgb(opened, transform, background), _departs(frame, transform, colour), tuple(notes))
 
 
 def _turn_to_frame(opened: Image.Image) -> int:
@@ -149,8 +160,8 @@ def _turn_to_frame(opened: Image.Image) -> int:
     return 0
 
 
-def _rgb(opened: Image.Image, transform: "_Transform | None") -> Image.Image:
-    """Upright by EXIF, in sRGB, transparency on white."""
+def _rgb(opened: Image.Image, transform: "_Transform | None", background: str = "white") -> Image.Image:
+    """Upright by EXIF, in sRGB, transparency on a colour."""
     picture = ImageOps.exif_transpose(opened)
     if picture.mode.startswith("I"):
         picture = _eight_bits(picture)
@@ -163,8 +174,7 @@ def _rgb(opened: Image.Image, transform: "_Transform | None") -> Image.Image:
             picture.putalpha(alpha)
     if picture.has_transparency_data:
         colours = picture.convert("RGBA")
-        white = Image.new("RGBA", colours.size, "white")
-        return Image.alpha_composite(white, colours).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", colours.size, background), colours).convert("RGB")
     return picture.convert("RGB")
 
 

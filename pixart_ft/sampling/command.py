@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.text import read_text
 from pixart_ft.config.train import HUB_BASE, MOST_PICTURES
 from pixart_ft.errors import UserError
-from pixart_ft.files import probe
+from pixart_ft.files import probe, write_text
 from pixart_ft.model.base import Base
 from pixart_ft.model.engine import check_engine
 from pixart_ft.pictures.own import check_own, not_there_yet
@@ -66,12 +66,16 @@ def generate(config: GenerateConfig, found: Sequence[Adapter | ForeignPlace], ag
         for path, picture in zip(todo, drawn, strict=True):
             save_png(picture, path, recipes[path])
         made = bar.n
-    sheet = _save_grid(config.out, list(jobs), prompts, seeds, max(settings.width or 0, settings.height or 0))
+    if config.captions:
+        sheet = _save_captions({path.with_suffix(".txt"): prompt for path, (prompt, _) in jobs.items()})
+    else:
+        side = max(settings.width or 0, settings.height or 0)
+        sheet = f"\nall of them on one sheet: {_save_grid(config.out, list(jobs), prompts, seeds, side)}"
     print(
         f"pictures drawn: {len(todo)} in {time.perf_counter() - started:.1f} s; there already: {len(jobs) - len(todo)}"
     )
     print(_cost(settings, model.calls(settings), made / len(todo) if todo else None))
-    print(f"pictures: {config.out}\nall of them on one sheet: {sheet}")
+    print(f"pictures: {config.out}{sheet}")
     return list(jobs)
 
 
@@ -111,7 +115,7 @@ def _look(
     probe(config.out, "out")
     if config.compare:
         check_own(comparison_sheets(config, prompts), "sampler")
-    else:
+    elif not config.captions:
         check_own([config.out / "grid.png"], "pictures")
     return prompts, base, adapters, settings, cells
 
@@ -201,6 +205,14 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def _save_captions(captions: Mapping[Path, str]) -> str:
+    """Write each prompt beside its picture, where none is yet: it may have been edited."""
+    for path, prompt in captions.items():
+        if not path.exists():
+            write_text(path, prompt + "\n")
+    return ", each with its caption: --data.prior or --data.folder takes it"
 
 
 def _save_grid(folder: Path, paths: Sequence[Path], prompts: Sequence[str], seeds: Sequence[int], side: int) -> Path:

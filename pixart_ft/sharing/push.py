@@ -34,7 +34,7 @@ WAITS = (1, 5, 20)  # seconds before each new try
 _MARKS: dict[What, str] = {"adapter": "adapter_config.json", "model": "model_index.json"}  # tell which one is there
 _OURS = (f"{SAMPLES}/", "transformer/")  # where files have other names from one push to the next
 # Settings that say where something lies, or what a caption is, and that the repository says by itself.
-_PLACES = ("run.folder", "data.folder", "data.held_out", "data.prior", "data.cache", "model.base")
+_PLACES = ("run.folder", "data.folder", "data.held_out", "data.prior", "data.sources", "data.cache", "model.base")
 _PARTS = {  # of what a run is recorded to be trained on
     "training pictures": "pictures",
     "prior pictures": "pictures of the prior",

@@ -64,7 +64,7 @@ def examine(config: PlanConfig | None, card: int | None, sheet: Path | None = No
         return
     mistakes = Mistakes()
     settled = _settled(config, card)
-    has_data = bool(config.data.folder)
+    has_data = bool(config.data.every_source())
     with mistakes.noted():
         check_training(settled if has_data else _changed(settled, {"data.folder": "demo"}))
     base = None
@@ -219,7 +219,7 @@ def _to_download(base: Base) -> str:
 
 def _of_data(config: TrainConfig, card: int | None) -> Overview | None:
     """Print what a run says at its start, and more of its pictures and captions, which are given; None without them."""
-    if not config.data.folder:
+    if not config.data.every_source():
         print("pictures           none were given (--data.folder)")
         return None
     accelerator = accelerator_for(config) if card is None else None

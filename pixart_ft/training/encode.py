@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from pixart_ft.config.sources import Use
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import (
     ALONE,
@@ -22,11 +23,12 @@ from pixart_ft.data.cache import (
     component_id,
     without_latents,
 )
-from pixart_ft.data.datasets import Account, Row, listed, picture_folder, split, survey
+from pixart_ft.data.datasets import Account, Row, distinct, listed, split
 from pixart_ft.data.seen import Seen, look_at, verified
+from pixart_ft.data.sources import survey_source, times_shown
 from pixart_ft.data.store import TensorStore
 from pixart_ft.data.tags import in_orders
-from pixart_ft.errors import UserError
+from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
@@ -43,13 +45,18 @@ def compute_dtype(config: TrainConfig) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of a run; `unmeasured` are held out and more than validation.pictures."""
+    """The pictures of a run.
+
+    train, prior   each picture as often as an epoch shows it
+    accounts       of each source, by its key
+    uses           of each source, how many of its pictures are for what
+    """
 
     train: list[Row]
     held: list[Row]
     prior: list[Row]
-    unmeasured: int
-    accounts: dict[str, Account]  # of each folder, by its key
+    accounts: dict[str, Account]
+    uses: dict[str, dict[str, int]]
     seen: dict[Row, Seen]
 
     @property
@@ -63,25 +70,19 @@ class Pictures:
         return [self.seen[row].digest for row in (*self.learned, *self.held)]
 
     def facts(self) -> list[str]:
-        """What became of every picture in the folders, a line each."""
-        apart = "data.held_out" in self.accounts
-        of = {"trained on": self.train, "measured": self.held, "of the prior": self.prior}
-        uses = {"data.folder": ["trained on"], "data.held_out": ["measured"], "data.prior": ["of the prior"]}
-        uses["data.folder"] += [] if apart else ["measured"]
+        """What became of every picture in the sources, a line each."""
         lines = []
         for key, account in self.accounts.items():
-            counts = {use: len(of[use]) for use in uses[key]}
-            if "measured" in counts:
-                counts["held out beyond validation.pictures"] = self.unmeasured
-            counts["left out"] = account.pictures - sum(counts.values())
+            counts = self.uses[key] | {"left out": account.pictures - sum(self.uses[key].values())}
             told = ", ".join(f"{count:,} {use}" for use, count in counts.items() if count)
             orphans = f"; {account.orphans:,} captions or text files without a picture" if account.orphans else ""
             lines.append(f"{'in ' + key:<18} {account.pictures:,} pictures: {told}{orphans}")
-        texts = sum(len(row.captions) for row in self.train)
-        if texts > len(self.train):
-            per = texts / len(self.train)
+        pictures = distinct(self.train)
+        texts = sum(len(row.captions) for row in pictures)
+        if texts > len(pictures):
+            per = texts / len(pictures)
             cost = f"{per:.3g} times the work of T5 and its place in data.cache"
-            lines.append(f"{'captions':<18} {texts:,} of {len(self.train):,} pictures, one in each draw: {cost}")
+            lines.append(f"{'captions':<18} {texts:,} of {len(pictures):,} pictures, one in each draw: {cost}")
         return lines
 
 
@@ -90,31 +91,47 @@ def read_pictures(config: TrainConfig, *, remember: bool = False, progress: bool
 
     remember   write into data.cache which were decoded, so that the next time they need not be
     """
+    sources, mistakes = config.data.every_source(), Mistakes()
     accounts: dict[str, Account] = {}
+    rows: dict[str, list[Row]] = {}
     seen: dict[Row, Seen] = {}
+    for key, source in sources.items():
+        with mistakes.noted():
+            account = survey_source(source, key)
+            found = look_at(account.rows, config.data.cache / "pictures.json", remember=remember, progress=progress)
+            pairs = list(zip(account.rows, found, strict=True))
+            seen.update((row, one) for row, one in pairs if isinstance(one, Seen))
+            accounts[key] = account.without({row: one for row, one in pairs if isinstance(one, str)})
+            rows[key] = accounts[key].usable(strict=config.data.strict)
+    mistakes.raise_if_any()
 
-    def read(key: str, part: str) -> list[Row]:
-        account = survey(picture_folder(getattr(config.data, key), part))
-        found = look_at(account.rows, config.data.cache / "pictures.json", remember=remember, progress=progress)
-        pairs = list(zip(account.rows, found, strict=True))
-        seen.update((row, one) for row, one in pairs if isinstance(one, Seen))
-        accounts[f"data.{key}"] = account = account.without({row: one for row, one in pairs if isinstance(one, str)})
-        return account.usable(strict=config.data.strict)
+    def of(use: Use) -> list[Row]:
+        return [row for key, source in sources.items() if source.use == use for row in rows[key]]
 
-    rows, seed = read("folder", "train"), config.run.seed
-    if config.data.held_out is not None:
-        held = read("held_out", "held_out")
-    else:
-        rows, held = split(rows, config.data.held_out_fraction, seed)
-    if not rows:
+    learned, held = of("train"), of("held_out")
+    if not any(source.use == "held_out" for source in sources.values()):
+        learned, held = split(learned, config.data.held_out_fraction, config.run.seed)
+    if not learned:
         raise UserError(f"data.held_out_fraction {config.data.held_out_fraction} leaves nothing to train on; lower it")
-    if config.data.shuffle_tags:  # what is measured is measured as it is written
-        shuffled = [in_orders(row, config.data.caption_variants, config.data.keep_tags) for row in rows]
-        seen.update((new, seen[old]) for old, new in zip(rows, shuffled, strict=True))
-        rows = shuffled
-    prior = [] if config.data.prior is None else read("prior", "train")
     measured = held[: config.validation.pictures]
-    return Pictures(rows, measured, prior, len(held) - len(measured), accounts, seen)
+    uses = {"trained on": learned, "measured": measured, "of the prior": of("prior")}
+    uses["held out beyond validation.pictures"] = held[len(measured) :]
+    numbers = {use: {id(row) for row in part} for use, part in uses.items()}
+    counts = {key: {use: sum(id(row) in part for row in rows[key]) for use, part in numbers.items()} for key in rows}
+
+    def shown(use: Use, part: set[int]) -> list[Row]:
+        ours = {key: [row for row in rows[key] if id(row) in part] for key in rows if sources[key].use == use}
+        times = times_shown({key: sources[key] for key in ours}, {key: len(one) for key, one in ours.items()})
+        return [row for key, one in ours.items() for row in one * times[key]]
+
+    if config.data.shuffle_tags:  # what is measured is measured as it is written
+        turned = {id(row): in_orders(row, config.data.caption_variants, config.data.keep_tags) for row in learned}
+        seen.update((turned[id(row)], seen[row]) for row in learned)
+    else:
+        turned = {id(row): row for row in learned}
+    train = [turned[id(row)] for row in shown("train", numbers["trained on"])]
+    prior = shown("prior", numbers["of the prior"])
+    return Pictures(train, measured, prior, accounts, counts, seen)
 
 
 def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
@@ -251,11 +268,11 @@ def encode_once(
         null_caption=store.get(text_keys[null]),
         prompts=[store.get(key) for key in text_keys[known:null]],
         scale=base.latent_scale,
-        captions=_several_captions(shown[:count]),
+        captions=several_captions(shown[:count]),
     )
 
 
-def _several_captions(rows: Sequence[Row]) -> dict[int, tuple[Sequence[int], Sequence[float]]]:
+def several_captions(rows: Sequence[Row]) -> dict[int, tuple[Sequence[int], Sequence[float]]]:
     """Of the rows that have several captions, where the others come one after another behind the first of all."""
     found: dict[int, tuple[Sequence[int], Sequence[float]]] = {}
     end = len(rows)

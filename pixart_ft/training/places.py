@@ -7,8 +7,9 @@ from pathlib import Path
 
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.config.optimizers import check_installed
+from pixart_ft.config.sources import PictureSource
 from pixart_ft.config.train import Tracker, TrainConfig
-from pixart_ft.data.datasets import check_folder, picture_folder
+from pixart_ft.data.sources import check_source, folder_of
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.model.place import resolve_base
 from pixart_ft.runs.folder import RunFolder
@@ -32,16 +33,10 @@ def check_training(
         if config.hub.repo is not None:
             is_folder = config.model.base != "demo" and Path(place).is_dir()
             check_base(config.hub.base, str(Path(place).absolute()) if is_folder else config.model.base, "hub.base")
-    for name, part in (
-        (config.data.folder, "train"),
-        (config.data.prior, "train"),
-        (config.data.held_out, "held_out"),
-    ):
-        if name is not None:
-            with mistakes.noted():
-                check_folder(picture_folder(name, part))
-    with mistakes.noted():
-        _check_apart(config)
+    for key, pictures in config.data.every_source().items():
+        with mistakes.noted():
+            _check_source(key, pictures, config.model.base)
+    _check_apart(config, mistakes)
     with mistakes.noted():
         RunFolder(config.run.folder).check_new(resume=resume is not None)
     with mistakes.noted():
@@ -70,23 +65,35 @@ def check_trackers(names: Iterable[Tracker]) -> None:
         raise UserError(f"logging.trackers: {some} not installed: pip install {packages}, or leave it out")
 
 
-def _check_apart(config: TrainConfig) -> None:
-    """Raise UserError where one folder's pictures would be taken for another's: they are read with all below them."""
-    folder = picture_folder(config.data.folder, "train")
-    run = Path(config.run.folder)
-    if run.resolve().is_relative_to(folder.resolve()):
+def _check_source(key: str, source: PictureSource, base: str) -> None:
+    """Raise UserError unless a source is there; of a prior it says how its pictures are drawn."""
+    try:
+        check_source(source, key)
+    except UserError as error:
+        if source.use != "prior" or not source.folder or Path(source.folder).exists():
+            raise
+        drawn = f"pixart-ft generate --model {base} --prompts-file CLASS.txt --images-per-prompt 10 --captions"
         raise UserError(
-            f"run.folder: {run} lies inside data.folder {folder}, so the run's samples would be taken for pictures to "
-            "learn from; choose a place outside"
-        )
-    parts = {"data.folder": folder}
-    if config.data.prior is not None:
-        parts["data.prior"] = picture_folder(config.data.prior, "train")
-    if config.data.held_out is not None:
-        parts["data.held_out"] = picture_folder(config.data.held_out, "held_out")
-    for (key, one), (other_key, other) in combinations(parts.items(), 2):
-        a, b = one.resolve(), other.resolve()
-        if a.is_relative_to(b) or b.is_relative_to(a):
-            why = ", so what is measured would be trained on" if other_key == "data.held_out" else ""
-            remedy = "or use data.held_out_fraction" if why else "or leave data.prior out"
-            raise UserError(f"{other_key}: {other} and {key} {one} share pictures{why}; keep them apart, {remedy}")
+            f"{error}; the base draws what it must not forget, from a text file of captions, one a line:\n    {drawn} "
+            f"--out {source.folder}"
+        ) from None
+
+
+def _check_apart(config: TrainConfig, mistakes: Mistakes) -> None:
+    """Note where one folder's pictures would be taken for another's: they are read with all below them."""
+    run = Path(config.run.folder)
+    sources = config.data.every_source()
+    folders = {key: folder for key, source in sources.items() if (folder := folder_of(source)) is not None}
+    for key, folder in folders.items():
+        if run.resolve().is_relative_to(folder.resolve()):
+            mistakes.add(
+                f"run.folder: {run} lies inside {key} {folder}, so the run's samples would be taken for pictures to "
+                "learn from; choose a place outside"
+            )
+    held_out_last = sorted(folders.items(), key=lambda item: sources[item[0]].use == "held_out")
+    for (key, one), (other_key, other) in combinations(held_out_last, 2):
+        a, b, uses = one.resolve(), other.resolve(), {sources[key].use, sources[other_key].use}
+        if len(uses) > 1 and (a.is_relative_to(b) or b.is_relative_to(a)):
+            why = ", so what is measured would be trained on" if "held_out" in uses else ""
+            remedy = "or use data.held_out_fraction" if why else f"or leave {other_key} out"
+            mistakes.add(f"{other_key}: {other} and {key} {one} share pictures{why}; keep them apart, {remedy}")

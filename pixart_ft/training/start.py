@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.datasets import Row, distinct
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
@@ -71,7 +71,7 @@ class Start:
             tokenizer = loading.load_tokenizer(self.base.whole)
         except UserError:  # told of where it is needed, if it is
             tokenizer = None
-        rows, target = [*self.pictures.learned, *self.held_rows], (self.resolution, self.resolution)
+        rows, target = distinct([*self.pictures.learned, *self.held_rows]), (self.resolution, self.resolution)
         return Overview.of(self.pictures.seen, rows, lambda size: target, tokenizer, max_tokens)
 
     def warn(self, overview: Overview, config: TrainConfig) -> None:
@@ -81,21 +81,24 @@ class Start:
 
     def facts(self, config: TrainConfig, device: str, processes: int) -> list[str]:
         """Where it trains, how much, and how often it sees its pictures, a line each."""
-        pictures = len(self.rows)
+        pictures, places = len(distinct(self.rows)), len(self.rows)
         batch = self.plan.batch_size * self.plan.accumulation * processes
         where = device if processes == 1 else f"{device}, {processes} processes"
         where += ", the network in shards" if processes > 1 and shards_asked_for(os.environ) else ""
         draws = batch / 2 if self.prior_rows else batch  # of the pictures, in a step
-        epochs = self.plan.steps * draws / pictures
-        prior = f", and {len(self.prior_rows):,} of the prior in every second draw" if self.prior_rows else ""
+        epochs = self.plan.steps * draws / places
+        often = (
+            f"each picture {epochs:.4g} times" if places == pictures else f"{epochs:.4g} epochs of {places:,} places"
+        )
+        prior = f", and {len(distinct(self.prior_rows)):,} of the prior in every second draw" if self.prior_rows else ""
         held_out = f", {len(self.held_rows)} held out" if self.held_rows else ""
         part = self.objective.where
         return [
             f"device             {where}, precision {config.train.mixed_precision}",
             f"trained            {self.parameters:,} parameters of {self.kind.words}",
             f"pictures           {pictures:,}{prior}{held_out}, {self.resolution} x {self.resolution} pixels",
-            f"steps per epoch    {pictures / draws:.4g}, of {batch} pictures each",
-            f"length             {self.plan.steps:,} steps: each picture {epochs:.4g} times",
+            f"steps per epoch    {places / draws:.4g}, of {batch} pictures each",
+            f"length             {self.plan.steps:,} steps: {often}",
             *([f"trained at         {part} alone; there it is measured, and acts"] if part else []),
             *self.pictures.facts(),
         ]

@@ -39,6 +39,7 @@ _BY_CONTENT = {
     "data.held_out",
     "data.held_out_fraction",
     "data.prior",
+    "data.sources",
     "data.strict",
     "data.resolution",
     "data.max_tokens",
@@ -93,8 +94,8 @@ _SAID = {
     "model.attention",
     "model.compile",
 }
-# What may lie elsewhere on each machine of a run; the first four are compared by content.
-_OF_A_MACHINE = {"data.folder", "data.held_out", "data.prior", "model.base", "data.cache"}
+# What may lie elsewhere on each machine of a run; the first five are compared by content.
+_OF_A_MACHINE = {"data.folder", "data.held_out", "data.prior", "data.sources", "model.base", "data.cache"}
 # What the saved state does not fit any more.
 _NEVER = {
     *(f"adapter.{key}" for key in ("kind", "rank", "targets", "dora", "init", "trainable", "peft_type")),

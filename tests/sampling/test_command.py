@@ -16,6 +16,7 @@ from PIL import Image, ImageChops, ImageStat
 
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.samplers import EVERY_SAMPLER
+from pixart_ft.data.datasets import read_folder
 from pixart_ft.errors import UserError
 from pixart_ft.pictures.recipes import config_of, read_recipe
 from pixart_ft.pictures.sheets import grid
@@ -69,6 +70,22 @@ def test_pictures_grid_and_summary(tiny: Path, tmp_path: Path, capsys: pytest.Ca
     assert "pictures drawn: 4 in" in printed
     assert "each batch: 3 ddpm steps, 3 network calls, with and without the prompt\n" in printed
     assert str(tmp_path / "out" / "grid.png") in printed
+
+
+def test_captions_beside_the_pictures_make_a_folder_to_train_on(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What data.prior wants; a caption that was edited stays when the command is run again."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    asked = config(tiny, tmp_path / "out", prompts=(), prompts_file=tmp_path / "prompts.txt", captions=True)
+    paths = run_generation(asked)
+    assert [(row.where, row.caption) for row in read_folder(tmp_path / "out")] == [
+        (path, PROMPTS[number // 2]) for number, path in enumerate(paths)
+    ]
+    paths[0].with_suffix(".txt").write_text("a circle")
+    run_generation(asked)
+    assert [row.caption for row in read_folder(tmp_path / "out")] == ["a circle", PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    assert "each with its caption: --data.prior or --data.folder takes it" in capsys.readouterr().out
 
 
 def test_same_command_twice_is_bit_identical(tiny: Path, adapter: Path, tmp_path: Path) -> None:

@@ -680,6 +680,6 @@ def test_a_run_may_end_with_the_report_of_its_evaluation(options: Options, tmp_p
     found = json.loads((run / "final" / "evaluation" / "report.json").read_text())
     assert [model["label"] for model in found["models"]] == ["base", "run"]
     config = load_config(run / "config.yaml")
-    _, held = split(read_folder(config.data.folder), config.data.held_out_fraction, config.run.seed)
+    _, held = split(read_folder(str(config.data.folder)), config.data.held_out_fraction, config.run.seed)
     assert found["data"]["pictures"] == [row.name for row in held][: config.validation.pictures]
     assert (found["recipe"]["samplers"], found["recipe"]["steps"]) == (["iddpm"], [3])
