@@ -39,6 +39,7 @@ EmaProfile = Literal["constant", "power", "warmup"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Tracker = Literal["tensorboard", "wandb", "trackio"]
 Quantization = Literal["none", "nf4", "int8"]
+Latents = Literal["sample", "mode"]  # of the VAE's posterior
 Kind = Literal["lora", "full", "peft"]  # of what is trained
 Init = Literal["default", "pissa", "olora"]  # of a LoRA
 Attention = Literal["by_shape", "auto", "sdpa", "plain", "headwise", "xformers"]  # kernels, or how they are chosen
@@ -149,7 +150,7 @@ class Data(Section):
         description="side of the square pictures, pixels; null = the base's own",
     )
     cache: Folder = Field(Path(".cache/pixart_ft"), description="folder of encoded captions and pictures")
-    latents: Literal["sample", "mode"] = Field(
+    latents: Latents = Field(
         "sample", description="of a picture: drawn from the VAE's posterior anew each time, or its most likely"
     )
     max_tokens: int = Field(300, ge=1, le=4096, description="longest caption, tokens; the rest is cut")

@@ -9,11 +9,12 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from pixart_ft.config.train import Latents
 from pixart_ft.data.cache import CachedPictures
 from pixart_ft.diffusion.names import TimestepLaw, unknown
 from pixart_ft.diffusion.weighting import (
@@ -39,7 +40,7 @@ class DrawLaws:
     timestep_law: TimestepLaw
     logit_mean: float
     logit_std: float
-    latents: Literal["sample", "mode"] = "sample"  # of the VAE's posterior
+    latents: Latents = "sample"
 
 
 @dataclass(frozen=True)

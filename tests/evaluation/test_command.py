@@ -99,8 +99,9 @@ def test_any_subset_of_metrics(tiny: Path, pictures: Path, tmp_path: Path, monke
 
 
 def test_mistakes_come_all_at_once_and_before_any_weight(
-    tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # a name in a folder that is here is no Hub id
     words = ["evaluate", "nowhere", "runs/none", "--model", str(tmp_path), "--data", str(tmp_path / "no")]
     assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
