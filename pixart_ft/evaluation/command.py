@@ -16,7 +16,7 @@ from pixart_ft.config.reading import flat
 from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import fitted
 from pixart_ft.diffusion.likelihood import prior_bits
-from pixart_ft.diffusion.names import StepPrediction, Variance
+from pixart_ft.diffusion.names import StepPrediction, Variance, VarianceState
 from pixart_ft.diffusion.readings import Steps, strata
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
@@ -64,8 +64,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """As `run_evaluation`, once `check_evaluation` has found what is compared; `held_out` in place of the folder's."""
     started = time.perf_counter()
-    contest = look(config, entries, held_out)
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    if processes > 1 and config.device != "auto":
+        raise UserError(f"device: {config.device} with {processes} processes, which have a device each; leave it out")
+    contest = look(config, entries, held_out)
     device = device_of(config.device) if accelerator is None or processes == 1 else accelerator.device
     dtype = dtype_of(config.dtype, device)
     sight = Sight.of(config, contest, device) if rank == 0 else None
@@ -172,15 +174,29 @@ def _held_out(
     return HeldOutSet(x0, [model.text.of(row.caption) for row in contest.rows], config.timesteps, config.seed)
 
 
+def _own_variances(state: VarianceState, of_base: VarianceState) -> tuple[Variance, ...]:
+    """How to read a network's learned variance; one that was left behind is the base's."""
+    match of_base if state == "stale" else state:
+        case "none":
+            return ()
+        case "direct":
+            return ("direct",)
+    return ("learned", "learned_range")
+
+
 def _measure(
     config: EvaluateConfig, one: Contestant, model: TextToImage, held_out: HeldOutSet, levels: NoiseSchedule
 ) -> Measured:
     """What was asked for of one model; the loss is measured at the noise of the schedule `levels`."""
     abilities, asked, notes = model.abilities, set(config.metrics), list(one.refused)
-    fixed: tuple[Variance, ...] = ("beta_tilde", "beta")
-    own: dict[str, tuple[Variance, ...]] = {"none": (), "direct": ("direct",)}
-    variances = (*own.get(abilities.variance, ("learned", "learned_range")), *fixed)
-    wanted = _wanted(config, model, len(held_out.x0), levels)
+    variances = (*_own_variances(abilities.variance, one.base.variance), "beta_tilde", "beta")
+    of_loss = _loss_schedule(model, levels) if "loss" in asked else None
+    if "loss" in asked and of_loss is None:
+        notes.append(
+            f"no error of the noise: it predicts {abilities.prediction_type}, of the steps of its own process alone, "
+            "and those have other noise than the base's"
+        )
+    wanted = _wanted(config, model.abilities.schedule, of_loss, len(held_out.x0))
     processes = {}
     total = sum(steps.t.numel() for steps in wanted.values())
     with tqdm(total=total, desc=one.label, unit=" calls", dynamic_ncols=True, disable=None) as bar:
@@ -200,7 +216,7 @@ def _measure(
             if not all(bool(one_of.bits.isfinite().all()) for one_of in readings.values()):
                 raise UserError(f"{one.name}: the network gives NaN or infinity in {model.dtype}; use dtype float32")
             processes[name] = Process(steps, readings, prior_bits(steps.schedule, held_out.x0.double()))
-    at_levels = processes.pop("levels", processes.get(WHOLE)) if "loss" in asked else None
+    at_levels = processes.pop("levels", processes.get(WHOLE)) if of_loss is not None else None
     flow = None
     if "ode" in asked:
         try:
@@ -219,17 +235,25 @@ def _measure(
     return Measured(one.label, abilities.variance, at_levels, processes, flow, notes)
 
 
-def _wanted(config: EvaluateConfig, model: TextToImage, count: int, levels: NoiseSchedule) -> dict[str, Steps]:
-    """The steps of each process at which `count` pictures are measured; "levels" is the base's, where that differs."""
-    schedule, asked = model.abilities.schedule, set(config.metrics)
+def _loss_schedule(model: TextToImage, levels: NoiseSchedule) -> NoiseSchedule | None:
+    """Where a model's loss is measured: at the base's `levels`. None for a network that has only its own, others."""
+    own = model.abilities.schedule
+    if torch.equal(own.alpha_bar, levels.alpha_bar) and torch.equal(own.timesteps, levels.timesteps):
+        return own
+    return None if model.abilities.prediction_type in get_args(StepPrediction) else levels.matched_to(own)
+
+
+def _wanted(
+    config: EvaluateConfig, schedule: NoiseSchedule, of_loss: NoiseSchedule | None, count: int
+) -> dict[str, Steps]:
+    """The steps of each process at which `count` pictures are measured; "levels" is the loss's, where it is another."""
+    bounds = bool({"bpd", "calibration"} & {*config.metrics})
     wanted = {}
-    same = torch.equal(schedule.alpha_bar, levels.alpha_bar) and torch.equal(schedule.timesteps, levels.timesteps)
-    at_its_own = same or model.abilities.prediction_type in get_args(StepPrediction)  # which has no other levels
-    if asked & {"bpd", "calibration"} or ("loss" in asked and at_its_own):
+    if bounds or of_loss is schedule:
         wanted[WHOLE] = _drawn(schedule, config, count)
-    if "loss" in asked and not at_its_own:
-        wanted["levels"] = _drawn(levels.matched_to(schedule), config, count)
-    if asked & {"bpd", "calibration"}:
+    if of_loss is not None and of_loss is not schedule:
+        wanted["levels"] = _drawn(of_loss, config, count)
+    if bounds:
         wanted |= {str(n): Steps.every(schedule.respaced(n), count) for n in config.respacings}
     return wanted
 

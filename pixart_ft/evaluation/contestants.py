@@ -12,6 +12,7 @@ from pixart_ft.data.seen import verified
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.drawing import settings_of
 from pixart_ft.evaluation.places import Entry
+from pixart_ft.evaluation.tables import BASE
 from pixart_ft.files import probe
 from pixart_ft.model.base import Base
 from pixart_ft.model.place import DEMO_FOLDER
@@ -63,7 +64,7 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
     size = config.size or base.native_size
     contestants, mistakes = list[Contestant](), Mistakes()
     with mistakes.noted():
-        contestants.append(_contestant("base", Entry(base.name), base, config))
+        contestants.append(_contestant(BASE, Entry(base.name), base, config))
     for label, entry in zip(_labels([entry.name for entry in entries]), entries, strict=True):
         with mistakes.noted():
             contestants.append(_contestant(label, entry, base, config))
@@ -72,7 +73,7 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
         if held_out is None:
             what = "a folder of pictures with captions that none of the models has seen"
             origin = _or_demo(config.data, base, "data", what)
-            held_out = survey(picture_folder(origin, "held_out")).usable()
+            held_out = survey(picture_folder(origin, "held_out")).usable(strict=False)
         if len(held_out) < 2:
             raise UserError(f"data: one picture in {origin}; an error, and so any comparison, takes two or more")
         held_out = list(held_out[: config.pictures])
@@ -89,7 +90,7 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
     with mistakes.noted():
         if "memorisation" in config.metrics:
             chosen = _or_demo(config.train_data, base, "train_data", "the folder of pictures that was trained on")
-            training = survey(picture_folder(chosen, "train")).usable()
+            training = survey(picture_folder(chosen, "train")).usable(strict=False)
             verified(training)
     with mistakes.noted():
         device_of(config.device)
@@ -118,7 +119,7 @@ def _contestant(label: str, entry: Entry, base: Base, config: EvaluateConfig) ->
         )
     abilities = abilities_of(model, adapters)
     most, there = max(config.respacings, default=0), abilities.schedule.num_steps
-    if most > there:
+    if most > there and {"bpd", "calibration"} & {*config.metrics}:
         raise UserError(f"respacings: {entry.name} was trained on {there} steps, and {most} are more; leave them out")
     ways, refused = settings_of(config, abilities, entry.name) if draws(config.metrics) else ([], [])
     if refused and not ways:
@@ -127,9 +128,11 @@ def _contestant(label: str, entry: Entry, base: Base, config: EvaluateConfig) ->
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """The last parts of paths, where they tell them apart."""
+    """The last parts of paths, where they tell them apart; none is called as the base is."""
     short = [" + ".join(part.rstrip("/").rpartition("/")[2] for part in name.split(" + ")) for name in names]
-    return short if len({*short, "base"}) == len(short) + 1 else list(names)
+    if len({*short, BASE}) == len(short) + 1:
+        return short
+    return [f"the run {BASE}" if name == BASE else name for name in names]
 
 
 def _or_demo(value: str | None, base: Base, key: str, what: str) -> str:

@@ -64,16 +64,26 @@ class Extractor:
     def __repr__(self) -> str:
         return f"Extractor({self.name}, {self.digest})"
 
-    def of_pictures(self, pictures: Sequence[Image.Image], *, batch_size: int = 32) -> Tensor:
+    def of_pictures(
+        self,
+        pictures: Sequence[Any],
+        opened: Callable[[Any], Image.Image] = lambda picture: picture,
+        *,
+        batch_size: int = 32,
+    ) -> Tensor:
         """Features (N, D) float64 on the CPU of RGB pictures of any sizes; as CLIP's are before they get length 1.
+
+        opened   makes an item a picture, a batch at a time, so that not all are in memory at once.
 
         Raises UserError where there is no picture, or where a feature is no number.
         """
         if not pictures:
             raise UserError(f"{self.name}: there is no picture to take features of")
 
-        def features(some: Sequence[Image.Image]) -> Tensor:
-            pixels = self.processor(images=list(some), return_tensors="pt")["pixel_values"].to(self.network.device)
+        def features(some: Sequence[Any]) -> Tensor:
+            pixels = self.processor(images=[*map(opened, some)], return_tensors="pt")["pixel_values"].to(
+                self.network.device
+            )
             of_clip = hasattr(self.network, "get_image_features")
             found = (self.network.get_image_features if of_clip else self.network)(pixel_values=pixels)
             if getattr(found, "pooler_output", None) is None:

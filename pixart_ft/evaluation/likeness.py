@@ -54,15 +54,21 @@ class Sight:
         assert contest.features is not None
         extractor = Extractor.load(contest.features, "features", device=device)
         mistakes, size = Mistakes(), contest.size
-        real = extractor.of_pictures([_opened(row, size) for row in contest.rows])
-        there = {"drawn": len(contest.prompts) * config.images_per_prompt, "held out": len(real)}
+        real = extractor.of_pictures(contest.rows, lambda row: _opened(row, size))
+        there = {
+            "drawn": len(contest.prompts) * config.images_per_prompt,
+            "held out": len(real),
+            "trained on": len(contest.training),
+        }
         for metric in asked:
             needed = pictures_needed(metric, real.shape[1])
             used = {"drawn"} if metric == "clip" else {"drawn", "held out"}
+            used |= {"trained on"} if metric == "memorisation" else set()
             if few := [f"{there[what]} {what}" for what in there if what in used and there[what] < needed]:
                 mistakes.add(
-                    f"metrics: {metric} by {extractor.name} ({real.shape[1]} features) needs {needed} pictures, and "
-                    f"there are {' and '.join(few)}; raise images_per_prompt or pictures, or leave it out"
+                    f"metrics: {metric} by {extractor.name} ({real.shape[1]} features) needs {needed} pictures, "
+                    f"and there are {' and '.join(few)}; raise images_per_prompt "
+                    "or pictures, add to train_data, or leave it out"
                 )
         captions = None
         if "clip" in asked:
@@ -71,7 +77,7 @@ class Sight:
         mistakes.raise_if_any()
         training = None
         if "memorisation" in asked:
-            training = extractor.of_pictures([_opened(row, size) for row in contest.training])
+            training = extractor.of_pictures(contest.training, lambda row: _opened(row, size))
         return cls(extractor, asked, size, real, training, contest.training, captions)
 
     def values(self, drawn: Drawn, each: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -79,7 +85,7 @@ class Sight:
 
         each: pictures of a prompt.
         """
-        seen = self.extractor.of_pictures([Image.open(path).convert("RGB") for path in drawn.paths])
+        seen = self.extractor.of_pictures(drawn.paths, lambda path: Image.open(path).convert("RGB"))
         against: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"fd": frechet_distance, "kid": kid, "cmmd": cmmd}
         found = {name: metric(seen, self.real) for name, metric in against.items() if name in self.metrics}
         if "prdc" in self.metrics:

@@ -165,7 +165,14 @@ def _calibration(found: Mapping[str, Any]) -> list[str]:
 
 def _step_table(table: Mapping[str, Any]) -> str:
     rows = [
-        [row["model"], _span(times), f"{sigma:.4g}", f"{predicted:.3g}", f"{found:.3g}", number(ratio, 3)]
+        [
+            row["model"],
+            _span(times),
+            "infinite" if sigma is None else f"{sigma:.4g}",
+            f"{predicted:.3g}",
+            f"{found:.3g}",
+            number(ratio, 3),
+        ]
         for row in table["rows"]
         for times, sigma, predicted, found, ratio in zip(
             row["timesteps"], row["sigma"], row["predicted"], row["empirical"], row["ratio"], strict=True

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,8 @@ def loss_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
     first = [point["mean"] for point in rows[0]["per_t"]]
     for colour, row in zip(_colours(rows), rows, strict=True):
         means, errors = ([point[key] for point in row["per_t"]] for key in ("mean", "standard_error"))
-        left.errorbar(row["sigma"], means, errors, color=colour, label=row["model"], **_POINTS)
-        right.plot(row["sigma"], [m / f for m, f in zip(means, first, strict=True)], "o-", color=colour, markersize=3)
+        left.errorbar(_sigma(row), means, errors, color=colour, label=row["model"], **_POINTS)
+        right.plot(_sigma(row), [m / f for m, f in zip(means, first, strict=True)], "o-", color=colour, markersize=3)
     left.set(title="squared error of the noise", yscale="log")
     right.set(title=f"the same over that of {rows[0]['model']}")
     left.legend(frameon=False, fontsize="small")
@@ -28,7 +29,7 @@ def bound_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
     figure, (axes,) = _figure(1)
     for colour, row in zip(_colours(rows), rows, strict=True):
         means, errors = ([point[key] for point in row["per_t"]] for key in ("mean", "standard_error"))
-        axes.errorbar(row["sigma"][1:], means[1:], errors[1:], color=colour, label=row["model"], **_POINTS)
+        axes.errorbar(_sigma(row)[1:], means[1:], errors[1:], color=colour, label=row["model"], **_POINTS)
     axes.set(title="bits per dimension of one step, t = 0 left out", yscale="log")
     axes.legend(frameon=False, fontsize="small")
     return _png(figure)
@@ -41,7 +42,7 @@ def calibration_plot(tables: Mapping[str, Any], titles: Mapping[str, str]) -> by
         axes.axhline(1, color="black", linewidth=0.8)
         for colour, row in zip(_colours(table["rows"]), table["rows"], strict=True):
             means, errors = ([point[key] for point in row["ratio"]] for key in ("mean", "standard_error"))
-            axes.errorbar(row["sigma"], means, errors, color=colour, label=row["model"], **_POINTS)
+            axes.errorbar(_sigma(row), means, errors, color=colour, label=row["model"], **_POINTS)
         axes.set(title=titles[name], yscale="log")
     panels[0].legend(frameon=False, fontsize="small")
     return _png(figure)
@@ -74,6 +75,11 @@ def quality_plot(metric: str, ways: Mapping[str, Any]) -> bytes:
 
 
 _POINTS: dict[str, Any] = {"fmt": "o-", "markersize": 3, "capsize": 2, "linewidth": 1.2}
+
+
+def _sigma(row: Mapping[str, Any]) -> list[float]:
+    """With NaN, which is not drawn, where no signal is left."""
+    return [math.nan if sigma is None else sigma for sigma in row["sigma"]]
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:

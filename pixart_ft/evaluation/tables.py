@@ -12,6 +12,7 @@ from pixart_ft.diffusion.readings import Readings, Steps, bits_to_save
 from pixart_ft.evaluation.held_out import mean_over_pictures
 from pixart_ft.evaluation.statistics import Difference, differences
 
+BASE = "base"  # the label of the model that the others are compared with
 WHOLE = "whole"  # the key of the process of all steps; others are numbers of steps
 
 
@@ -132,9 +133,9 @@ def verdicts(models: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def rows_of(values: Mapping[str, Tensor], parts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each model: the mean of its values (P,), and the difference from the first model's."""
-    base, *others = values
-    compared = differences({label: values[label] - values[base] for label in others})
+    """A row for each model: the mean of its values (P,), and the difference from the base's, where that has any."""
+    others = [label for label in values if label != BASE] if BASE in values else []
+    compared = differences({label: values[label] - values[BASE] for label in others})
     rows = []
     for label, value in values.items():
         row = {"model": label, **_estimate(value), **parts.get(label, {})}
@@ -155,14 +156,17 @@ def _per_step(values: Tensor) -> list[dict[str, float]]:
 
 
 def _axis(process: Process) -> dict[str, Any]:
-    """Where the steps are: the least and the most timestep of each, and the noise-to-signal ratio in their middle."""
+    """Where the steps are: the least and the most timestep of each, and the noise-to-signal ratio in their middle.
+
+    None where no signal is left, since JSON has no infinity.
+    """
     steps = process.steps
     low, high = steps.t.min(dim=0).values, steps.t.max(dim=0).values
     told = steps.schedule.timesteps
     return {
         "steps": steps.schedule.num_steps,
         "timesteps": [[told[a].item(), told[b].item()] for a, b in zip(low, high, strict=True)],
-        "sigma": steps.schedule.sigmas[(low + high) // 2].tolist(),
+        "sigma": [s if math.isfinite(s) else None for s in steps.schedule.sigmas[(low + high) // 2].tolist()],
     }
 
 

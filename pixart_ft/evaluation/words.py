@@ -109,16 +109,16 @@ def chance(d: Mapping[str, Any]) -> str:
 
 
 def _compared(what: str, rows: Sequence[Mapping[str, Any]], digits: int) -> list[str]:
-    base, *others = rows
     lines = []
-    for row in others:
-        change = row["difference"]
+    for row in rows:
+        if (change := row.get("difference")) is None:
+            continue
         sure = "significant" if change["significant"] else "not significant"
         lines.append(
-            f"{row['model']}: {what} {row['mean']:.{digits}f}, base {base['mean']:.{digits}f}: "
+            f"{row['model']}: {what} {row['mean']:.{digits}f}, base {rows[0]['mean']:.{digits}f}: "
             f"{change['mean']:+.{digits}f} ± {change['standard_error']:.{digits}f}, {sure} ({chance(change)})"
         )
-    return lines or [f"{base['model']}: {what} {number(base, digits)}"]
+    return lines or [f"{row['model']}: {what} {number(row, digits)}" for row in rows]
 
 
 def models_in(found: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from pixart_ft.config.reading import load
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation import command
 from pixart_ft.evaluation.command import run_evaluation
+from pixart_ft.evaluation.contestants import look
+from pixart_ft.evaluation.places import check_evaluation
 from pixart_ft.pictures.recipes import read_recipe
 from tests.helpers.adapters import make_adapter
 from tests.helpers.tiny import build_tiny_pipeline
@@ -133,6 +136,59 @@ def test_a_run_on_another_schedule_is_measured_at_the_bases_noise_and_in_its_own
     assert any(low % 1 for low, _ in tuned["timesteps"]) and not any(low % 1 for low, _ in base["timesteps"])
     base, tuned = result["bpd"]["whole"]["variances"]["beta"]
     assert tuned["sigma"] != base["sigma"] and tuned["timesteps"] == base["timesteps"]
+
+
+def test_a_last_step_without_signal_is_no_number_in_the_report(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    words = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "rescale_betas_zero_snr": True}
+    run = make_adapter(tiny, tmp_path / "zero", prediction_type="v_prediction", schedule=words)
+    asked = {"model": str(tiny), "runs": [str(run)], "data": str(pictures), "metrics": "bpd,calibration"}
+    result = run_evaluation(config(**asked, pictures=2, out=str(tmp_path / "out")))
+    row = result["bpd"]["3"]["variances"]["beta"][1]
+    assert row["sigma"][-1] is None and None not in row["sigma"][:-1]
+    assert "<td>infinite" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_network_of_other_steps_alone_has_no_loss_beside_the_bases(
+    tiny: Path, pictures: Path, tmp_path: Path
+) -> None:
+    words = {"num_train_timesteps": 500, "beta_schedule": "linear", "beta_start": 2e-4, "beta_end": 0.04}
+    other = make_adapter(tiny, tmp_path / "other", prediction_type="posterior_mean", schedule=words)
+    asked = {"model": str(tiny), "runs": [str(other)], "data": str(pictures), "pictures": 2, "metrics": "loss,bpd"}
+    result = run_evaluation(config(**asked, out=str(tmp_path / "out")))
+    assert [row["model"] for row in result["loss"]["rows"]] == ["base"]
+    assert [row["model"] for row in result["bpd"]["whole"]["variances"]["beta"]] == ["base", "other"]
+    (note,) = result["notes"]
+    assert note.startswith("other: no error of the noise: it predicts posterior_mean")
+
+
+def test_a_variance_that_was_left_behind_is_read_as_the_bases() -> None:
+    assert command._own_variances("stale", "direct") == command._own_variances("direct", "trained") == ("direct",)
+    assert command._own_variances("stale", "trained") == ("learned", "learned_range")
+    assert command._own_variances("trained", "direct") == ("learned", "learned_range")
+
+
+def test_a_run_in_a_folder_called_base_is_not_the_base(
+    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more steps given than the run has, which only the bound would walk; and a picture that is left out."""
+    monkeypatch.chdir(tmp_path)
+    words = {"num_train_timesteps": 500, "beta_schedule": "linear", "beta_start": 2e-4, "beta_end": 0.04}
+    make_adapter(tiny, Path("base"), schedule=words)
+    shutil.copytree(pictures, "data")
+    Image.new("RGB", (64, 64)).save("data/uncaptioned.png")
+    asked = config(model=str(tiny), runs=["base"], data="data", respacings=[600], out="out")
+    with pytest.raises(UserError, match="respacings: base was trained on 500 steps, and 600 are more"):
+        run_evaluation(asked)
+    with pytest.warns(UserWarning, match="left out of"):
+        contest = look(asked.model_copy(update={"metrics": ("loss",)}), check_evaluation(asked), None)
+    assert [one.label for one in contest.contestants] == ["base", "the run base"]
+    assert contest.rows
+
+
+def test_several_processes_take_no_device(tiny: Path, pictures: Path) -> None:
+    two: Any = SimpleNamespace(process_index=0, num_processes=2)
+    with pytest.raises(UserError, match="device: cpu with 2 processes"):
+        run_evaluation(config(model=str(tiny), data=str(pictures)), two)
 
 
 @pytest.mark.parametrize(

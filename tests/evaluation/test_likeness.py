@@ -86,14 +86,23 @@ def test_every_number_is_the_metric_of_the_pictures_on_the_disk(
             {"pictures": 3},
             ["fd by", "(4 features) needs 6 pictures", "there are 3 drawn and 3 held out", "prdc by", "needs 12"],
         ),
+        ({"train_data": "few", "metrics": "memorisation"}, ["needs 4 pictures, and there are 3 trained on;"]),
         ({"features": "nowhere/at all"}, ["features: nowhere/at all is no folder, and no Hub id"]),
         ({"features": None, "train_data": None}, ["give --features", "give --train-data"]),
         ({"train_data": "no"}, ["the picture folder no does not exist"]),
     ],
 )
 def test_what_cannot_be_had_is_said_before_anything_is_drawn(
-    tiny: Path, pictures: Path, clip: Path, tmp_path: Path, changes: dict[str, Any], messages: list[str]
+    tiny: Path,
+    pictures: Path,
+    clip: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    messages: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    build_picture_folder(tmp_path / "few", 3)
     with pytest.raises(UserError) as error:
         run_evaluation(config(tiny, pictures, clip, tmp_path / "out", **changes))
     for message in messages:

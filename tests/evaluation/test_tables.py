@@ -9,8 +9,16 @@ import torch
 from pixart_ft.diffusion.names import VarianceState
 from pixart_ft.diffusion.readings import Readings, Steps
 from pixart_ft.diffusion.schedules import NoiseSchedule
-from pixart_ft.evaluation.tables import Measured, Process, bound_tables, calibration_tables, loss_table, verdicts
-from pixart_ft.evaluation.words import overview, verdict
+from pixart_ft.evaluation.tables import (
+    Measured,
+    Process,
+    bound_tables,
+    calibration_tables,
+    loss_table,
+    rows_of,
+    verdicts,
+)
+from pixart_ft.evaluation.words import _compared, overview, verdict
 
 PICTURES, DIMENSIONS = 30, 200
 
@@ -94,6 +102,14 @@ def test_the_overview_says_what_is_better() -> None:
     assert base[0] == "base" and base[2] == "20.00" and "(" not in base[1]
     assert tuned[1].endswith(" (better)") and tuned[2] == "21.00 (better)"
     assert again[1].endswith(" (no difference)") and again[2] == "19.00 (no difference)"
+
+
+def test_without_the_base_nothing_is_compared() -> None:
+    values = {"one": torch.zeros(5), "two": torch.ones(5)}
+    rows = rows_of(values, {})
+    assert [row["mean"] for row in rows] == [0, 1] and not any("difference" in row for row in rows)
+    assert _compared("KID", rows, 1) == ["one: KID 0.0 ± 0.0", "two: KID 1.0 ± 0.0"]
+    assert "difference" in rows_of({"base": values["one"], **values}, {})[1]
 
 
 def test_means_are_over_the_whole_process() -> None:
