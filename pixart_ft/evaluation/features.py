@@ -14,10 +14,8 @@ from tqdm import tqdm
 from pixart_ft.errors import UserError
 from pixart_ft.runs.hub import HubModel, reached
 
-DEMO = "demo"  # the extractor that comes with the package
-DEMO_EXTRACTOR = Path(__file__).parent.parent / "demo" / "extractor"
 _READY = "a model of transformers with image features and weights for them, such as facebook/dinov2-base, "
-_READY += f"openai/clip-vit-large-patch14 or google/siglip-base-patch16-224, or {DEMO}"
+_READY += "openai/clip-vit-large-patch14 or google/siglip-base-patch16-224"
 
 
 @dataclass(eq=False, repr=False)
@@ -36,13 +34,13 @@ class Extractor:
 
     @classmethod
     def load(cls, name: str, key: str, *, device: torch.device | str = "cpu") -> Self:
-        """The one that comes with the package ("demo"), in a folder, or of a Hub id, with "@revision" or without.
+        """The one in a folder, or of a Hub id, with "@revision" or without.
 
         Raises UserError, naming `key`, for one that cannot be had, or whose features nothing would have trained.
         """
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        place, how = str(DEMO_EXTRACTOR) if name == DEMO else name, {}
+        place, how = name, {}
         if not Path(place).is_dir():
             hub = HubModel.named(name)
             if hub is None:
@@ -98,7 +96,7 @@ class Extractor:
         Raises UserError for an extractor without a text half, and where there is no text.
         """
         if self.tokenizer is None:
-            raise UserError(f"{self.name} reads no captions; for those take one of CLIP's kind, or {DEMO}")
+            raise UserError(f"{self.name} reads no captions; for those take one of CLIP's kind")
         if not captions:
             raise UserError(f"{self.name}: there is no caption to take features of")
         longest = self.network.config.text_config.max_position_embeddings
