@@ -318,16 +318,20 @@ def said_by(cells: Mapping[str, object], asked: PictureSource, usual: Sequence[s
     columns = asked.caption or [column for column in usual if cells.get(column) not in (None, "")][:1]
     said: Said = {}
     for column, weight in zip(columns, asked.caption_weights or [1.0] * len(columns), strict=True):
-        cell = cells.get(column)
-        texts = [text for text in (cell if isinstance(cell, list) and asked.caption else [cell]) if text is not None]
-        words = [text.strip() for text in texts if isinstance(text, str)]
-        if len(words) < len(texts):
+        words = _texts(cells.get(column), asked)
+        if words is None:
             return None
-        words = [text for text in words if text]
         for text in words:
             said[text] = said.get(text, 0.0) + weight / len(words)
     whole = sum(said.values())
     return {text: weight / whole for text, weight in said.items()}
+
+
+def _texts(cell: object, asked: PictureSource) -> list[str] | None:
+    """What a cell says, [] if nothing; None where something of it is no text."""
+    texts = [text for text in (cell if isinstance(cell, list) and asked.caption else [cell]) if text is not None]
+    words = [text.strip() for text in texts if isinstance(text, str)]
+    return [text for text in words if text] if len(words) == len(texts) else None
 
 
 Captions = dict[str, Said | None]  # by picture; None: what is wrong with it is reported
@@ -367,9 +371,8 @@ def _from_metadata(path: Path, there: set[str], asked: PictureSource, report: Re
             report.add(f"rows of {path.name} that repeat a picture", f"{where}: {name}")
             said = None
         elif said is None:
-            wrong = next(
-                row[column] for column in asked.caption or CAPTION_COLUMNS if row.get(column) not in (None, "")
-            )
+            columns_of_text = asked.caption or CAPTION_COLUMNS
+            wrong = next(row[column] for column in columns_of_text if _texts(row.get(column), asked) is None)
             report.add(
                 f"captions of {path.name} that are no text (write one, in quotation marks)",
                 f"{where}: {name}: {visible(str(wrong))[:60]}",

@@ -53,15 +53,16 @@ class _Shards:
         path = self.folder / name
         with explained(path, "read", "data.cache"):
             found, data = _read_part(path, int(place["offset"]), length)
-        wrong = ""
+        wrong, by_hand = "", ""
         if found != size or len(data) != length:
             wrong = "is gone" if found is None else f"has {found:,} bytes instead of {size:,}"
         elif _sum(dtype, shape, data) != place["sum"]:
             wrong = "is damaged, and removed"
-            with suppress(OSError):
-                path.unlink()
+            if not _removed(path):
+                wrong, by_hand = "is damaged, and cannot be removed", "delete it by hand: "
         if wrong:
-            raise UserError(f"data.cache: {path} {wrong}, while it is read; the next run encodes anew what was in it")
+            anew = f"{by_hand}the next run encodes anew what was in it"
+            raise UserError(f"data.cache: {path} {wrong}, while it is read; {anew}")
         # a file of this tensor alone, since the library reads no part of bytes
         alone = json.dumps({"": {"dtype": dtype, "shape": shape, "data_offsets": [0, length]}}).encode()
         return safetensors.torch.load(len(alone).to_bytes(8, "little") + alone + data)[""]
@@ -103,6 +104,7 @@ class TensorStore:
             if self.folder.exists() and not self.folder.is_dir():
                 raise UserError(f"the cache folder {self.folder} is a file; remove it or choose another folder")
         self.written: list[str] = []  # the shards of this process, in order
+        self._damaged: list[Path] = []  # found so when they were met
         self._shards, self._met = _Shards(self.folder), set[str]()
         self._table, self._new = np.empty(0, _ENTRY), list[Array]()  # by key, and what is to be sorted into it
         sweep(self.folder)
@@ -187,19 +189,18 @@ class TensorStore:
                 except FileNotFoundError:  # of another folder, or removed by another process
                     pass
                 except _NO_SHARD:
-                    warnings.warn(f"the cache file {path} is damaged: removed, to be encoded again", stacklevel=3)
-                    with suppress(OSError):  # a read-only cache keeps it, and its keys are missing all the same
-                        path.unlink()
+                    self._damaged.append(path)  # a read-only cache keeps it, and its keys are missing all the same
+                    done = "removed" if _removed(path) else "not removed (delete it by hand)"
+                    warnings.warn(f"the cache file {path} is damaged: {done}, to be encoded again", stacklevel=3)
 
     def verify(self) -> list[Path]:
-        """Read every shard in full; the damaged ones are removed, and returned."""
-        damaged = []
+        """Read every shard in full; the damaged ones are removed if they can be, and returned with those met before."""
+        damaged = list(self._damaged)
         for path in tqdm([self.folder / name for name in sorted(self._met)], "shards read", disable=None):
             with explained(path, "read", "data.cache"), suppress(FileNotFoundError):
                 if sha256(path) != path.stem:
                     damaged.append(path)
-                    with suppress(OSError):
-                        path.unlink()
+                    _removed(path)
         return damaged
 
     def write_index(self) -> None:
@@ -324,6 +325,14 @@ def _sum(dtype: str, shape: Sequence[int], data: bytes | memoryview) -> int:
 def _sum_of(index: Mapping[str, Array]) -> int:
     """The checksum of an index."""
     return zlib.crc32(index["table"].data, zlib.crc32(index["about"].data))
+
+
+def _removed(path: Path) -> bool:
+    """Remove a damaged file; whether it is gone, which it is not from a cache that cannot be written."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        return True
+    return False
 
 
 def _read_part(path: Path, start: int, length: int) -> tuple[int | None, bytes]:

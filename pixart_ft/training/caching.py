@@ -13,7 +13,8 @@ from pixart_ft.training.trained_on import trained_on
 def cache(config: TrainConfig) -> list[str]:
     """Encode what the cache misses for this training; returns what it holds of it, in lines, on the first process.
 
-    Raises UserError for whatever the training would refuse before it loads the network.
+    Raises UserError for pictures, captions and settings that the training would refuse before it loads the network,
+    and not for its run's folder or what it would start from.
     """
     config = with_precision(config)
     accelerator = accelerator_for(config)
@@ -35,7 +36,8 @@ def cache(config: TrainConfig) -> list[str]:
                 start.resolution,
             )
         agree(accelerator, about.facts())
-        encoded = encode_once(config, start.base, learned, held, start.resolution, accelerator, digests)
+        prior = len(start.prior_rows)
+        encoded = encode_once(config, start.base, learned, held, start.resolution, accelerator, digests, prior=prior)
         accelerator.wait_for_everyone()
     if not main:
         return []
@@ -51,7 +53,14 @@ def cache(config: TrainConfig) -> list[str]:
 def verify(config: TrainConfig) -> list[str]:
     """Read the whole cache; returns what it holds, in lines. Raises UserError naming the files that were damaged."""
     store = TensorStore(config.data.cache)
+    if not store.folder.is_dir():
+        raise UserError(f"data.cache: there is no folder {store.folder}; give that of a cache")
     if damaged := store.verify():
-        named = listed("damaged files, removed (the next run encodes anew what was in them)", list(map(str, damaged)))
+        kinds = {
+            "damaged files, removed (the next run encodes anew what was in them)": False,
+            "damaged files that cannot be removed (delete them by hand)": True,
+        }
+        found = {kind: [str(path) for path in damaged if path.exists() == there] for kind, there in kinds.items()}
+        named = "\n".join(listed(kind, paths) for kind, paths in found.items() if paths)
         raise UserError(f"data.cache: {store.folder} was not whole:\n{named}")
     return [f"cache              {store.folder}: {len(store):,} encodings, all as they were written"]

@@ -2,7 +2,7 @@
 
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ from pixart_ft.data.seen import Seen, look_at, verified
 from pixart_ft.data.sources import survey_source, times_shown
 from pixart_ft.data.store import TensorStore
 from pixart_ft.data.tags import in_orders
-from pixart_ft.errors import Mistakes, UserError
+from pixart_ft.errors import Mistakes
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
@@ -92,6 +92,8 @@ def read_pictures(config: TrainConfig, *, remember: bool = False, progress: bool
     remember   write into data.cache which were decoded, so that the next time they need not be
     """
     sources, mistakes = config.data.every_source(), Mistakes()
+    if not any(source.use == "train" for source in sources.values()):
+        mistakes.add("no source is trained on; give data.folder, or one of data.sources with use: train")
     accounts: dict[str, Account] = {}
     rows: dict[str, list[Row]] = {}
     seen: dict[Row, Seen] = {}
@@ -111,8 +113,6 @@ def read_pictures(config: TrainConfig, *, remember: bool = False, progress: bool
     learned, held = of("train"), of("held_out")
     if not any(source.use == "held_out" for source in sources.values()):
         learned, held = split(learned, config.data.held_out_fraction, config.run.seed)
-    if not learned:
-        raise UserError(f"data.held_out_fraction {config.data.held_out_fraction} leaves nothing to train on; lower it")
     measured = held[: config.validation.pictures]
     uses = {"trained on": learned, "measured": measured, "of the prior": of("prior")}
     uses["held out beyond validation.pictures"] = held[len(measured) :]
@@ -196,11 +196,13 @@ def encode_once(
     resolution: int,
     accelerator: Accelerator,
     digests: Sequence[str] | None = None,
+    *,
+    prior: int = 0,
 ) -> Encoded:
     """Fill the cache, each process a share of it, then read it on all; what it holds already is not encoded again.
 
     Pictures go first, since one that cannot be read should be known before T5 is even downloaded. `digests` are those
-    of the pictures of `rows`, then of `held`, where they are known.
+    of the pictures of `rows`, then of `held`, where they are known; the last `prior` of `rows` are the prior's.
     """
     device, show = accelerator.device, accelerator.is_main_process
     everything = rows + held
@@ -229,7 +231,13 @@ def encode_once(
         )
 
     picture_keys = _divided(store, accelerator, encode_pictures)
-    kept = _with_latents(config, store, picture_keys, everything, needed=range(len(rows)))
+    own = len(rows) - prior
+    uses = {
+        "trained on": range(own),
+        "of the prior": range(own, len(rows)),
+        "measured": range(len(rows), len(everything)),
+    }
+    kept = _with_latents(config, store, picture_keys, everything, uses)
     learned, shown = [number for number in kept if number < len(rows)], [everything[number] for number in kept]
     count, known = len(learned), len(shown)
     null = known + len(config.validation.prompts)
@@ -301,17 +309,21 @@ def _divided(store: TensorStore, accelerator: Accelerator, encode: Callable[[Sha
 
 
 def _with_latents(
-    config: TrainConfig, store: TensorStore, keys: Sequence[str], rows: Sequence[Row], needed: range
+    config: TrainConfig, store: TensorStore, keys: Sequence[str], rows: Sequence[Row], uses: Mapping[str, range]
 ) -> list[int]:
     """The numbers of the pictures that have latents; the others are named.
 
-    Raises AllFailed for these if data.strict is true, or if they are all that are needed.
+    Raises AllFailed for these if data.strict is true, or if they are all of a use.
     """
     lost = without_latents(store, keys)
     if lost:
         kind = "pictures for which the VAE gives NaN or infinity (move them out, or mend it)"
         named = listed(kind, [str(rows[number].where) for number in lost])
-        if config.data.strict or set(needed) <= set(lost):
+        anew = f"delete {store.folder} or give another --data.cache"
+        named += f"\n  the cache keeps that: if the fault was a passing one, {anew}"
+        if whole := [use for use, numbers in uses.items() if numbers and set(numbers) <= set(lost)]:
+            raise AllFailed(f"no picture that is {' or '.join(whole)} can be used:\n{named}")
+        if config.data.strict:
             raise AllFailed(f"some pictures cannot be used:\n{named}\n  --data.strict false leaves them out")
         warnings.warn(f"left out:\n{named}", stacklevel=3)
     return sorted(set(range(len(keys))).difference(lost))

@@ -107,7 +107,8 @@ def _run(
     agree(accelerator, about.facts() | begins)
     if checkpoint is not None:
         check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
-    encoded = encode_once(config, base, learned, held_rows, resolution, accelerator, digests)
+    prior = len(start.prior_rows)
+    encoded = encode_once(config, base, learned, held_rows, resolution, accelerator, digests, prior=prior)
 
     kind = start.kind
     transformer = loading.load_transformer(base, dtype=kind.dtype)

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +168,7 @@ def trained_on(
     parts, each = {}, iter(digests)
     for name, part in (("training", rows), ("prior", prior), ("held-out", held)):
         parts[f"{name} pictures"] = Part.of(islice(each, len(part)), str(len(part)))
-        captions = ((prepare_text(caption) for caption in row.captions) for row in part)
-        shares = (row.shares for row in part if row.shares)
-        parts[f"{name} captions"] = Part.of([*chain.from_iterable(captions), *shares], str(len(part)))
+        parts[f"{name} captions"] = Part.of(map(_said, part), str(len(part)))
     parts["training order"] = Part.of([ORDER], ORDER)
     parts["size of the pictures"] = Part.of([resolution, TRANSFORM], f"{resolution} pixels")
     parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])
@@ -278,6 +276,12 @@ def _rates(began: TrainedOn, rate: LearningRate, step: int) -> tuple[float, floa
     if before.at(step) == rate.at(step):
         return None
     return before.at(step - 1), rate.at(step)
+
+
+def _said(row: Row) -> object:
+    """What a picture is called: its caption, or all of them with their shares."""
+    captions = tuple(map(prepare_text, row.captions))
+    return (captions, row.shares) if row.others else captions[0]
 
 
 def _as_named_now(key: str) -> str:

@@ -289,3 +289,17 @@ def test_what_datasets_refuses_is_a_mistake_that_can_be_mended(rows: list[Row], 
         look({"parquet": str(tmp_path / "bad.parquet")})
     with pytest.raises(UserError, match=r"the dataset nobody/nothing \(train\) cannot be loaded"):
         look({"dataset": "nobody/nothing"})
+
+
+def test_the_column_that_is_no_text_is_the_one_shown(rows: list[Row], tmp_path: Path) -> None:
+    place = as_folder(rows[:1], tmp_path / "folder")
+    (tmp_path / "folder" / "metadata.jsonl").write_text(json.dumps({"file_name": "0000.png", "x": "good", "y": 5}))
+    (wrong,) = look({**place, "caption": ["x", "y"]}).wrong.values()
+    assert wrong == ["metadata.jsonl line 1: 0000.png: 5"]
+
+
+def test_sources_of_which_none_is_trained_on_are_refused(pictures: Path) -> None:
+    config = load_config({}, {"data.folder": pictures})
+    data = config.data.model_copy(update={"folder": None, "prior": str(pictures)})
+    with pytest.raises(UserError, match="no source is trained on; give"):
+        read_pictures(config.model_copy(update={"data": data}))

@@ -176,6 +176,31 @@ def test_verify_reads_everything_and_names_what_is_damaged(tmp_path: Path) -> No
     assert len(TensorStore(tmp_path).missing(tensors())) == 2
 
 
+@pytest.mark.filterwarnings("ignore:the cache file")
+def test_verify_names_also_what_was_found_when_it_was_opened(tmp_path: Path) -> None:
+    TensorStore(tmp_path).add(tensors())
+    (path,) = shards(tmp_path)
+    os.truncate(path, 100)
+    assert TensorStore(tmp_path).verify() == [path] and not path.exists()
+
+
+def test_what_cannot_be_removed_is_not_called_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TensorStore(tmp_path).add({"key": torch.ones(3)})
+    (path,) = shards(tmp_path)
+    flip_the_last_byte(path)
+    store = TensorStore(tmp_path)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(UserError, match=f"{path} is damaged, and cannot be removed, .* delete it by hand"):
+        store.get("key")
+    os.truncate(path, 100)
+    with pytest.warns(UserWarning, match=rf"{path} is damaged: not removed \(delete it by hand\)"):
+        TensorStore(tmp_path)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_shards_of_an_earlier_version_are_read(tmp_path: Path, damaged: bool) -> None:
     content = safetensors.torch.save(tensors())

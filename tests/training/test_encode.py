@@ -45,11 +45,11 @@ def encoded(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
     return folder / "cache"
 
 
-def encode(config: TrainConfig) -> Encoded:
+def encode(config: TrainConfig, prior: int = 0) -> Encoded:
     accelerator, size = accelerator_for(config), config.data.resolution
     assert size is not None
     with Together(accelerator):
-        return encode_once(config, Base.read(config.model.base), *read_rows(config), size, accelerator)
+        return encode_once(config, Base.read(config.model.base), *read_rows(config), size, accelerator, prior=prior)
 
 
 def entries(folder: Path) -> list[str]:
@@ -117,15 +117,15 @@ def test_machines_with_folders_of_their_own_encode_all_there(
     assert_same(tmp_path / "of-0", tmp_path / "of-1")
 
 
-def nan_of(number: int) -> Callable[..., torch.Tensor]:
-    """The VAE's moments, but of one picture they are NaN."""
+def nan_of(*numbers: int) -> Callable[..., torch.Tensor]:
+    """The VAE's moments, but of some pictures they are NaN."""
     seen = 0
     whole = vae.encode_moments
 
     def moments(*given: Any, **more: Any) -> torch.Tensor:
         nonlocal seen
         found = whole(*given, **more)
-        found[[at for at in range(len(found)) if seen + at == number]] = torch.nan
+        found[[at for at in range(len(found)) if seen + at in numbers]] = torch.nan
         seen += len(found)
         return found
 
@@ -137,7 +137,9 @@ def test_pictures_without_latents_are_left_out_or_refused(config: TrainConfig, m
     rows, held = read_rows(config)
     monkeypatch.setattr("pixart_ft.data.cache.encode_moments", nan_of(1))
     for _ in range(2):
-        with pytest.raises(UserError, match=r"NaN or infinity .*: 1\n    .*\n  --data.strict false leaves them out"):
+        with pytest.raises(
+            UserError, match=r"NaN or infinity .*: 1\n    .*\n.*\n  --data.strict false leaves them out"
+        ):
             encode(config.model_copy(update={"data": config.data.model_copy(update={"strict": True})}))
         monkeypatch.setattr(loading, "load_vae", None)
     with pytest.warns(UserWarning, match=f"left out:\n.*NaN or infinity.*: 1\n    {rows[1].where}"):
@@ -147,10 +149,24 @@ def test_pictures_without_latents_are_left_out_or_refused(config: TrainConfig, m
     assert found.train.latents(range(len(rows) - 1))[0].isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("lost", "prior", "use"),
+    [(range(4), 4, "trained on"), (range(4, 8), 4, "of the prior"), (range(8, 12), 0, "measured")],
+)
+def test_a_use_that_loses_all_its_pictures_is_refused(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, lost: range, prior: int, use: str
+) -> None:
+    monkeypatch.setattr("pixart_ft.data.cache.encode_moments", nan_of(*lost))
+    with pytest.raises(UserError, match=f"no picture that is {use} can be used:") as caught:
+        encode(config, prior)
+    assert "--data.strict" not in str(caught.value) and "another --data.cache" in str(caught.value)
+
+
 def test_the_command_encodes_for_a_training_and_reads_through(
     tiny: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = command(short_run(tiny, pictures, tmp_path / "run", tmp_path / "cache"))
+    options = short_run(tiny, pictures, tmp_path / "run", tmp_path / "cache")
+    line = command(options)
     assert main(["cache", *line]) == 0
     said = capsys.readouterr().out
     assert re.search(r"cache: (\d+) encodings, \1 of them made now\n", said) and "12 pictures" in said
@@ -159,6 +175,9 @@ def test_the_command_encodes_for_a_training_and_reads_through(
     monkeypatch.setattr(loading, "load_text_encoder", None)
     assert main(["cache", *line]) == 0 and "0 of them made now" in capsys.readouterr().out
     assert main(["cache", "--verify", *line]) == 0 and "all as they were written" in capsys.readouterr().out
+    elsewhere = str(tmp_path / "mistyped")
+    assert main(["cache", "--verify", *command(options | {"data.cache": elsewhere})]) == 2
+    assert f"there is no folder {elsewhere}" in capsys.readouterr().err
     path = max((tmp_path / "cache").glob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pixart_ft.config.train import load_config
+from pixart_ft.data.datasets import Row
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
 from pixart_ft.runs.log import RunLog
@@ -70,6 +71,20 @@ def change_weights(folder: Path, part: str) -> None:
     name = max(weights, key=lambda key: weights[key].numel())
     weights[name].view(-1)[-1] += 0.5
     save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_captions_belong_to_their_pictures(tiny: Path, tmp_path: Path) -> None:
+    config, base = load_config("quickstart", {"data.cache": tmp_path}), Base.read(tiny)
+    objective, schedule = build_objective(config, base)
+
+    def captions(*of_pictures: str) -> Part:
+        shares = [(1 / len(said),) * len(said) if len(said) > 1 else () for said in of_pictures]
+        rows = [Row(tmp_path, said[0], "", tuple(said[1:]), of) for said, of in zip(of_pictures, shares, strict=True)]
+        about = trained_on(config, base, rows, [], [], ["", ""], schedule, objective, 64)
+        return about.parts["training captions"]
+
+    assert captions("ab", "c") != captions("a", "bc")
+    assert captions("a", "b") == Part.of(["a", "b"], "2")  # as runs from before several captions have it
 
 
 def test_what_encodes_is_named_by_the_commit_that_was_read(tiny: Path, tmp_path: Path) -> None:
