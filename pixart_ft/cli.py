@@ -166,7 +166,8 @@ COMMANDS = {
     ),
     "doctor": Command(
         "check this machine, and whether a training fits on it",
-        "pixart-ft doctor [--config NAME|FILE] [--section.key value ...] [--card GB] [--sheet FILE] [--caption TEXT]",
+        "pixart-ft doctor [--config NAME|FILE] [--section.key value ...] [--card GB] [--sheet FILE] "
+        "[--plot FILE] [--caption TEXT]",
         PlanConfig,
         "validation.prompts",
         {
@@ -390,6 +391,7 @@ def _config(command: Command, given: Mapping[str, list[str]], problems: list[str
         ("config", "from"),
         ("caption", "card"),
         ("caption", "sheet"),
+        ("caption", "plot"),
     ):
         if one in given and other in given:
             problems.append(f"--{one} and --{other.replace('_', '-')} exclude each other; give one")

@@ -529,10 +529,22 @@ class TrainConfig(Config):
             "optim.beta1 {} with optimizer {}: it is how near the gradient is taken to the average; give 0.9",
         ),
         (
-            ("validation.report", "data.held_out", "data.held_out_fraction"),
-            lambda report, folder, fraction: report and folder is None and not fraction,
-            "validation.report {} with data.held_out {} and held_out_fraction {}: there is nothing to measure on; give "
-            "one of them",
+            ("validation.report", "data.held_out", "data.held_out_fraction", "data.sources"),
+            lambda report, folder, fraction, sources: (
+                report and folder is None and not fraction and not _of_use(sources, "held_out")
+            ),
+            "validation.report {} with data.held_out {}, held_out_fraction {} and sources {}: there is nothing to "
+            "measure on; give one of them",
+        ),
+        (
+            ("validation.report", "validation.pictures"),
+            lambda report, pictures: report and pictures < 2,
+            "validation.report {} with validation.pictures {}: it compares means over pictures; give 2 or more",
+        ),
+        (
+            ("validation.report", "validation.steps"),
+            lambda report, steps: report and isinstance(steps, str),
+            "validation.report {} with validation.steps {}: it draws with a number of steps; give one",
         ),
         (
             ("validation.raw_weights", "train.ema_decay", "optim.optimizer"),

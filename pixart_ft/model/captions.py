@@ -61,9 +61,15 @@ def warn_of_trigger_words(captions: Sequence[str], named: Sequence[str] = ()) ->
 
 
 def stock_cleaning(caption: str) -> str:
-    """The caption as diffusers' pipeline reads it with clean_caption=True, its default where bs4 and ftfy are there."""
+    """The caption as diffusers' pipeline reads it with clean_caption=True, its default where bs4 and ftfy are there.
+
+    What no parser takes, such as "<![ [x", it cannot read at all: that is given as it is read here.
+    """
     clean = _stock_function()
-    return clean(clean(caption))
+    try:
+        return clean(clean(caption))
+    except Exception:  # of any kind, as the parsers raise what they like: this serves warnings alone
+        return prepare_text(caption)
 
 
 @cache

@@ -16,7 +16,7 @@ from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation.command import evaluate
 from pixart_ft.evaluation.held_out import Estimate
 from pixart_ft.evaluation.places import check_evaluation
-from pixart_ft.files import write_file
+from pixart_ft.files import remove_folder, write_file
 from pixart_ft.pictures.sheets import loss_curve, term_curves
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.runs.results import What, final
@@ -28,6 +28,8 @@ from pixart_ft.training.records import Progress
 from pixart_ft.training.shell import pasteable
 from pixart_ft.training.trainer import Trainer
 from pixart_ft.training.watching import Comparison
+
+EVALUATION = "evaluation"  # folder of the report, below that of the results
 
 
 def finish(
@@ -45,6 +47,8 @@ def finish(
     written: dict[str, Path] = {what: folder.path / final(what)["ema"]}
     for sheet_before in folder.final.glob("*.png"):  # of an earlier end: what cannot be made anew must not stand for it
         sheet_before.unlink()
+    if (folder.final / EVALUATION).is_dir():
+        remove_folder(folder.final / EVALUATION)
     records = folder.log.comparable()
     title = ", ".join(filter(None, [folder.path.name, trainer.objective.where]))
     if any(record.get("train") for record in records):
@@ -104,7 +108,8 @@ def publish(run: Path, hub: Hub) -> None:
 
 def compare_with_base(run: Path, config: TrainConfig, device: str) -> None:
     """The report of `pixart-ft evaluate` into final/evaluation; what stands in its way is a warning."""
-    chosen, out = config.validation, run / "final" / "evaluation"
+    chosen, out = config.validation, run / "final" / EVALUATION
+    steps = config.diffusion.num_steps or 1000
     with attempted("the report"):
         asked = {
             "model": config.model.base,
@@ -113,6 +118,7 @@ def compare_with_base(run: Path, config: TrainConfig, device: str) -> None:
             "size": config.data.resolution,
             "pictures": chosen.pictures,
             "metrics": ["loss", "bpd", "calibration", "samples"],
+            "respacings": [n for n in EvaluateConfig.model_fields["respacings"].default if n <= steps],
             "samplers": [chosen.sampler],
             "steps": [chosen.steps],
             "guidance": chosen.guidance,

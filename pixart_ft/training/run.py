@@ -15,7 +15,7 @@ from diffusers import PixArtTransformer2DModel
 
 from pixart_ft.config.reading import flat, to_yaml
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.errors import UserError
+from pixart_ft.errors import UserError, attempted
 from pixart_ft.files import remove_folder, sha256, versions, write_text
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
@@ -202,7 +202,8 @@ def _run(
         write_text(folder.config_file, to_yaml(config))
         write_text(folder.path / "environment.json", environment)
         if overview and not folder.contact_sheet.exists():
-            overview.save_sheet(folder.contact_sheet)
+            with attempted("the contact sheet"):
+                overview.save_sheet(folder.contact_sheet)
         if resume is not None:
             announce(folder, checkpoint, plan.steps, found)
     if found.begins_anew:

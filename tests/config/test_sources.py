@@ -73,3 +73,5 @@ def test_all_mistakes_of_the_sources_are_told_at_once() -> None:
         )
     with pytest.raises(UserError, match=r"data\.folder is required: .*; or data\.sources with some to train on"):
         load_config({"data": {"sources": [{"folder": "a", "use": "prior"}]}})
+    measured = {"folder": "x", "sources": [{"folder": "a", "use": "held_out"}]}
+    assert load_config({"data": measured, "validation": {"report": True}}).validation.report

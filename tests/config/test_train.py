@@ -131,6 +131,9 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
             {"diffusion.time_conditioning": "snr_matched"},
             r"time_conditioning is .snr_matched. with schedule .base. \(zero_snr false\): the base's own .* no match",
         ),
+        ({"validation.report": "true"}, "report true .* there is nothing to measure on"),
+        ({"validation.report": "true", "validation.pictures": "1"}, "pictures 1: it compares means over pictures"),
+        ({"validation.report": "true", "validation.steps": "10,10,20"}, "steps .10,10,20.: it draws with a number"),
         ({"diffusion.num_steps": "250"}, "num_steps is 250, unused while diffusion.schedule is .base"),
         (
             {"diffusion.schedule": "linear", "diffusion.rescale": "false"},

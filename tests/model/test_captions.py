@@ -35,6 +35,12 @@ def test_stock_cleaning_is_what_the_rules_of_diffusers_say(text: str) -> None:
     assert stock_cleaning(text) == CLEANED[text]
 
 
+@pytest.mark.parametrize("text", ["A cat <![ [x", "A cat <![foo"])
+def test_what_no_parser_takes_is_no_failure(text: str) -> None:
+    assert stock_cleaning(text).startswith("a cat")
+    warn_of_trigger_words([text] * 2)
+
+
 @pytest.mark.skipif(
     not (is_bs4_available() and is_ftfy_available()), reason="without bs4 and ftfy diffusers cleans nothing"
 )

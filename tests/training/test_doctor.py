@@ -171,3 +171,5 @@ def test_a_caption_is_shown_as_t5_sees_it_and_nothing_else(capsys: pytest.Captur
     assert printed(capsys, ["doctor", *base, "--caption="])[0]["tokens"] == "1 of at most 300: </s>"
     assert cli.main(["doctor", *base, "--caption=a", "--card=8"]) == 2
     assert "--caption and --card exclude each other" in capsys.readouterr().err
+    assert cli.main(["doctor", *base, "--caption=a", "--plot=a.png"]) == 2
+    assert "--caption and --plot exclude each other" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers.models.attention import BasicTransformerBlock
 from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
@@ -34,6 +35,7 @@ from pixart_ft.runs.log import RunLog
 from pixart_ft.runs.metadata import read_metadata
 from pixart_ft.sampling.text_to_image import TextToImage
 from pixart_ft.training import report, watching
+from pixart_ft.training import run as run_module
 from pixart_ft.training.before_after import HELD_OUT, LEARNED, before_after
 from pixart_ft.training.keeping import lowest_step
 from pixart_ft.training.nested import load_nested
@@ -683,3 +685,29 @@ def test_a_run_may_end_with_the_report_of_its_evaluation(options: Options, tmp_p
     _, held = split(read_folder(str(config.data.folder)), config.data.held_out_fraction, config.run.seed)
     assert found["data"]["pictures"] == [row.name for row in held][: config.validation.pictures]
     assert (found["recipe"]["samplers"], found["recipe"]["steps"]) == (["iddpm"], [3])
+
+
+@pytest.mark.slow
+def test_the_report_of_an_earlier_end_does_not_stand_for_a_later_one(options: Options) -> None:
+    short = {"diffusion.schedule": "cosine", "diffusion.num_steps": 40}  # fewer than the longest respacing
+    few = options | short | {"validation.report": True, "validation.steps": 2, "validation.pictures": 2}
+    written = train(few | {"train.steps": 1}) / "final" / "evaluation" / "report.json"
+    before = json.loads(written.read_text())
+    train(few | {"train.steps": 2}, resume="auto")
+    assert json.loads(written.read_text())["models"] != before["models"]
+    assert before["recipe"]["respacings"] == [10, 25]
+
+
+def test_pictures_that_vanish_once_they_are_encoded_cost_the_contact_sheet_alone(
+    options: Options, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, environment = Path(shutil.copytree(pictures, tmp_path / "mine")), run_module._environment
+
+    def late(accelerator: Accelerator) -> dict[str, object]:
+        shutil.rmtree(mine)
+        return environment(accelerator)
+
+    monkeypatch.setattr(run_module, "_environment", late)
+    with pytest.warns(UserWarning, match="the contact sheet could not be made"):
+        run = train(options | {"data.folder": mine, "train.steps": 1, "validation.prompts": []})
+    assert (run / "final" / "adapter").is_dir() and not (run / "contact_sheet.png").exists()
