@@ -166,8 +166,8 @@ COMMANDS = {
     ),
     "doctor": Command(
         "check this machine, and whether a training fits on it",
-        "pixart-ft doctor [--config NAME|FILE] [--section.key value ...] [--card GB] [--sheet FILE] "
-        "[--plot FILE] [--caption TEXT]",
+        "pixart-ft doctor [--config NAME|FILE] [--section.key value ...] [--card GB]\n"
+        "                   [--sheet FILE] [--plot FILE] [--caption TEXT]",
         PlanConfig,
         "validation.prompts",
         {
