@@ -687,10 +687,13 @@ def test_a_run_may_end_with_the_report_of_its_evaluation(options: Options, tmp_p
     assert (found["recipe"]["samplers"], found["recipe"]["steps"]) == (["iddpm"], [3])
 
 
-@pytest.mark.slow
 def test_the_report_of_an_earlier_end_does_not_stand_for_a_later_one(options: Options) -> None:
     short = {"diffusion.schedule": "cosine", "diffusion.num_steps": 40}  # fewer than the longest respacing
-    few = options | short | {"validation.report": True, "validation.steps": 2, "validation.pictures": 2}
+    few = (
+        options
+        | short
+        | {"validation.report": True, "validation.prompts": [], "validation.steps": 2, "validation.pictures": 2}
+    )
     written = train(few | {"train.steps": 1}) / "final" / "evaluation" / "report.json"
     before = json.loads(written.read_text())
     train(few | {"train.steps": 2}, resume="auto")
