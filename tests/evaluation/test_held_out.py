@@ -29,18 +29,6 @@ from pixart_ft.randomness import normal
 OBJECTIVE = Objective(NoiseSchedule.linear(), "epsilon", "hybrid", 2.0)
 
 
-@pytest.fixture(scope="module")
-def transformer(tiny: Path) -> PixArtTransformer2DModel:
-    return loading.load_transformer(Base.read(tiny), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def held_out() -> HeldOutSet:
-    g = torch.Generator().manual_seed(0)
-    texts = [torch.randn(length, 32, generator=g) for length in (3, 1, 5)]
-    return HeldOutSet(torch.randn(3, 4, 8, 8, generator=g), texts, timestep_count=4, seed=0)
-
-
 def test_grid_is_the_middles_of_equal_strata() -> None:
     assert timestep_grid(range(1000), 4).tolist() == [125, 375, 625, 875]
     assert timestep_grid(range(1000), 1000).tolist() == list(range(1000))

@@ -1,7 +1,5 @@
 """Held-out pictures through a network. Oracle: the tiny transformer called as diffusers documents."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
@@ -13,24 +11,10 @@ from pixart_ft.diffusion.readings import Readings, Steps, strata
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.evaluation.measure import flow_likelihood, readings_at
-from pixart_ft.model import loading
-from pixart_ft.model.base import Base
 from pixart_ft.randomness import normal, uniform
 
 VARIANCES: tuple[Variance, ...] = ("learned", "beta")
 LINEAR = NoiseSchedule.linear()
-
-
-@pytest.fixture(scope="module")
-def transformer(tiny: Path) -> PixArtTransformer2DModel:
-    return loading.load_transformer(Base.read(tiny), dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
-def held_out() -> HeldOutSet:
-    g = torch.Generator().manual_seed(0)
-    texts = [torch.randn(length, 32, generator=g) for length in (3, 1, 5)]
-    return HeldOutSet(torch.randn(3, 4, 8, 8, generator=g), texts, timestep_count=4, seed=0)
 
 
 @pytest.mark.parametrize(
