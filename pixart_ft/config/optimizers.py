@@ -14,6 +14,7 @@ from pixart_ft.errors import UserError
 OptimizerName = Literal[
     "adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "adafactor", "prodigy", "schedule_free", "muon"
 ]
+EMA_DECAY = 0.999  # of the averaged weights by default, beside an optimizer that does not average by itself
 _ADAM = ("beta1", "beta2", "epsilon")
 
 

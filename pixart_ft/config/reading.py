@@ -26,6 +26,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+Unused = tuple[str, str, Callable[[Any], bool]]
 Rule = tuple[tuple[str, ...], Callable[..., bool], str]
 
 
@@ -40,7 +41,7 @@ class Config(Section):
     shipped  whether the recipes that come with the package are of this kind
     """
 
-    unused: ClassVar[tuple[tuple[str, str, Callable[[Any], bool]], ...]] = ()
+    unused: ClassVar[tuple[Unused, ...]] = ()
     rules: ClassVar[tuple[Rule, ...]] = ()
     may_be_empty: ClassVar[tuple[str, ...]] = ()
     shipped: ClassVar[bool] = False
