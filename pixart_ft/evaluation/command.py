@@ -21,7 +21,7 @@ from pixart_ft.diffusion.readings import Steps, strata
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.contestants import Contest, Contestant, look
-from pixart_ft.evaluation.drawing import Drawn, draw, folder_name, side_by_side
+from pixart_ft.evaluation.drawing import Drawn, draw, folder_name, planned, side_by_side
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.evaluation.likeness import Sight, likeness_tables, neighbour_sheets
 from pixart_ft.evaluation.measure import flow_likelihood, readings_at
@@ -84,14 +84,14 @@ def evaluate(
             device=device,
             prompts=[*(row.caption for row in contest.rows), *contest.prompts],
         )
+        plans = planned(model, one.ways, jobs, config.out / "pictures" / folder_name(one.label))
         if rank == 0:
             pictures = _held_out(config, model, contest, x0, one.name)
             x0 = pictures.x0
             measured.append(_measure(config, one, model, pictures, contest.contestants[0].base.schedule))
             facts.append(_facts(one, model))
-        folder = config.out / "pictures" / folder_name(one.label)
         part = slice(rank, None, processes)
-        drawn.append(draw(model, one.ways, jobs, folder, batch_size=config.batch_size, part=part))
+        drawn.append(draw(model, one.ways, jobs, plans, batch_size=config.batch_size, part=part))
         del model
     if accelerator is not None:
         accelerator.wait_for_everyone()

@@ -43,30 +43,45 @@ def settings_of(config: EvaluateConfig, abilities: Abilities, name: str) -> tupl
     return found, faults
 
 
+def planned(
+    model: TextToImage, ways: Sequence[Settings], jobs: Sequence[tuple[str, int]], folder: Path
+) -> list[dict[Path, dict[str, object]]]:
+    """For each way to draw the (prompt, seed) pairs, where each picture goes, and its recipe.
+
+    Raises UserError where another recipe made what is there.
+    """
+    plans = []
+    for settings in ways:
+        place, shared = folder / f"{settings.sampler}-{settings.steps}", model.circumstances(settings)
+        plans.append(
+            {
+                place / picture_name(f"{number:04d}", prompt, seed): {"prompt": prompt, "seed": seed} | shared
+                for number, (prompt, seed) in enumerate(jobs)
+            }
+        )
+    not_there_yet({path: recipe for plan in plans for path, recipe in plan.items()})
+    return plans
+
+
 def draw(
     model: TextToImage,
     ways: Sequence[Settings],
     jobs: Sequence[tuple[str, int]],
-    folder: Path,
+    plans: Sequence[Mapping[Path, Mapping[str, object]]],
     *,
     batch_size: int,
     part: slice,
 ) -> list[Drawn]:
-    """Draw (prompt, seed) pairs in each way into a folder of its own; a picture that is there by its recipe is kept.
+    """Draw the pairs in each way as `planned`; a picture that is there is kept.
 
-    part   of the pictures that this process draws; what is returned names all. Raises UserError where another recipe
-           made what is there.
+    part   of the pictures that this process draws; what is returned names all
     """
     found = []
-    for settings in ways:
-        place = folder / f"{settings.sampler}-{settings.steps}"
-        paths = [place / picture_name(f"{number:04d}", prompt, seed) for number, (prompt, seed) in enumerate(jobs)]
-        shared = model.circumstances(settings)
-        job_of = dict(zip(paths[part], jobs[part], strict=True))
-        recipes = {path: {"prompt": prompt, "seed": seed} | shared for path, (prompt, seed) in job_of.items()}
-        todo = not_there_yet(recipes)
+    for settings, recipes in zip(ways, plans, strict=True):
+        paths = list(recipes)
+        todo = {path: job for path, job in zip(paths[part], jobs[part], strict=True) if not path.exists()}
         with model.progress_bar(len(todo), settings) as bar:
-            pictures = model.draw([job_of[path] for path in todo], settings, batch_size=batch_size, progress=bar.update)
+            pictures = model.draw(list(todo.values()), settings, batch_size=batch_size, progress=bar.update)
             for path, picture in zip(todo, pictures, strict=True):
                 save_png(picture, path, recipes[path])
         found.append(Drawn(settings, model.calls(settings), paths))

@@ -83,19 +83,20 @@ class Sight:
     def values(self, drawn: Drawn, each: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Of each number asked for, values whose mean it is; and the neighbours of the pictures, for `neighbour_sheet`.
 
-        each: pictures of a prompt.
+        each: pictures of a prompt. They count as one; where there is one prompt only, each for itself.
         """
+        each = each if each < len(drawn.paths) else 1
         seen = self.extractor.of_pictures(drawn.paths, lambda path: Image.open(path).convert("RGB"))
-        against: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"fd": frechet_distance, "kid": kid, "cmmd": cmmd}
-        found = {name: metric(seen, self.real) for name, metric in against.items() if name in self.metrics}
+        against: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {"fd": frechet_distance, "kid": kid, "cmmd": cmmd}
+        found = {name: metric(seen, self.real, each) for name, metric in against.items() if name in self.metrics}
         if "prdc" in self.metrics:
-            found |= prdc(seen, self.real)
+            found |= prdc(seen, self.real, each)
         if self.captions is not None:
-            own = torch.arange(len(self.captions)).repeat_interleave(each)
-            found |= caption_similarity(seen, self.captions, own)
+            own = torch.arange(len(self.captions)).repeat_interleave(len(seen) // len(self.captions))
+            found |= caption_similarity(seen, self.captions, own, each)
         if self.training is None:
             return found, {}
-        near = memorisation(seen, self.training, self.real)
+        near = memorisation(seen, self.training, self.real, each)
         found |= {"nearer_to_training": near.share, "closer_than_held_out": near.closer}
         neighbours = {
             "chance": near.chance,

@@ -47,5 +47,5 @@ def _is_own(path: Path, mark: str) -> bool:
 def _refuse(faults: Sequence[str], option: str = "--out") -> None:
     if faults:
         more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
-        remedy = f"nothing was drawn; choose another place ({option}) or delete these files"
+        remedy = f"they are left as they are; choose another place ({option}) or delete these files"
         raise UserError("\n".join([*faults[:5], *more, remedy]))

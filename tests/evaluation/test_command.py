@@ -239,7 +239,12 @@ def test_a_model_with_another_vae_is_refused(tiny: Path, pictures: Path, tmp_pat
 
 
 def test_pictures_are_drawn_once_and_shown_side_by_side(
-    tiny: Path, adapter: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    adapter: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same noise for both models: where the adapter does nothing they draw the same bytes."""
     words = {"model": str(tiny), "lora": [str(adapter)], "lora_scale": [0.0], "data": str(pictures), "pictures": 2}
@@ -261,6 +266,7 @@ def test_pictures_are_drawn_once_and_shown_side_by_side(
     after = {file: file.stat().st_mtime_ns for some in files for file in some}
     assert [file for file in before if before[file] != after[file]] == [files[0][0]]
     assert len(re.findall('src="data:image/jpeg', (tmp_path / "report.html").read_text())) == 2
+    monkeypatch.setattr(command, "_held_out", lambda *_: pytest.fail("measured before it is refused"))
     with pytest.raises(UserError, match="was made by another recipe: guidance"):
         run_evaluation(two.model_copy(update={"guidance": 2.0}))
 

@@ -16,6 +16,7 @@ from pixart_ft.data.datasets import survey
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.command import run_evaluation
 from pixart_ft.evaluation.features import Extractor
+from pixart_ft.evaluation.held_out import mean_over_pictures
 from pixart_ft.evaluation.metrics import caption_similarity, frechet_distance, memorisation, prdc
 from tests.helpers.tiny import build_picture_folder, tiny_tokenizer
 
@@ -53,7 +54,8 @@ def test_every_number_is_the_metric_of_the_pictures_on_the_disk(
     tiny: Path, pictures: Path, clip: Path, tmp_path: Path
 ) -> None:
     training = build_picture_folder(tmp_path / "training", 15)
-    found = run_evaluation(config(tiny, pictures, clip, tmp_path / "out", train_data=str(training)))
+    asked = config(tiny, pictures, clip, tmp_path / "out", train_data=str(training), images_per_prompt=2)
+    found = run_evaluation(asked)
     likeness, extractor = found["likeness"], Extractor.load(str(clip), "features")
     assert likeness["features"] == {
         "name": str(clip), "digest": extractor.digest, "numbers": 4, "real": 12, "training": 15
@@ -63,17 +65,19 @@ def test_every_number_is_the_metric_of_the_pictures_on_the_disk(
     files = [tmp_path / "out" / name for name in found["samples"]["models"][0]["ways"][1]["pictures"]]
     seen = extractor.of_pictures([Image.open(file) for file in files])
     real, trained = (extractor.of_pictures([row.opened().picture for row in some]) for some in (rows, learned))
-    near = memorisation(seen, trained, real)
+    near = memorisation(seen, trained, real, 2)
     expected = {
-        "fd": frechet_distance(seen, real),
-        **prdc(seen, real),
-        **caption_similarity(seen, extractor.of_captions([row.caption for row in rows]), torch.arange(12)),
+        "fd": frechet_distance(seen, real, 2),
+        **prdc(seen, real, 2),
+        **caption_similarity(seen, extractor.of_captions([row.caption for row in rows]), torch.arange(24) // 2, 2),
         "nearer_to_training": near.share,
     }
     way = likeness["ways"]["ddim, 2 steps"]
     for name, values in expected.items():
         (row,) = way["metrics"][name]
         assert row["mean"] == pytest.approx(values.mean().item(), rel=1e-6, abs=1e-9), name
+        error = mean_over_pictures(values).standard_error
+        assert row["standard_error"] == pytest.approx(error, rel=1e-6, abs=1e-9), name
     assert way["neighbours"]["base"]["training"] == near.training.tolist()
     page = (tmp_path / "out" / "report.html").read_text()
     assert str(clip) in page and extractor.digest in page and "nearest neighbours of base" in page

@@ -206,6 +206,29 @@ def test_models_of_one_law_do_not_differ_and_a_worse_one_does_by_its_pairs() -> 
         assert same.standard_error < 0.8 * mean_over_pictures(bad).standard_error
 
 
+def test_pictures_of_one_prompt_count_as_one() -> None:
+    """Four a prompt, which differ little: the error is what the metric spreads by over draws of other prompts."""
+    real, repeats, each = normal(200, 3, 1), 30, 4
+    captions = normal(24, 3, 2)
+
+    def fits(pictures: Tensor, _: Tensor, each: int) -> Tensor:
+        return caption_similarity(pictures, captions, torch.arange(24).repeat_interleave(4), each)["clip_score"]
+
+    for metric in (frechet_distance, kid, fits):
+        means, errors = [], []
+        for seed in range(repeats):
+            prompts = normal(24, 3, 100 + seed, mean=0.7).repeat_interleave(each, 0)
+            found = mean_over_pictures(metric(prompts + normal(96, 3, 900 + seed, std=0.2), real, each))
+            means.append(found.mean)
+            errors.append(found.standard_error)
+        spread = torch.tensor(means).std().item()
+        assert 0.7 < np.sqrt(np.mean(np.square(errors))) / spread < 1.6, metric
+    one = normal(24, 3, 5)
+    copies = caption_similarity(one.repeat_interleave(4, 0), captions, torch.arange(24).repeat_interleave(4), 4)
+    for name, values in caption_similarity(one, captions, torch.arange(24)).items():
+        torch.testing.assert_close(copies[name], values)
+
+
 def test_captions_are_told_by_cosines() -> None:
     captions = torch.tensor([[2.0, 0], [0, 1], [-1, 0]], dtype=torch.float64)
     pictures = torch.tensor([[3.0, 4], [1, 0], [0, -2], [1, 0]], dtype=torch.float64)
@@ -237,10 +260,11 @@ def test_memorisation_is_chance_for_new_pictures_and_certain_for_copies() -> Non
 
 @pytest.mark.parametrize("metric", ["fd", "kid", "cmmd", "prdc", "memorisation"])
 def test_too_few_pictures_and_other_widths_are_said(metric: PictureMetric) -> None:
-    call: Callable[..., object] = {
+    calls: dict[PictureMetric, Callable[..., object]] = {
         "fd": frechet_distance, "kid": kid, "cmmd": cmmd, "prdc": prdc,
         "memorisation": lambda a, b: memorisation(a, b, b),
-    }[metric]  # fmt: skip
+    }  # fmt: skip
+    call = calls[metric]
     needed = pictures_needed(metric, 6)
     call(normal(needed, 6, 1), normal(needed, 6, 2))
     with pytest.raises(UserError, match=f"metrics: {metric} of {needed - 1} pictures with 6 .*needs {needed} of every"):

@@ -319,7 +319,9 @@ def test_a_picture_whose_recipe_is_damaged(tmp_path: Path) -> None:
         put(path, content)
         with pytest.raises(UserError, match=r"grid\.png holds no recipe"):
             read_recipe(path)
-        with pytest.raises(UserError, match=r"grid\.png is there and is no sheet by pixart_ft\nnothing was drawn;"):
+        with pytest.raises(
+            UserError, match=r"grid\.png is there and is no sheet by pixart_ft\nthey are left as they are;"
+        ):
             check_own([path], "pictures")
         assert name == "folder" or path.read_bytes() == content
 

@@ -229,7 +229,9 @@ def test_destinations_are_tried_before_any_weights_are_loaded(weightless: Path, 
 def test_a_grid_of_the_users_own_is_never_overwritten(weightless: Path, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"grid\.png is there and is no sheet by pixart_ft\nnothing was drawn; choose"):
+    with pytest.raises(
+        UserError, match=r"grid\.png is there and is no sheet by pixart_ft\nthey are left as they are; choose"
+    ):
         run_generation(config(weightless, tmp_path))
     assert contents(tmp_path) == before
 
