@@ -8,19 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 
 from pixart_ft import cli
 from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.reading import load
 from pixart_ft.errors import UserError
-from pixart_ft.evaluation import command
+from pixart_ft.evaluation import command, drawing
 from pixart_ft.evaluation.command import run_evaluation
 from pixart_ft.evaluation.contestants import look
 from pixart_ft.evaluation.places import check_evaluation
 from pixart_ft.pictures.recipes import read_recipe
 from tests.helpers.adapters import make_adapter
+from tests.helpers.launched import launch
 from tests.helpers.tiny import build_tiny_pipeline
 
 SMALL = {"pictures": 3, "timesteps": 2, "respacings": [3], "device": "cpu"}
@@ -269,6 +270,49 @@ def test_pictures_are_drawn_once_and_shown_side_by_side(
     monkeypatch.setattr(command, "_held_out", lambda *_: pytest.fail("measured before it is refused"))
     with pytest.raises(UserError, match="was made by another recipe: guidance"):
         run_evaluation(two.model_copy(update={"guidance": 2.0}))
+
+
+def test_two_processes_draw_what_one_does(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    """Each its half, of base and adapter; what is there is kept, and the report is that of one process."""
+    make_adapter(tiny, tmp_path / "mine")
+    words = ["evaluate", str(tmp_path / "mine"), "--model", str(tiny), "--data", str(pictures), "--pictures", "3"]
+    words += ["--metrics", "loss,samples", "--timesteps", "2", "--steps", "2", "--images-per-prompt", "2"]
+    assert cli.main([*words, "--device", "cpu", "--out", str(tmp_path / "one")]) == 0
+    files = sorted((tmp_path / "one").rglob("*.png"))
+    names = [file.relative_to(tmp_path / "one") for file in files]
+    assert len(names) == 2 * 3 * 2
+    kept = tmp_path / "two" / names[3]
+    kept.parent.mkdir(parents=True)
+    shutil.copy(files[3], kept)
+    before = kept.stat().st_mtime_ns
+
+    def body(rank: int) -> int:
+        saved: list[Path] = []
+        save = drawing.save_png
+
+        def noted(picture: Image.Image, path: Path, recipe: dict[str, object]) -> None:
+            saved.append(path)
+            save(picture, path, recipe)
+
+        drawing.save_png = noted  # type: ignore[assignment]  # in this process alone
+        code = cli.main([*words, "--out", str(tmp_path / "two")])
+        (tmp_path / f"drawn-{rank}.txt").write_text("\n".join(map(str, saved)))
+        return code
+
+    launched = launch(body, tmp_path)
+    assert launched.end() == [0, 0], launched.said(0) + launched.said(1)
+    drawn = [(tmp_path / f"drawn-{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    assert sorted(drawn[0] + drawn[1]) == sorted(str(tmp_path / "two" / name) for name in names if name != names[3])
+    assert min(map(len, drawn)) == 5 and kept.stat().st_mtime_ns == before
+    for name in names:
+        picture, wanted = (tmp_path / folder / name for folder in ("two", "one"))
+        apart: Any = ImageChops.difference(Image.open(picture), Image.open(wanted)).getextrema()
+        assert max(high for _, high in apart) <= 1, name  # other batch-mates: a sum's rounding, then a level's
+        assert read_recipe(picture) == read_recipe(wanted), name
+    one, two = (json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("one", "two"))
+    assert two["samples"] == one["samples"]
+    for ours, theirs in zip(two["loss"]["rows"], one["loss"]["rows"], strict=True):
+        assert (ours["model"], ours["mean"]) == (theirs["model"], pytest.approx(theirs["mean"], rel=1e-5))
 
 
 def open_rgb(path: Path) -> bytes:
