@@ -52,7 +52,7 @@ from pixart_ft.training.batches import TrainingSet, draw_batch
 from pixart_ft.training.encode import compute_dtype, encode_once
 from pixart_ft.training.memory import Case, training
 from pixart_ft.training.run import run_training
-from pixart_ft.training.start import accelerator_for, look, with_precision
+from pixart_ft.training.start import accelerator_for, look, resolution_of, with_precision
 from pixart_ft.training.trainer import Trainer
 
 TEXT = 300  # tokens that the plain script pads to
@@ -254,8 +254,9 @@ class Plain:
         accelerator = accelerator_for(config)
         start = look(config, None)
         self.device, self.start, self.step = accelerator.device, start, 0
-        encoded = encode_once(config, start.base, start.rows, start.held_rows, start.resolution, accelerator)
-        self.data, self.held_out = TrainingSet(encoded.train, encoded.scale, encoded.null_caption), encoded.held_out
+        encoded = encode_once(config, start.base, start.learned, start.held, accelerator)
+        self.data = TrainingSet(encoded.train, encoded.scale, encoded.null_caption)
+        self.held_out = next(iter(encoded.held_out), None)
         assert start.objective.prediction_type == "epsilon"
         transformer = PixArtTransformer2DModel.from_pretrained(start.base.place, subfolder="transformer")
         self.transformer = transformer.float().requires_grad_(kind == "full").to(self.device).train()
@@ -332,7 +333,7 @@ def compare(
     config = with_precision(config)
     base = Base.read(config.model.base, None)
     device = accelerator_for(config).device
-    side = (config.data.resolution or base.native_size) // base.vae_factor
+    side = resolution_of(config, base) // base.vae_factor
     subjects: dict[str, tuple[Any, ...]] = {"plain": (plain, config, kind), "ours": (ours, config)}
     first: dict[str, dict[str, float]] = {}
     memory: dict[str, int] = {}
@@ -399,7 +400,7 @@ def waiting(pipe: Connection, in_a_row: int, folder: Path) -> dict[str, float]:
 def longest_text(config: TrainConfig) -> int:
     """Tokens of the texts of the first step, which is the one that is counted."""
     start = look(config, None)
-    encoded = encode_once(config, start.base, start.rows, start.held_rows, start.resolution, accelerator_for(config))
+    encoded = encode_once(config, start.base, start.learned, start.held, accelerator_for(config))
     data = TrainingSet(encoded.train, encoded.scale, encoded.null_caption)
     size, steps = config.train.batch_size, start.objective.schedule.num_steps
     return draw_batch(data, range(size), start.laws, global_batch=size, num_steps=steps).embeds.shape[1]

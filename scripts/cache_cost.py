@@ -26,7 +26,7 @@ from PIL import Image
 
 from pixart_ft.data.cache import ALONE, Share, cache_captions, cache_pictures, pictures_at_once
 from pixart_ft.data.datasets import DEMO_PICTURES, Row, read_folder
-from pixart_ft.data.pixels import fitted
+from pixart_ft.data.pixels import Fit, fitted
 from pixart_ft.data.seen import verified
 from pixart_ft.data.store import TensorStore
 from pixart_ft.model import loading
@@ -93,7 +93,14 @@ def main() -> None:
 
         def of_pictures(store: TensorStore, share: Share) -> None:
             cache_pictures(
-                store, rows, load_vae=lambda: vae, vae_id="vae", size=size, digests=digests, share=share, progress=False
+                store,
+                rows,
+                load_vae=lambda: vae,
+                vae_id="vae",
+                views=[[Fit((size, size))]] * len(rows),
+                digests=digests,
+                share=share,
+                progress=False,
             )
 
         def of_captions(store: TensorStore, share: Share) -> None:
@@ -101,7 +108,7 @@ def main() -> None:
                 store, captions, load_text_encoder=lambda: (tokenizer, t5), encoder_id="t5", share=share, progress=False
             )
 
-        at_once = pictures_at_once(size)
+        at_once = pictures_at_once((size, size))
         pixels = torch.stack([fitted(Image.open(str(row.where)).convert("RGB"), size) for row in rows])
         bare = {
             "pictures": lambda: [encode_moments(vae, part) for part in pixels.split(at_once)],

@@ -28,7 +28,7 @@ from pixart_ft.model.base import Base
 from pixart_ft.model.loading import load_tokenizer
 from pixart_ft.model.place import DEMO_FOLDER
 from pixart_ft.model.text import token_ids
-from pixart_ft.training.encode import read_rows
+from pixart_ft.training.encode import read_squares
 from pixart_ft.training.memory import Case, training
 from pixart_ft.training.start import with_precision
 
@@ -124,7 +124,7 @@ def measured(options: dict[str, object]) -> int:
 def predicted(config: TrainConfig) -> int:
     """Bytes, as the doctor tells them."""
     config, base = with_precision(config), Base.read(config.model.base)
-    rows = [row.caption for part in read_rows(config) for row in part]
+    rows = [row.caption for part in read_squares(config, 256) for row in part.rows]
     longest = max(map(len, token_ids(load_tokenizer(base), rows, config.data.max_tokens)))
     return training(Case.of(config, base, tokens=longest, on_gpu=False)).bytes
 

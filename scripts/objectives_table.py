@@ -32,7 +32,7 @@ from pixart_ft.evaluation.held_out import (
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
-from pixart_ft.training.encode import encode_once, read_rows
+from pixart_ft.training.encode import encode_once, read_squares
 from pixart_ft.training.objective import build_objective
 from pixart_ft.training.run import run_training
 from pixart_ft.training.start import accelerator_for
@@ -120,9 +120,8 @@ def result(row: Row, number: int, work: Path, steps: int) -> dict[str, object]:
         warnings.simplefilter("ignore")  # the rows ask for what is warned of
         objective, _ = build_objective(config, base)
         run_training(config, resume="auto" if config.run.folder.is_dir() else None)
-        encoded = encode_once(config, base, *read_rows(config), 256, accelerator_for(config))
-    assert encoded.held_out is not None
-    before, after = (measured(objective, encoded.held_out, a) for a in (None, config.run.folder))
+        held_out = encoded_held_out(config, base)
+    before, after = (measured(objective, held_out, a) for a in (None, config.run.folder))
     fixed_before, fixed_after = before["beta_tilde"], after["beta_tilde"]
     learned = after["learned"]
     found = {
@@ -140,6 +139,12 @@ def result(row: Row, number: int, work: Path, steps: int) -> dict[str, object]:
     return found
 
 
+def encoded_held_out(config: TrainConfig, base: Base) -> HeldOutSet:
+    """The held-out pictures as the training sees them."""
+    (held_out,) = encode_once(config, base, *read_squares(config, 256), accelerator_for(config)).held_out
+    return held_out
+
+
 def variance_effect(work: Path) -> str:
     """What the hybrid's second term did beyond the simple loss, on the 1000-step process that it acts on."""
     file = work / "variance-effect.md"
@@ -147,9 +152,7 @@ def variance_effect(work: Path) -> str:
         return file.read_text()
     config, base = configuration(ROWS[0], 0, work, 300), Base.read("demo")
     objective, _ = build_objective(config, base)
-    encoded = encode_once(config, base, *read_rows(config), 256, accelerator_for(config))
-    assert encoded.held_out is not None
-    held_out = replace(encoded.held_out, timestep_count=LEVELS)
+    held_out = replace(encoded_held_out(config, base), timestep_count=LEVELS)
     bits = {}
     for name, number in (("base", None), ("hybrid", 0), ("simple", 1), ("vlb, learned", 8), ("vlb, beta tilde", 9)):
         transformer = loading.load_transformer(base, dtype=torch.float32)

@@ -16,7 +16,7 @@ from pixart_ft.diffusion.names import Variance
 from pixart_ft.evaluation.held_out import held_out_bound, mean_over_pictures, paired_difference
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
-from pixart_ft.training.encode import encode_once, read_rows
+from pixart_ft.training.encode import encode_once, read_squares
 from pixart_ft.training.start import accelerator_for, with_precision
 
 STEPS = (10, 25, 50)
@@ -33,8 +33,7 @@ def main() -> None:
         load_config("quickstart", {"run.folder": str(args.work / "run"), "data.cache": str(args.work / "cache")})
     )
     base = Base.read("demo")
-    held_out = encode_once(config, base, *read_rows(config), 256, accelerator_for(config)).held_out
-    assert held_out is not None
+    (held_out,) = encode_once(config, base, *read_squares(config, 256), accelerator_for(config)).held_out
     held_out = replace(held_out, x0=held_out.x0[: args.pictures], texts=held_out.texts[: args.pictures])
     transformer = loading.load_transformer(base, dtype=torch.float32)
     print(f"{len(held_out.x0)} pictures; calibration: predicted over empirical variance, least to most over the steps")

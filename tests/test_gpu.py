@@ -486,7 +486,7 @@ def test_the_demo_takes_the_memory_that_was_predicted(
     monkeypatch.setattr(Trainer, "_steps", measured)
     train(asked)
     config, base = with_precision(load_config({}, asked)), Base.read("demo")
-    tokens = doctor._longest(config, base, look(config, None).overview(config.data.max_tokens))
+    tokens = doctor._longest(config, base, look(config, None).overview(config.data))
     told = memory.training(Case.of(config, base, tokens=tokens, on_gpu=True)).bytes
     print(f"{how}: predicted {told / 2**20:.0f} MiB, measured {found[0] / 2**20:.0f} MiB, {told / found[0]:.2f}")
     assert told / 1.5 < found[0] < 1.5 * told + CUBLAS

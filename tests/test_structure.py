@@ -29,7 +29,7 @@ HOUSE = {
     "model": "place faults weights vae text captions attention repeated engine adapter_switch network shared_calls "
     "base loading saving original convert text_encoder quantized",
     "adapters": "files targets attach weights acting dialects adopting pipelines full export",
-    "data": "pixels datasets tags seen tables tars sources store cache",
+    "data": "pixels datasets tags seen tables tars sources buckets store cache live",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "places objective held_out metrics features measure statistics tables words plots page drawing "
     "contestants likeness command",

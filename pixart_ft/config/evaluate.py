@@ -14,6 +14,7 @@ from pixart_ft.config.train import (
     LARGEST_SIDE,
     MOST_PICTURES,
     SEEDS,
+    Aspect,
     Batch,
     Folder,
     Guidance,
@@ -83,6 +84,9 @@ class EvaluateConfig(Config):
         le=LARGEST_SIDE,
         multiple_of=16,
         description="side of the square pictures, pixels; null = the base's",
+    )
+    aspect: Aspect = Field(
+        "square", description="of held-out pictures; buckets = each at the size of the nearest aspect"
     )
     metrics: tuple[Metric, ...] = Field(
         ("loss", "bpd", "calibration"),

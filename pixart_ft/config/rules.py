@@ -48,6 +48,8 @@ UNUSED: tuple[Unused, ...] = (
     ("diffusion.rescale", "diffusion.schedule", lambda schedule: schedule in ("linear", "su_linear")),
     ("diffusion.rescale", "diffusion.num_steps", lambda num_steps: num_steps is not None),
     ("diffusion.cosine_offset", "diffusion.schedule", lambda schedule: schedule == "cosine"),
+    ("data.bucket_step", "data.aspect", lambda aspect: aspect == "buckets"),
+    ("data.crops", "data.crop", lambda crop: crop == "random"),
     ("diffusion.vlb_scale", "diffusion.objective", lambda objective: objective == "hybrid"),
     ("diffusion.variance", "diffusion.objective", lambda objective: objective in ("hybrid", "vlb")),
     ("diffusion.loss_space", "diffusion.objective", _has_simple_term),
@@ -72,6 +74,17 @@ UNUSED: tuple[Unused, ...] = (
 )
 
 RULES: tuple[Rule, ...] = (
+    (
+        ("data.crop", "data.aspect"),
+        lambda crop, aspect: crop == "none" and aspect == "square",
+        "data.crop {} with aspect {} would squeeze every picture into a square; set data.aspect buckets",
+    ),
+    (
+        ("data.small_buckets", "data.aspect", "data.resolution"),
+        lambda small, aspect, sides: small != "repeat" and aspect == "square" and len(sides or ()) < 2,
+        "data.small_buckets {} with aspect {} and resolution {}: all pictures are of one size; leave it out, or "
+        "set data.aspect buckets",
+    ),
     (
         ("data.prior_weight", "data.prior", "data.sources"),
         lambda weight, folder, sources: weight != 1 and folder is None and not _of_use(sources, "prior"),

@@ -42,6 +42,9 @@ Quantization = Literal["none", "nf4", "int8"]
 Latents = Literal["sample", "mode"]  # of the VAE's posterior
 Kind = Literal["lora", "full", "peft"]  # of what is trained
 Init = Literal["default", "pissa", "olora"]  # of a LoRA
+Aspect = Literal["square", "buckets"]  # of the pictures that are trained on
+Crop = Literal["centre", "random", "none"]  # what is kept of what is too long for its size
+SmallBuckets = Literal["repeat", "drop", "merge_nearest"]  # of fewer pictures than a step shows
 Attention = Literal["by_shape", "auto", "sdpa", "plain", "headwise", "xformers"]  # kernels, or how they are chosen
 ATTENTION = (
     "kernels; by_shape = sdpa, but plain for short bfloat16 in training on a CPU; auto = the fastest, timed once here"
@@ -94,6 +97,7 @@ GUIDANCE = 4.5  # by default, in sampling and in the grids of a training
 Timestep = Annotated[float, Field(ge=-1e6, le=1e6)]  # an end of an interval: `intervals` knows the process
 Rate = Annotated[float, Field(ge=1e-10, le=1)]  # of learning
 DecayRate = Annotated[float, Field(ge=0, le=1)]  # of the weights
+Side = Annotated[int, Field(ge=16, le=LARGEST_SIDE, multiple_of=16)]  # of a picture, pixels
 Scale = Annotated[float, Field(ge=1e-6, le=1e6)]  # float32 holds it, its square and its inverse beside 1
 
 
@@ -141,12 +145,25 @@ class Data(Section):
     )
     prior_weight: float = Field(1.0, ge=0.01, le=100, description="what the losses of data.prior are multiplied by")
     strict: bool = Field(False, description="refuse a folder with what cannot be used, else named and left out")
-    resolution: int | None = Field(
+    resolution: tuple[Side, ...] | None = Field(
         None,
-        ge=16,
-        le=LARGEST_SIDE,
-        multiple_of=16,
-        description="side of the square pictures, pixels; null = the base's own",
+        min_length=1,
+        description="side of the square pictures, pixels; of several each gets the largest it fills; null = the base's",
+    )
+    aspect: Aspect = Field(
+        "square", description="buckets = sizes of several aspects, of about as many pixels; each picture in the nearest"
+    )
+    bucket_step: Side | None = Field(
+        None, description="what sides of buckets are multiples of; null = PixArt's sizes, or a 16th of the resolution"
+    )
+    small_buckets: SmallBuckets = Field(
+        "repeat", description="sizes of fewer pictures than a step shows: repeat these in it, drop or merge them"
+    )
+    crop: Crop = Field("centre", description="of what does not fit its size; none = squeezed into it")
+    crops: int = Field(4, ge=2, le=64, description="of random: encoded of each picture, and one of them in each draw")
+    flip: bool = Field(False, description="mirror images too, unless the caption speaks of sides, writing or numbers")
+    live: bool = Field(
+        False, description="encode what a draw shows when it is drawn: VAE and T5 stay loaded, nothing of it is kept"
     )
     cache: Folder = Field(Path(".cache/pixart_ft"), description="folder of encoded captions and pictures")
     latents: Latents = Field(

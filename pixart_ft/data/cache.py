@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.data.datasets import Row, in_threads
-from pixart_ft.data.pixels import TRANSFORM, fitted
+from pixart_ft.data.pixels import TRANSFORM, Fit, Size, fitted
 from pixart_ft.data.seen import verified
 from pixart_ft.data.store import Array, TensorStore
 from pixart_ft.errors import UserError
@@ -35,28 +35,33 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class CachedPictures:
-    """The training data as indices into a store: item i is latent_keys[i] with text_keys[i], which are all held.
+    """The training data as indices into a store: item i is text_keys[i] with one of its latents; all are held.
 
-    Text keys beyond those are further captions.
+    latent_keys   of each item as many, its views, one after the other
+    text_keys     those beyond the items are further captions
     """
 
-    def __init__(self, store: TensorStore, latent_keys: Sequence[str], text_keys: Sequence[str]) -> None:
-        assert len(latent_keys) <= len(text_keys)
+    def __init__(
+        self, store: TensorStore, latent_keys: Sequence[str], text_keys: Sequence[str], views: int = 1
+    ) -> None:
+        self.views = views
+        assert len(latent_keys) % views == 0 and len(latent_keys) // views <= len(text_keys)
         self._latents, self._texts = store.held(latent_keys), store.held(text_keys)
 
     def __len__(self) -> int:
-        return len(self._latents)
+        return len(self._latents) // self.views
 
     def sizes(self) -> tuple[Array, Array]:
-        """The bytes of the latents and of the text of each item, (N,) int64."""
+        """The bytes of all latents and of all texts, (N,) int64 each."""
         return self._latents.sizes(), self._texts.sizes()
 
-    def latents(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Posterior mean and standard deviation, each (N, C, H, W) float32, as the VAE gives them.
+    def latents(self, indices: Sequence[int], views: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation, each (N, C, H, W) float32, as the VAE gives them; the first view's.
 
         `model.vae.LatentScale` makes the transformer's latents of them, so neither its scale nor its shift is in a key.
         """
-        mean, std = torch.stack([self._latents[index] for index in indices]).unbind(1)
+        pairs = zip(indices, views or [0] * len(indices), strict=True)
+        mean, std = torch.stack([self._latents[index * self.views + view] for index, view in pairs]).unbind(1)
         return mean, std
 
     def texts(self, indices: Sequence[int]) -> list[Tensor]:
@@ -98,9 +103,10 @@ def cache_captions(
     return keys
 
 
-def pictures_at_once(size: int) -> int:
-    """How many of size x size pixels are encoded in one call: four, but no more pixels than four of 512 x 512 have."""
-    return max(1, min(4, 4 * 512**2 // size**2))
+def pictures_at_once(size: Size) -> int:
+    """How many of a size are encoded in one call: four, but no more pixels than four of 512 x 512 have."""
+    width, height = size
+    return max(1, min(4, 4 * 512**2 // (width * height)))
 
 
 def cache_pictures(
@@ -109,32 +115,34 @@ def cache_pictures(
     *,
     load_vae: Callable[[], AutoencoderKL],
     vae_id: str,
-    size: int,
+    views: Sequence[Sequence[Fit]],
     digests: Sequence[str] | None = None,
     batch_size: int | None = None,
     share: Share = ALONE,
     progress: bool = True,
 ) -> list[str]:
-    """Encode the pictures that the store misses, or a share of them, at size x size pixels; returns the key of each.
+    """Encode the views that the store misses, or a share of them; returns their keys, those of a picture together.
 
     load_vae   called only if something is missing, and its result freed
     vae_id     names the VAE and its dtype: see `component_id`
+    views      how each picture is fitted, of all as often
     digests    of the rows, where all were read and decoded before: see `look_at`; else they are here
     batch_size pictures of one call; None: `pictures_at_once`
 
-    A picture for which the VAE gives NaN or infinity is kept as an empty tensor, see `without_latents`. Raises
+    A view for which the VAE gives NaN or infinity is kept as an empty tensor, see `without_latents`. Raises
     UserError listing the pictures that cannot be read, or that changed since their digest was taken.
     """
-    about = {"transform": TRANSFORM, "size": size, "vae": vae_id}
+    about = {"transform": TRANSFORM, "vae": vae_id}
     digests = [found.digest for found in verified(rows, progress=progress)] if digests is None else digests
-    keys = [_key(about, digest) for digest in digests]
-    row_of = dict(zip(keys, rows, strict=True))
-    digest_of = dict(zip(keys, digests, strict=True))
+    pictures = zip(rows, digests, views, strict=True)
+    each = [(row, digest, fit) for row, digest, fits in pictures for fit in fits]
+    keys = [_key({**about, "size": fit.name}, digest) for _, digest, fit in each]
+    of_key = dict(zip(keys, each, strict=True))
     if missing := _share(store.missing(keys), share):
         store.check_writable()
         vae = load_vae()
-        wanted = {key: (row_of[key], digest_of[key]) for key in missing}
-        pairs = _encode_pictures(vae, wanted, size, batch_size or pictures_at_once(size))
+        missing.sort(key=lambda key: of_key[key][2].size)  # as it is, where all are of one size
+        pairs = _encode_pictures(vae, {key: of_key[key] for key in missing}, batch_size)
         store.fill(tqdm(pairs, "pictures encoded", len(missing), disable=None if progress else True))
         del vae, pairs
         _free_memory()
@@ -154,26 +162,27 @@ def _share(missing: list[str], share: Share, cost: Callable[[str], int] = lambda
 
 
 def _encode_pictures(
-    vae: AutoencoderKL, wanted: Mapping[str, tuple[Row, str]], size: int, batch_size: int
+    vae: AutoencoderKL, wanted: Mapping[str, tuple[Row, str, Fit]], batch_size: int | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Key and (2, C, H, W), posterior mean and standard deviation, or nothing where that is not finite.
 
-    wanted  row and digest of each key
+    wanted  row, digest and fit of each key; those of one size follow each other
     """
-    keys = list(wanted)
-    pixels = in_threads(lambda key: _pixels(*wanted[key], size), keys, ahead=2 * batch_size)  # while others are encoded
-    for start in range(0, len(keys), batch_size):
-        batch = keys[start : start + batch_size]
-        for key, moments in zip(batch, encode_moments(vae, torch.stack(list(islice(pixels, len(batch))))), strict=True):
-            yield key, moments if moments.isfinite().all() else moments.new_empty(0)
+    most = max(batch_size or pictures_at_once(fit.size) for _, _, fit in wanted.values())
+    pixels = in_threads(lambda key: _pixels(*wanted[key]), list(wanted), ahead=2 * most)  # while others are encoded
+    for size, of_size in groupby(wanted, key=lambda key: wanted[key][2].size):
+        while batch := list(islice(of_size, batch_size or pictures_at_once(size))):
+            found = encode_moments(vae, torch.stack(list(islice(pixels, len(batch)))))
+            for key, moments in zip(batch, found, strict=True):
+                yield key, moments if moments.isfinite().all() else moments.new_empty(0)
 
 
-def _pixels(row: Row, digest: str, size: int) -> Tensor:
+def _pixels(row: Row, digest: str, fit: Fit) -> Tensor:
     """A picture's pixels, of the very bytes that its digest is of: another program may write it meanwhile."""
     content = row.content()
     if row.digest(content) != digest:
         raise UserError(f"{row.where} was changed while the run began; leave the pictures as they are and start again")
-    return fitted(row.opened(content).picture, size)
+    return fitted(row.opened(content).picture, fit)
 
 
 def component_id(

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,11 @@ _TABLE_TYPES = (".json", ".csv", ".tsv", ".ndjson")
 _PACKED_TYPES = frozenset({".tar", ".tgz", ".gz", ".zip", ".rar", ".7z", ".parquet", ".arrow"})
 _NEARLY_TXT = frozenset({".txt", ".caption", ".captions", ".cap", ".text"})
 _REST = "\0"  # the cells of a row that no column has; a name that no column can have
+_ONE_SIDED = re.compile(  # what a mirror image makes wrong, in English
+    r"[\"“”«»]|\b(left|right|clockwise|anticlockwise|text|texts|letter|letters|lettering|word|words|writing|written"
+    r"|handwriting|inscription|inscribed|caption|logo|sign|signs|label|labels|number|numbers|digit|digits|clock|map)\b",
+    re.IGNORECASE,
+)
 UNREAD = "pictures that cannot be read (repair them or move them out)"
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -71,6 +77,11 @@ class Row:
     def captions(self) -> tuple[str, ...]:
         """All of them, the one that is measured first."""
         return (self.caption, *self.others)
+
+    @property
+    def may_be_mirrored(self) -> bool:
+        """Whether its captions say nothing of sides, writing or numbers, which would be wrong of the mirror image."""
+        return not any(map(_ONE_SIDED.search, self.captions))
 
     def content(self) -> bytes:
         """The bytes of its file. Raises UserError naming it."""

@@ -28,6 +28,40 @@ _SIGNED = frozenset(_FORMATS) - {"TGA", "PCX", "DIB", "SGI"}  # those that no ot
 _MOVING = frozenset({"GIF", "WEBP", "PNG", "AVIF"})  # frames of a film; those of others are pages, layers, views
 _SAME_COLOUR = 2  # of 255: a profile that is within this of sRGB is one of the many makers' sRGB
 
+Size = tuple[int, int]  # width and height, pixels
+
+
+def enlarged(picture: Size, size: Size) -> float:
+    """By what a picture's sides are multiplied until it covers a size."""
+    return max(size[0] / picture[0], size[1] / picture[1])
+
+
+def cropped(picture: Size, size: Size) -> float:
+    """The share of a picture that lies outside then, where that is more than a line of pixels."""
+    lost = 1 - size[0] * size[1] / (enlarged(picture, size) ** 2 * picture[0] * picture[1])
+    return 0.0 if lost < 1.5 / max(picture) else lost
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a picture is brought to a size.
+
+    at         what is kept of what is too long for it: from the beginning (0), of the middle, from the end (1); None:
+               all, squeezed
+    mirrored   left and right change places
+    """
+
+    size: Size
+    at: float | None = 0.5
+    mirrored: bool = False
+
+    @property
+    def name(self) -> object:
+        """What tells it from others in a cache, where squares cut from the centre were there first."""
+        width, height = self.size
+        plain = width if width == height else list(self.size)
+        return plain if self == Fit(self.size) else [plain, self.at, self.mirrored]
+
 
 @dataclass(frozen=True)
 class Opened:
@@ -66,30 +100,35 @@ def is_picture(path: Path) -> bool:
         return False
 
 
-def load_picture(path: str | Path, size: int | tuple[int, int]) -> "Tensor":
-    """The picture as (3, height, width) float32 in [-1, 1]; `size` is its side, or (width, height).
+def load_picture(path: str | Path, size: int | Size) -> "Tensor":
+    """The picture as (3, height, width) float32 in [-1, 1]; `size` is its side, or width and height.
 
     As `read_picture` gives it, cropped to the centre, Lanczos. Raises UserError naming the path.
     """
     return fitted(read_picture(path).picture, size)
 
 
-def picture_pixels(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
+def picture_pixels(picture: Image.Image, size: int | Size) -> "Tensor":
     """As `load_picture`, of a picture in memory."""
     return fitted(_rgb(picture, _to_srgb(picture)), size)
 
 
-def cut(picture: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+def cut(picture: Image.Image, fit: int | Size | Fit) -> Image.Image:
     """An RGB picture as the VAE sees it, see `load_picture`."""
-    return ImageOps.fit(picture, (size, size) if isinstance(size, int) else size, Image.Resampling.LANCZOS)
+    fit = fit if isinstance(fit, Fit) else Fit((fit, fit) if isinstance(fit, int) else fit)
+    if fit.at is None:
+        found = picture.resize(fit.size, Image.Resampling.LANCZOS)
+    else:
+        found = ImageOps.fit(picture, fit.size, Image.Resampling.LANCZOS, centering=(fit.at, fit.at))
+    return ImageOps.mirror(found) if fit.mirrored else found
 
 
-def fitted(picture: Image.Image, size: int | tuple[int, int]) -> "Tensor":
+def fitted(picture: Image.Image, fit: int | Size | Fit) -> "Tensor":
     """An RGB picture as pixels, see `load_picture`."""
     import numpy
     import torch
 
-    pixels = torch.from_numpy(numpy.array(cut(picture, size))).permute(2, 0, 1).contiguous()
+    pixels = torch.from_numpy(numpy.array(cut(picture, fit))).permute(2, 0, 1).contiguous()
     return pixels.to(torch.float32) / 127.5 - 1
 
 

@@ -4,27 +4,28 @@ import json
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any, get_args
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.reading import flat
 from pixart_ft.data.datasets import Row
-from pixart_ft.data.pixels import fitted
+from pixart_ft.data.pixels import Fit, fitted
 from pixart_ft.diffusion.likelihood import prior_bits
 from pixart_ft.diffusion.names import StepPrediction, Variance, VarianceState
-from pixart_ft.diffusion.readings import Steps, strata
+from pixart_ft.diffusion.readings import Readings, Steps, strata
 from pixart_ft.diffusion.schedules import NoiseSchedule
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.contestants import Contest, Contestant, look
 from pixart_ft.evaluation.drawing import Drawn, draw, folder_name, planned, side_by_side
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.evaluation.likeness import Sight, likeness_tables, neighbour_sheets
-from pixart_ft.evaluation.measure import flow_likelihood, readings_at
+from pixart_ft.evaluation.measure import flow_likelihood, joined, readings_at
 from pixart_ft.evaluation.page import page
 from pixart_ft.evaluation.places import Entry, check_evaluation
 from pixart_ft.evaluation.tables import (
@@ -60,9 +61,12 @@ def evaluate(
     config: EvaluateConfig,
     entries: Sequence[Entry],
     accelerator: Accelerator | None,
-    held_out: Sequence[Row] | None = None,
+    held_out: Sequence[tuple[Row, Fit]] | None = None,
 ) -> dict[str, Any]:
-    """As `run_evaluation`, once `check_evaluation` has found what is compared; `held_out` in place of the folder's."""
+    """As `run_evaluation`, once `check_evaluation` has found what is compared.
+
+    held_out   in place of the folder's: pictures and how each is fitted, those of one size after each other
+    """
     started = time.perf_counter()
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if processes > 1 and config.device != "auto":
@@ -73,7 +77,7 @@ def evaluate(
     sight = Sight.of(config, contest, device) if rank == 0 else None
     measured: list[Measured] = []
     drawn: list[list[Drawn]] = []
-    facts, x0 = [], None
+    facts, before = [], list[HeldOutSet]()
     jobs = [(prompt, config.seed + n) for prompt in contest.prompts for n in range(config.images_per_prompt)]
     for one in contest.contestants:
         model = TextToImage.of(
@@ -86,9 +90,8 @@ def evaluate(
         )
         plans = planned(model, one.ways, jobs, config.out / "pictures" / folder_name(one.label))
         if rank == 0:
-            pictures = _held_out(config, model, contest, x0, one.name)
-            x0 = pictures.x0
-            measured.append(_measure(config, one, model, pictures, contest.contestants[0].base.schedule))
+            before = _held_out(config, model, contest, before, one.name)
+            measured.append(_measure(config, one, model, before, contest.contestants[0].base.schedule))
             facts.append(_facts(one, model))
         part = slice(rank, None, processes)
         drawn.append(draw(model, one.ways, jobs, plans, batch_size=config.batch_size, part=part))
@@ -161,17 +164,19 @@ def _samples(config: EvaluateConfig, contest: Contest, drawn: Sequence[Sequence[
 
 
 def _held_out(
-    config: EvaluateConfig, model: TextToImage, contest: Contest, before: Tensor | None, name: str
-) -> HeldOutSet:
+    config: EvaluateConfig, model: TextToImage, contest: Contest, before: Sequence[HeldOutSet], name: str
+) -> list[HeldOutSet]:
     """The pictures' latents and captions as this model has them. Raises UserError for others than those `before`."""
-    pixels = (fitted(row.opened().picture, contest.size)[None] for row in contest.rows)
-    x0 = torch.cat([encode_pixels(model.vae, one) for one in pixels])
-    if before is not None and not (before - x0).abs().max() <= SAME_LATENTS * before.abs().max():
+    pixels = (fitted(row.opened().picture, fit)[None] for row, fit in zip(contest.rows, contest.fits, strict=True))
+    x0 = [encode_pixels(model.vae, one)[0] for one in pixels]
+    found = HeldOutSet.of_sizes(x0, [model.text.of(row.caption) for row in contest.rows], config.timesteps, config.seed)
+    pairs = [(was.x0, now.x0) for was, now in zip(before, found, strict=bool(before))]
+    if not all((was - now).abs().max() <= SAME_LATENTS * was.abs().max() for was, now in pairs):
         raise UserError(
             f"runs: {name} has another VAE than the base, and what is measured is in its latents; evaluate it by "
             "itself, as --model"
         )
-    return HeldOutSet(x0, [model.text.of(row.caption) for row in contest.rows], config.timesteps, config.seed)
+    return found
 
 
 def _own_variances(state: VarianceState, of_base: VarianceState) -> tuple[Variance, ...]:
@@ -185,9 +190,13 @@ def _own_variances(state: VarianceState, of_base: VarianceState) -> tuple[Varian
 
 
 def _measure(
-    config: EvaluateConfig, one: Contestant, model: TextToImage, held_out: HeldOutSet, levels: NoiseSchedule
+    config: EvaluateConfig, one: Contestant, model: TextToImage, held_out: Sequence[HeldOutSet], levels: NoiseSchedule
 ) -> Measured:
-    """What was asked for of one model; the loss is measured at the noise of the schedule `levels`."""
+    """What was asked for of one model; the loss is measured at the noise of the schedule `levels`.
+
+    held_out   the pictures of each size
+    """
+    counts = [len(part.x0) for part in held_out]
     abilities, asked, notes = model.abilities, set(config.metrics), list(one.refused)
     variances = (*_own_variances(abilities.variance, one.base.variance), "beta_tilde", "beta")
     of_loss = _loss_schedule(model, levels) if "loss" in asked else None
@@ -196,38 +205,51 @@ def _measure(
             f"no error of the noise: it predicts {abilities.prediction_type}, of the steps of its own process alone, "
             "and those have other noise than the base's"
         )
-    wanted = _wanted(config, model.abilities.schedule, of_loss, len(held_out.x0))
+    wanted = _wanted(config, model.abilities.schedule, of_loss, sum(counts))
     processes = {}
     total = sum(steps.t.numel() for steps in wanted.values())
     with tqdm(total=total, desc=one.label, unit=" calls", dynamic_ncols=True, disable=None) as bar:
         for name, steps in wanted.items():
-            readings = readings_at(
-                model.transformer,
-                steps,
-                abilities.prediction_type,
-                held_out,
-                variances=variances,
-                batch_size=config.batch_size,
-                device=model.device,
-                autocast=None if model.dtype == torch.float32 else model.dtype,
-                progress=bar.update,
-            )
-            readings = {"learned" if how == "direct" else how: found for how, found in readings.items()}
+            parts = [
+                readings_at(
+                    model.transformer,
+                    replace(steps, t=t),
+                    abilities.prediction_type,
+                    part,
+                    variances=variances,
+                    batch_size=config.batch_size,
+                    device=model.device,
+                    autocast=None if model.dtype == torch.float32 else model.dtype,
+                    progress=bar.update,
+                )
+                for part, t in zip(held_out, steps.t.split(counts), strict=True)
+            ]
+            readings: dict[Variance, Readings] = {
+                "learned" if how == "direct" else how: joined([part[how] for part in parts], steps.t.shape)
+                for how in variances
+            }
             if not all(bool(one_of.bits.isfinite().all()) for one_of in readings.values()):
                 raise UserError(f"{one.name}: the network gives NaN or infinity in {model.dtype}; use dtype float32")
-            processes[name] = Process(steps, readings, prior_bits(steps.schedule, held_out.x0.double()))
+            prior = torch.cat([prior_bits(steps.schedule, part.x0.double()) for part in held_out])
+            processes[name] = Process(steps, readings, prior)
     at_levels = processes.pop("levels", processes.get(WHOLE)) if of_loss is not None else None
     flow = None
     if "ode" in asked:
+        before = zip(held_out, accumulate(counts, initial=0), strict=False)
+        some = [part.first(config.ode_pictures - start) for part, start in before if start < config.ode_pictures]
         try:
-            flow = flow_likelihood(
-                model.transformer,
-                abilities.schedule,
-                abilities.prediction_type,
-                held_out.first(config.ode_pictures),
-                tolerance=FLOW_TOLERANCE,
-                device=model.device,
-            ).bits_per_dim
+            likelihoods = [
+                flow_likelihood(
+                    model.transformer,
+                    abilities.schedule,
+                    abilities.prediction_type,
+                    part,
+                    tolerance=FLOW_TOLERANCE,
+                    device=model.device,
+                )
+                for part in some
+            ]
+            flow = torch.cat([likelihood.bits_per_dim for likelihood in likelihoods])
         except ValueError as error:
             notes.append(f"no likelihood by the probability-flow ODE: {error}")
     for note in notes:

@@ -7,7 +7,9 @@ from pixart_ft.adapters.adopting import like_base, taken_in
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.config.evaluate import LIKENESS, EvaluateConfig, draws
 from pixart_ft.config.train import HUB_BASE
+from pixart_ft.data.buckets import Shapes, Sized, square, table
 from pixart_ft.data.datasets import Row, picture_folder, survey
+from pixart_ft.data.pixels import Fit
 from pixart_ft.data.seen import verified
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.drawing import settings_of
@@ -43,7 +45,8 @@ class Contest:
     """What is compared, and on what.
 
     contestants     the models, the base first
-    rows, origin    the held-out pictures, and where they are from; size: their side, pixels
+    rows, fits      the held-out pictures and how each is fitted, those of one size after each other
+    origin, size    where they are from; the side of a square of as many pixels
     prompts         that are drawn, if any
     features        the name of what sees pictures, if anything is to
     training        the pictures that memorisation asks for
@@ -51,6 +54,7 @@ class Contest:
 
     contestants: Sequence[Contestant]
     rows: Sequence[Row]
+    fits: Sequence[Fit]
     origin: str
     size: int
     prompts: Sequence[str]
@@ -58,7 +62,7 @@ class Contest:
     training: Sequence[Row]
 
 
-def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Row] | None) -> Contest:
+def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[tuple[Row, Fit]] | None) -> Contest:
     """Raises one UserError with all that can be refused by now. `held_out`: pictures in place of the folder's."""
     base = _base(config, entries)
     size = config.size or base.native_size
@@ -68,17 +72,23 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
     for label, entry in zip(_labels([entry.name for entry in entries]), entries, strict=True):
         with mistakes.noted():
             contestants.append(_contestant(label, entry, base, config))
-    rows, prompts, origin = list[Row](), list[str](), "held out by the training"
+    held, prompts, origin = list[tuple[Row, Fit]](), list[str](), "held out by the training"
     with mistakes.noted():
         if held_out is None:
             what = "a folder of pictures with captions that none of the models has seen"
             origin = _or_demo(config.data, base, "data", what)
-            held_out = survey(picture_folder(origin, "held_out")).usable(strict=False)
-        if len(held_out) < 2:
+            rows = survey(picture_folder(origin, "held_out")).usable(strict=False)
+        else:
+            rows = [row for row, _ in held_out]
+        if len(rows) < 2:
             raise UserError(f"data: one picture in {origin}; an error, and so any comparison, takes two or more")
-        held_out = list(held_out[: config.pictures])
-        verified(held_out)
-        rows = held_out
+        seen = verified(rows[: config.pictures])
+        if held_out is None:
+            sizes = table(size, base.size_unit) if config.aspect == "buckets" else square(size)
+            sized = Sized.by(Shapes((sizes,)), rows[: len(seen)], [one.size for one in seen])
+            held_out = [(row, Fit(size)) for row, size in zip(sized.rows, sized.sizes, strict=True)]
+        held = list(held_out[: len(seen)])
+    rows = [row for row, _ in held]
     with mistakes.noted():
         if rows and draws(config.metrics):
             captions = [row.caption for row in rows] if config.prompts_file is None else []
@@ -99,7 +109,7 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[Ro
     with mistakes.noted():
         probe(config.out, "out")
     mistakes.raise_if_any()
-    return Contest(contestants, rows, origin, size, prompts, features, training)
+    return Contest(contestants, rows, [fit for _, fit in held], origin, size, prompts, features, training)
 
 
 def _base(config: EvaluateConfig, entries: Sequence[Entry]) -> Base:

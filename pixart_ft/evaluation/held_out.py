@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import groupby
 from typing import Self
 
 import torch
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
+from pixart_ft.config.train import SEEDS
 from pixart_ft.diffusion.likelihood import Bound, variational_bound
 from pixart_ft.diffusion.names import PredictionType, Variance
 from pixart_ft.diffusion.schedules import NoiseSchedule
@@ -40,6 +42,17 @@ class HeldOutSet:
     texts: Sequence[Tensor]
     timestep_count: int  # size of the fixed grid of t
     seed: int
+
+    @classmethod
+    def of_sizes(cls, x0: Sequence[Tensor], texts: Sequence[Tensor], timestep_count: int, seed: int) -> list[Self]:
+        """One for each size, of latents (C, H, W) of which those of one size follow each other."""
+        found, first = list[Self](), 0
+        for number, (_, part) in enumerate(groupby(x0, key=lambda one: one.shape)):
+            one = torch.stack(list(part))
+            of_seed = seed + number * SEEDS  # noise of its own for each size
+            found.append(cls(one, texts[first : first + len(one)], timestep_count, of_seed))
+            first += len(one)
+        return found
 
     def first(self, count: int) -> Self:
         """That of the first pictures."""

@@ -53,12 +53,13 @@ def readings_at(
                 found[variance].append(Readings.of(steps.schedule, output, noised, prediction_type, variance))
             if progress is not None:
                 progress(len(rows))
-    return {variance: _joined(parts, (pictures, count)) for variance, parts in found.items()}
+    return {variance: joined(parts, (pictures, count)) for variance, parts in found.items()}
 
 
-def _joined(parts: Sequence[Readings], shape: tuple[int, int]) -> Readings:
+def joined(parts: Sequence[Readings], shape: Sequence[int]) -> Readings:
+    """One after another, (P, G) float64 on the CPU."""
     values = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Readings))
-    return Readings(*(value.cpu().double().view(shape) for value in values))
+    return Readings(*(value.cpu().double().view(*shape) for value in values))
 
 
 def flow_likelihood(

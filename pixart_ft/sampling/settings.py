@@ -13,6 +13,7 @@ from PIL import Image
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import Section
 from pixart_ft.config.samplers import CONDITIONS, EVERY_SAMPLER, OPTIONS
+from pixart_ft.data.buckets import FAR_RATIO
 from pixart_ft.diffusion.intervals import Interval, adapter_interval_faults, guidance_interval_faults
 from pixart_ft.diffusion.names import (
     LearnedVariance,
@@ -29,7 +30,6 @@ from pixart_ft.schedulers.base import PixArtScheduler
 from pixart_ft.schedulers.stock import StockScheduler
 
 FAR_AREA = 2.0  # times the training's area, or 1 / that: beyond it, a warning
-FAR_RATIO = 4.0  # of the sides; PixArt-Sigma's own buckets end there
 
 
 _DEFAULTS: dict[str, Any] = {key: part.default for key, part in GenerateConfig.model_fields.items()}

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from pixart_ft.config.train import Latents
+from pixart_ft.data.buckets import Order
 from pixart_ft.data.cache import CachedPictures
+from pixart_ft.data.live import LivePictures
 from pixart_ft.diffusion.names import TimestepLaw, unknown
 from pixart_ft.diffusion.weighting import (
     importance_timesteps,
@@ -25,7 +27,7 @@ from pixart_ft.diffusion.weighting import (
 )
 from pixart_ft.model.text import drop_captions, pad_text
 from pixart_ft.model.vae import LatentScale
-from pixart_ft.randomness import normal, permuted, uniform
+from pixart_ft.randomness import normal, uniform
 
 ORDER = "a keyed permutation"
 """Names how the pictures of an epoch follow each other; a run that began in another order is not the same run."""
@@ -45,33 +47,44 @@ class DrawLaws:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """Cached pictures with what is needed to read them.
+    """Encoded pictures with what is needed to read them.
 
     null_caption   (1, D), takes the place of dropped captions
     prior          how many of the pictures, the last ones, are of what the base must not forget (Ruiz et al. 2023): of
-                   each two draws one is of them then, at random which
+                   each two draws one is of them then, at random which; with several sizes of each two steps one
     prior_weight   what their losses are multiplied by
     names          of the pictures, for messages
     captions       of each picture that has several: the numbers of their texts, and the share of the draws that each
                    has; of the others the text has the picture's number
+    buckets        how many of the pictures are of each size, size after size; empty: all are of one
+    prior_buckets  the same of the prior's
+    together       draws that must be of one size: a step's, or 1 where there is one size
     """
 
-    pictures: CachedPictures
+    pictures: CachedPictures | LivePictures
     scale: LatentScale
     null_caption: Tensor
     prior: int = 0
     prior_weight: float = 1.0
     names: Sequence[str] = ()
     captions: Mapping[int, tuple[Sequence[int], Sequence[float]]] = field(default_factory=dict)
+    buckets: tuple[int, ...] = ()
+    prior_buckets: tuple[int, ...] = ()
+    together: int = 1
 
     def row(self, seed: int, draw: int) -> int:
         """The number of the picture that a draw shows."""
-        own = len(self.pictures) - self.prior
+        count = len(self.pictures) - self.prior
+        own = Order(self.buckets or (count,), self.together)
         if not self.prior:
-            return _shuffled(seed, draw, own)
-        pair, second = divmod(draw, 2)
+            return own.sample(seed, draw)
+        group, inside = divmod(draw, self.together)
+        pair, second = divmod(group, 2)
         prior_is_second = bool(uniform(seed, [pair], "prior") < 0.5)
-        return own + _shuffled(seed, pair, self.prior) if second == prior_is_second else _shuffled(seed, pair, own)
+        draw = pair * self.together + inside
+        if second == prior_is_second:
+            return count + Order(self.prior_buckets or (self.prior,), self.together).sample(seed, draw)
+        return own.sample(seed, draw)
 
     def name_of(self, seed: int, draw: int) -> str:
         """The name of that picture."""
@@ -90,12 +103,6 @@ class TrainingSet:
         """What the losses of these pictures are multiplied by, (N,) float32."""
         is_prior = torch.tensor(rows) >= len(self.pictures) - self.prior
         return torch.where(is_prior, self.prior_weight, 1.0)
-
-
-def _shuffled(seed: int, number: int, count: int) -> int:
-    """Which of `count` samples comes as number `number`, epoch after epoch."""
-    epoch, place = divmod(number, count)
-    return permuted(seed, epoch, "epoch order", count, place)
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,8 @@ def draw_batch(
     which thereby depends on the losses before this step too.
     """
     rows = [data.row(laws.seed, draw) for draw in draws]
-    mean, std = data.pictures.latents(rows)
+    views = uniform(laws.seed, draws, "view") * data.pictures.views if data.pictures.views > 1 else None
+    mean, std = data.pictures.latents(rows, None if views is None else views.int().tolist())
     shape = tuple(mean.shape[1:])
     t, weight = _timesteps(draws, laws, global_batch, num_steps, within or range(num_steps), law)
     dropped = uniform(laws.seed, draws, "caption dropout") < laws.caption_dropout

@@ -1,6 +1,7 @@
 """`pixart-ft cache`: what T5 and the VAE are needed for, made ahead of a training by all processes; or read through."""
 
 from pixart_ft.config.train import TrainConfig
+from pixart_ft.data.cache import CachedPictures
 from pixart_ft.data.datasets import listed
 from pixart_ft.data.store import TensorStore
 from pixart_ft.errors import UserError
@@ -16,28 +17,30 @@ def cache(config: TrainConfig) -> list[str]:
     Raises UserError for pictures, captions and settings that the training would refuse before it loads the network,
     and not for its run's folder or what it would start from.
     """
+    if config.data.live:
+        raise UserError("data.live keeps nothing of the training, so there is nothing to encode ahead; leave it out")
     config = with_precision(config)
     accelerator = accelerator_for(config)
     with Together(accelerator):
         main = accelerator.is_main_process
         start = look(config, None, accelerator, progress=main)
-        learned, held, digests = start.pictures.learned, start.held_rows, start.pictures.digests
+        digests = start.pictures.digests
         with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered
             before = len(TensorStore(config.data.cache))
             about = trained_on(
                 config,
                 start.base,
-                start.rows,
-                start.prior_rows,
-                held,
+                start.train,
+                start.prior,
+                start.held,
                 digests,
                 start.schedule_config,
                 start.objective,
-                start.resolution,
             )
         agree(accelerator, about.facts())
-        prior = len(start.prior_rows)
-        encoded = encode_once(config, start.base, learned, held, start.resolution, accelerator, digests, prior=prior)
+        prior = len(start.prior.rows)
+        encoded = encode_once(config, start.base, start.learned, start.held, accelerator, digests, prior=prior)
+        assert isinstance(encoded.train, CachedPictures)
         accelerator.wait_for_everyone()
     if not main:
         return []

@@ -228,7 +228,7 @@ def _of_data(config: TrainConfig, card: int | None) -> Overview | None:
     device, processes = f"an NVIDIA GPU of {_gib(card or 0)}", 1
     if accelerator is not None:
         device, processes = str(accelerator.device), accelerator.num_processes
-    overview = start.overview(config.data.max_tokens)
+    overview = start.overview(config.data)
     print("\n".join([*start.facts(config, device, processes), *overview.details()]))
     start.warn(overview, config)
     return overview
@@ -318,7 +318,7 @@ def _remedies(case: Case, lacking: Mapping[str, Need], room: int) -> Iterator[st
             size = need.bytes if other is None else other.bytes
             if size > 0.97 * need.bytes:
                 return None
-            options = " ".join(f"--{key} {str(value).lower()}" for key, value in changes.items())
+            options = " ".join(f"--{key} {_typed(value)}" for key, value in changes.items())
             return f"  {stage:<16}{_gib(size):>9}{' fits ' if size <= room else '      '}with {options}"
 
         found = {told: way for way in _changes(case, stage) if (told := line(way)) is not None}
@@ -336,7 +336,7 @@ def _changes(case: Case, stage: str) -> list[dict[str, Any]]:
     config, rows = case.config, case.config.train.batch_size
     ways: dict[str, list[tuple[bool, dict[str, Any]]]] = {
         _CAPTIONS: [(True, {"model.text_encoder_dtype": "bfloat16"})],
-        _PICTURES: [(True, {"data.resolution": case.resolution // 2 // 16 * 16})],
+        _PICTURES: [(True, {"data.resolution": (case.resolution // 2 // 16 * 16,)})],
         _TRAINING: [
             (not config.model.gradient_checkpointing, {"model.gradient_checkpointing": True}),
             (rows > 1, {"train.batch_size": 1, "train.accumulation": rows * config.train.accumulation}),
@@ -370,6 +370,11 @@ def _changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         part = getattr(config, section).model_copy(update={name: value})
         config = config.model_copy(update={section: part})
     return config
+
+
+def _typed(value: object) -> str:
+    """A setting as the command line takes it."""
+    return str(value[0] if isinstance(value, tuple) else value).lower()
 
 
 def _parts(need: Need) -> str:

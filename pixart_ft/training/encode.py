@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.config.sources import Use
 from pixart_ft.config.train import TrainConfig
+from pixart_ft.data.buckets import Sized, view_count, whole_fit
 from pixart_ft.data.cache import (
     ALONE,
     CachedPictures,
@@ -24,6 +25,7 @@ from pixart_ft.data.cache import (
     without_latents,
 )
 from pixart_ft.data.datasets import Account, Row, distinct, listed, split
+from pixart_ft.data.live import LivePictures
 from pixart_ft.data.seen import Seen, look_at, verified
 from pixart_ft.data.sources import survey_source, times_shown
 from pixart_ft.data.store import TensorStore
@@ -48,15 +50,17 @@ class Pictures:
     """The pictures of a run.
 
     train, prior   each picture as often as an epoch shows it
-    accounts       of each source, by its key
-    uses           of each source, how many of its pictures are for what
+    held, beyond   held out; beyond validation.pictures they are not measured
+    sources        the pictures of each source that can be used, by its key
+    accounts       of each source
     """
 
     train: list[Row]
     held: list[Row]
+    beyond: list[Row]
     prior: list[Row]
+    sources: dict[str, list[Row]]
     accounts: dict[str, Account]
-    uses: dict[str, dict[str, int]]
     seen: dict[Row, Seen]
 
     @property
@@ -69,12 +73,23 @@ class Pictures:
         """What names each picture: those of `learned`, then those of `held`."""
         return [self.seen[row].digest for row in (*self.learned, *self.held)]
 
+    @property
+    def uses(self) -> dict[str, dict[str, int]]:
+        """Of each source, how many of its pictures are for what."""
+        parts = {"trained on": self.train, "measured": self.held, "of the prior": self.prior}
+        parts["held out beyond validation.pictures"] = self.beyond
+        numbers = {use: set(map(id, part)) for use, part in parts.items()}
+        counts = {
+            key: {use: sum(id(row) in part for row in rows) for use, part in numbers.items()}
+            for key, rows in self.sources.items()
+        }
+        return {key: of | {"left out": self.accounts[key].pictures - sum(of.values())} for key, of in counts.items()}
+
     def facts(self) -> list[str]:
         """What became of every picture in the sources, a line each."""
-        lines = []
+        lines, uses = [], self.uses
         for key, account in self.accounts.items():
-            counts = self.uses[key] | {"left out": account.pictures - sum(self.uses[key].values())}
-            told = ", ".join(f"{count:,} {use}" for use, count in counts.items() if count)
+            told = ", ".join(f"{count:,} {use}" for use, count in uses[key].items() if count)
             orphans = f"; {account.orphans:,} captions or text files without a picture" if account.orphans else ""
             lines.append(f"{'in ' + key:<18} {account.pictures:,} pictures: {told}{orphans}")
         pictures = distinct(self.train)
@@ -113,31 +128,34 @@ def read_pictures(config: TrainConfig, *, remember: bool = False, progress: bool
     learned, held = of("train"), of("held_out")
     if not any(source.use == "held_out" for source in sources.values()):
         learned, held = split(learned, config.data.held_out_fraction, config.run.seed)
-    measured = held[: config.validation.pictures]
-    uses = {"trained on": learned, "measured": measured, "of the prior": of("prior")}
-    uses["held out beyond validation.pictures"] = held[len(measured) :]
-    numbers = {use: {id(row) for row in part} for use, part in uses.items()}
-    counts = {key: {use: sum(id(row) in part for row in rows[key]) for use, part in numbers.items()} for key in rows}
-
-    def shown(use: Use, part: set[int]) -> list[Row]:
-        ours = {key: [row for row in rows[key] if id(row) in part] for key in rows if sources[key].use == use}
-        times = times_shown({key: sources[key] for key in ours}, {key: len(one) for key, one in ours.items()})
-        return [row for key, one in ours.items() for row in one * times[key]]
-
     if config.data.shuffle_tags:  # what is measured is measured as it is written
         turned = {id(row): in_orders(row, config.data.caption_variants, config.data.keep_tags) for row in learned}
         seen.update((turned[id(row)], seen[row]) for row in learned)
-    else:
-        turned = {id(row): row for row in learned}
-    train = [turned[id(row)] for row in shown("train", numbers["trained on"])]
-    prior = shown("prior", numbers["of the prior"])
-    return Pictures(train, measured, prior, accounts, counts, seen)
+        learned = [turned[id(row)] for row in learned]
+        rows = {key: [turned.get(id(row), row) for row in part] for key, part in rows.items()}
+
+    def shown(use: Use, part: list[Row]) -> list[Row]:
+        used = set(map(id, part))
+        ours = {key: [row for row in rows[key] if id(row) in used] for key in rows if sources[key].use == use}
+        times = times_shown({key: sources[key] for key in ours}, {key: len(one) for key, one in ours.items()})
+        return [row for key, one in ours.items() for row in one * times[key]]
+
+    most = config.validation.pictures
+    return Pictures(
+        train=shown("train", learned),
+        held=held[:most],
+        beyond=held[most:],
+        prior=shown("prior", of("prior")),
+        sources=rows,
+        accounts=accounts,
+        seen=seen,
+    )
 
 
-def read_rows(config: TrainConfig) -> tuple[list[Row], list[Row]]:
-    """Training and held-out pictures, see `read_pictures`."""
+def read_squares(config: TrainConfig, side: int) -> tuple[Sized, Sized]:
+    """Training and held-out pictures, see `read_pictures`, all of one size."""
     pictures = read_pictures(config)
-    return pictures.train, pictures.held
+    return Sized.square(pictures.train, side), Sized.square(pictures.held, side)
 
 
 def warn_of_copies(learned: Sequence[Row], held: Sequence[Row], digests: Sequence[str]) -> None:
@@ -179,9 +197,9 @@ class Encoded:
     captions   of the pictures of `train` that have several, see `TrainingSet`
     """
 
-    train: CachedPictures
+    train: CachedPictures | LivePictures
     learned: list[int]  # which of the pictures to train on these are
-    held_out: HeldOutSet | None
+    held_out: list[HeldOutSet]  # one for each size
     null_caption: Tensor
     prompts: list[Tensor]
     scale: LatentScale
@@ -191,9 +209,8 @@ class Encoded:
 def encode_once(
     config: TrainConfig,
     base: Base,
-    rows: list[Row],
-    held: list[Row],
-    resolution: int,
+    train: Sized,
+    held: Sized,
     accelerator: Accelerator,
     digests: Sequence[str] | None = None,
     *,
@@ -202,10 +219,14 @@ def encode_once(
     """Fill the cache, each process a share of it, then read it on all; what it holds already is not encoded again.
 
     Pictures go first, since one that cannot be read should be known before T5 is even downloaded. `digests` are those
-    of the pictures of `rows`, then of `held`, where they are known; the last `prior` of `rows` are the prior's.
+    of the pictures of `train`, then of `held`, where they are known; the last `prior` of `train` are the prior's. With
+    data.live those of `train` are left for when they are drawn.
     """
-    device, show = accelerator.device, accelerator.is_main_process
-    everything = rows + held
+    device, show, data = accelerator.device, accelerator.is_main_process, config.data
+    cached, each = Sized([], []) if data.live else train, view_count(data)
+    everything = [*cached.rows, *held.rows]
+    views = [*cached.views(data), *([whole_fit(size, data.crop)] for size in held.sizes)]
+    digests = digests and digests[len(train.rows) - len(cached.rows) :]
     with accelerator.main_process_first():  # models are hashed and the index is written once
         store = TensorStore(config.data.cache)
         of_vae, of_text = vae_id(config, base), text_encoder_id(config, base)
@@ -225,20 +246,18 @@ def encode_once(
             load_vae=vae,
             vae_id=of_vae,
             digests=digests,
-            size=resolution,
+            views=views,
             share=share,
             progress=show,
         )
 
     picture_keys = _divided(store, accelerator, encode_pictures)
-    own = len(rows) - prior
-    uses = {
-        "trained on": range(own),
-        "of the prior": range(own, len(rows)),
-        "measured": range(len(rows), len(everything)),
-    }
-    kept = _with_latents(config, store, picture_keys, everything, uses)
-    learned, shown = [number for number in kept if number < len(rows)], [everything[number] for number in kept]
+    owners = [number for number, fits in enumerate(views) for _ in fits]  # of the keys
+    cut = len(cached.rows)
+    own = max(0, cut - prior)
+    uses = {"trained on": range(own), "of the prior": range(own, cut), "measured": range(cut, len(everything))}
+    kept = _with_latents(config, store, picture_keys, owners, everything, uses)
+    learned, shown = [number for number in kept if number < cut], [everything[number] for number in kept]
     count, known = len(learned), len(shown)
     null = known + len(config.validation.prompts)
     texts = [row.caption for row in shown] + list(config.validation.prompts) + [""]
@@ -258,25 +277,29 @@ def encode_once(
     text_keys = _divided(store, accelerator, encode_captions)
     if show:
         store.write_index()
-    latent_keys = [picture_keys[number] for number in kept]
-    measured = CachedPictures(store, latent_keys[count:], text_keys[count:known])
-    held_out = None
-    if len(measured):
-        all_of_them = range(len(measured))
-        held_out = HeldOutSet(
-            x0=base.latent_scale.scaled(measured.latents(all_of_them)[0]),
-            texts=measured.texts(all_of_them),
-            timestep_count=config.validation.timesteps,
-            seed=config.run.seed,
-        )
+    still = set(kept)
+    latent_keys = [key for key, owner in zip(picture_keys, owners, strict=True) if owner in still]
+    measured = CachedPictures(store, latent_keys[count * each :], text_keys[count:known])
+    of_train: CachedPictures | LivePictures
+    if data.live:
+        learned = list(range(len(train.rows)))
+        of_train = LivePictures(train.rows, train.views(data), vae(), *text_encoder(), max_tokens=data.max_tokens)
+    else:
+        texts_of = text_keys[:count] + text_keys[null + 1 :]
+        of_train = CachedPictures(store, latent_keys[: count * each], texts_of, each)
     return Encoded(
-        train=CachedPictures(store, latent_keys[:count], text_keys[:count] + text_keys[null + 1 :]),
+        train=of_train,
         learned=learned,
-        held_out=held_out,
+        held_out=HeldOutSet.of_sizes(
+            [base.latent_scale.scaled(measured.latents([number])[0])[0] for number in range(len(measured))],
+            measured.texts(range(len(measured))),
+            config.validation.timesteps,
+            config.run.seed,
+        ),
         null_caption=store.get(text_keys[null]),
         prompts=[store.get(key) for key in text_keys[known:null]],
         scale=base.latent_scale,
-        captions=several_captions(shown[:count]),
+        captions=several_captions([train.rows[number] for number in learned]),
     )
 
 
@@ -309,13 +332,18 @@ def _divided(store: TensorStore, accelerator: Accelerator, encode: Callable[[Sha
 
 
 def _with_latents(
-    config: TrainConfig, store: TensorStore, keys: Sequence[str], rows: Sequence[Row], uses: Mapping[str, range]
+    config: TrainConfig,
+    store: TensorStore,
+    keys: Sequence[str],
+    owners: Sequence[int],
+    rows: Sequence[Row],
+    uses: Mapping[str, range],
 ) -> list[int]:
-    """The numbers of the pictures that have latents; the others are named.
+    """The numbers of the pictures all of whose views have latents; the others are named. `owners`: pictures of keys.
 
     Raises AllFailed for these if data.strict is true, or if they are all of a use.
     """
-    lost = without_latents(store, keys)
+    lost = sorted({owners[number] for number in without_latents(store, keys)})
     if lost:
         kind = "pictures for which the VAE gives NaN or infinity (move them out, or mend it)"
         named = listed(kind, [str(rows[number].where) for number in lost])
@@ -326,4 +354,4 @@ def _with_latents(
         if config.data.strict:
             raise AllFailed(f"some pictures cannot be used:\n{named}\n  --data.strict false leaves them out")
         warnings.warn(f"left out:\n{named}", stacklevel=3)
-    return sorted(set(range(len(keys))).difference(lost))
+    return sorted(set(range(len(rows))).difference(lost))

@@ -104,7 +104,7 @@ def pictures(case: Case) -> Need:
     return _call(
         loading.vae_skeleton(case.base),
         torch.float32,
-        lambda vae: vae.encode(torch.empty(pictures_at_once(side), 3, side, side)),
+        lambda vae: vae.encode(torch.empty(pictures_at_once((side, side)), 3, side, side)),
     )
 
 
@@ -120,7 +120,16 @@ def training(case: Case) -> Need:
     at_once = max(0, max(*peaks, weights + gradients + passing) - weights - gradients)
     file = 0 if case.on_gpu else max(kept, trained * _width(case)) - gradients
     parts = {"weights": weights, "gradients": gradients, "optimizer": kept, "average": _average_bytes(case, trained)}
+    parts |= _live(case)
     return Need(parts | ({"activations": at_once} if at_once >= file else {"writing a checkpoint": file}))
+
+
+def _live(case: Case) -> dict[str, int]:
+    """What VAE and T5 need, one after the other, beside the training, where it encodes what it draws."""
+    found = [need for need in (captions(case), pictures(case)) if need is not None] if case.config.data.live else []
+    if not found:
+        return {}
+    return {"VAE and T5": sum(need.parts["weights"] for need in found) + max(n.parts["activations"] for n in found)}
 
 
 def samples(case: Case) -> Need:

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pixart_ft.config.text import visible
 from pixart_ft.data.datasets import Row, in_threads, listed
-from pixart_ft.data.pixels import cut
+from pixart_ft.data.pixels import Fit, Size, cropped, cut, enlarged
 from pixart_ft.data.seen import Seen
 from pixart_ft.model.captions import warn_of_trigger_words
 from pixart_ft.model.text import token_counts
@@ -32,25 +32,25 @@ _WIDTH = 140
 class Pair:
     """A picture with its caption.
 
-    size, target   of the picture in its file, and as the VAE sees it, (width, height) in pixels
-    tokens         of its longest caption, whole and its end included; None where they were not counted
+    size     of the picture in its file
+    fit      how the VAE sees it
+    tokens   of its longest caption, whole and its end included; None where they were not counted
     """
 
     row: Row
-    size: tuple[int, int]
-    target: tuple[int, int]
+    size: Size
+    fit: Fit
     tokens: int | None
 
     @property
     def enlarged(self) -> float:
-        """By what its sides are multiplied until it covers the target."""
-        return max(self.target[0] / self.size[0], self.target[1] / self.size[1])
+        """By what its sides are multiplied until it covers that size."""
+        return enlarged(self.size, self.fit.size)
 
     @property
     def lost(self) -> float:
-        """The share of the picture that lies outside of the target then, where that is more than a line of pixels."""
-        covered = self.target[0] * self.target[1] / (self.enlarged**2 * self.size[0] * self.size[1])
-        return 0.0 if 1 - covered < 1.5 / max(self.size) else 1 - covered
+        """The share of the picture that is cut off, see `cropped`."""
+        return 0.0 if self.fit.at is None else cropped(self.size, self.fit.size)
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ class Overview:
         cls,
         seen: Mapping[Row, Seen],
         rows: Sequence[Row],
-        target: Callable[[tuple[int, int]], tuple[int, int]],
+        fit: Callable[[Size], Fit],
         tokenizer: PreTrainedTokenizerBase | None,
         max_tokens: int,
     ) -> Self:
-        """Of rows that were seen; `target` gives the size that the VAE sees of a picture's own."""
+        """Of rows that were seen; `fit` is of a picture's own size."""
         every = math.ceil(len(rows) / _COUNTED)
         captions = [caption for row in rows[::every] for caption in row.captions]
         counts = {} if tokenizer is None else token_counts(tokenizer, captions)
 
         def pair(row: Row) -> Pair:
             own, tokens = seen[row].size, [counts[caption] for caption in row.captions if caption in counts]
-            return Pair(row, own, target(own), max(tokens, default=None))
+            return Pair(row, own, fit(own), max(tokens, default=None))
 
         return cls([pair(row) for row in rows], max_tokens)
 
@@ -182,7 +182,7 @@ class Overview:
         )
 
     def _cell(self, pair: Pair, picture: Image.Image) -> Image.Image:
-        return marked(ImageOps.contain(cut(picture, pair.target), (_CELL, _CELL)), ", ".join(self._marks(pair)))
+        return marked(ImageOps.contain(cut(picture, pair.fit), (_CELL, _CELL)), ", ".join(self._marks(pair)))
 
     def _marks(self, pair: Pair) -> list[str]:
         """What is bad about a pair."""

@@ -12,6 +12,7 @@ from pixart_ft.config.push import PushConfig
 from pixart_ft.config.reading import load
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.datasets import Row
+from pixart_ft.data.pixels import Fit
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation.command import evaluate
 from pixart_ft.evaluation.held_out import Estimate
@@ -22,7 +23,6 @@ from pixart_ft.runs.folder import RunFolder
 from pixart_ft.runs.results import What, final
 from pixart_ft.sharing.push import push
 from pixart_ft.training.before_after import before_after
-from pixart_ft.training.encode import read_pictures
 from pixart_ft.training.keeping import lowest_step
 from pixart_ft.training.records import Progress
 from pixart_ft.training.shell import pasteable
@@ -106,7 +106,7 @@ def publish(run: Path, hub: Hub) -> None:
         warnings.warn(f"hub.repo: {error}. The result is in {run}; to push it later: {later}", stacklevel=2)
 
 
-def compare_with_base(run: Path, config: TrainConfig, device: str) -> None:
+def compare_with_base(run: Path, config: TrainConfig, held_out: Sequence[tuple[Row, Fit]], device: str) -> None:
     """The report of `pixart-ft evaluate` into final/evaluation; what stands in its way is a warning."""
     chosen, out = config.validation, run / "final" / EVALUATION
     steps = config.diffusion.num_steps or 1000
@@ -115,7 +115,8 @@ def compare_with_base(run: Path, config: TrainConfig, device: str) -> None:
             "model": config.model.base,
             "revision": config.model.revision,
             "runs": [str(run)],
-            "size": config.data.resolution,
+            "size": config.data.resolution and max(config.data.resolution),
+            "aspect": config.data.aspect,
             "pictures": chosen.pictures,
             "metrics": ["loss", "bpd", "calibration", "samples"],
             "respacings": [n for n in EvaluateConfig.model_fields["respacings"].default if n <= steps],
@@ -128,7 +129,7 @@ def compare_with_base(run: Path, config: TrainConfig, device: str) -> None:
             "out": str(out),
         }
         evaluating = load(EvaluateConfig, asked)
-        evaluate(evaluating, check_evaluation(evaluating), None, read_pictures(config).held)
+        evaluate(evaluating, check_evaluation(evaluating), None, held_out)
 
 
 def _first_seeds(folder: RunFolder, step: int, prompts: Sequence[str]) -> list[Image.Image]:

@@ -6,6 +6,7 @@ What a user can get wrong is found before the run folder is made, and what is ch
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from diffusers import PixArtTransformer2DModel
 
 from pixart_ft.config.reading import flat, to_yaml
 from pixart_ft.config.train import TrainConfig
+from pixart_ft.data.buckets import Sized, whole_fit
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.files import remove_folder, sha256, versions, write_text
 from pixart_ft.model import loading
@@ -66,10 +68,11 @@ def train(config: TrainConfig, resume: str | None, source: Source | None, accept
     with Together(accelerator), RunLock(folder.path) as lock:
         if accelerator.is_main_process and resume is not None and folder.path.is_dir():
             lock.take()  # before anything in the folder is looked at
-        run = _run(config, resume, source, accept_changes, accelerator, folder, lock)
+        run, held = _run(config, resume, source, accept_changes, accelerator, folder, lock)
     if accelerator.is_main_process:  # the others need not wait for it
         if config.validation.report:
-            compare_with_base(run, config, str(accelerator.device))
+            fits = [whole_fit(size, config.data.crop) for size in held.sizes]
+            compare_with_base(run, config, list(zip(held.rows, fits, strict=True)), str(accelerator.device))
         publish(run, config.hub)
     return run
 
@@ -82,24 +85,23 @@ def _run(
     accelerator: Accelerator,
     folder: RunFolder,
     lock: RunLock,
-) -> Path:
+) -> tuple[Path, Sized]:
+    """The run's folder, and what is held out."""
     main = accelerator.is_main_process
     if main:
         folder.probe()  # before the cache remembers what pictures are like
     start = look(config, resume, accelerator, progress=main)
-    base, resolution, objective = start.base, start.resolution, start.objective
+    base, objective = start.base, start.objective
     plan, checkpoint = start.plan, start.checkpoint
-    learned, held_rows, digests = start.pictures.learned, start.held_rows, start.pictures.digests
+    learned, held, digests = start.learned, start.held, start.pictures.digests
     schedule_config = start.schedule_config
-    overview = start.overview(config.data.max_tokens) if main else None
+    overview = start.overview(config.data) if main else None
     if overview:
         facts = start.facts(config, str(accelerator.device), accelerator.num_processes)
         print("\n".join([*facts, *overview.facts()]))
         start.warn(overview, config)
     with accelerator.main_process_first():  # hashing T5-XXL takes long, and is remembered
-        about = trained_on(
-            config, base, start.rows, start.prior_rows, held_rows, digests, schedule_config, objective, resolution
-        )
+        about = trained_on(config, base, start.train, start.prior, held, digests, schedule_config, objective)
     begins = {
         "--resume": f"{checkpoint.name} ({content_of(checkpoint)[:8]})" if checkpoint else "not given",
         "--init-from": f"{source.name} ({_marks(source.files)})" if source else "not given",
@@ -107,8 +109,7 @@ def _run(
     agree(accelerator, about.facts() | begins)
     if checkpoint is not None:
         check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
-    prior = len(start.prior_rows)
-    encoded = encode_once(config, base, learned, held_rows, resolution, accelerator, digests, prior=prior)
+    encoded = encode_once(config, base, learned, held, accelerator, digests, prior=len(start.prior.rows))
 
     kind = start.kind
     transformer = loading.load_transformer(base, dtype=kind.dtype)
@@ -139,7 +140,7 @@ def _run(
         ema = _average(config, piece, optimizer) if accelerator.is_main_process else Ema.off()
         whole = Whole(accelerator, transformer, ema, network, average)
 
-    abilities = abilities_after(objective, base, resolution)
+    abilities = abilities_after(objective, base, start.resolution)
     metadata = AdapterMetadata(
         base_fingerprint=fingerprint,
         prediction_type=objective.prediction_type,
@@ -164,6 +165,10 @@ def _run(
         most=config.train.keep_checkpoints,
         last_step=plan.steps,
     )
+    own, prior = (  # as many of each size as have latents
+        Counter(learned.sizes[number] for number in encoded.learned if (number >= len(start.train.rows)) == is_prior)
+        for is_prior in (False, True)
+    )
     trainer = Trainer(
         accelerator=accelerator,
         transformer=network,
@@ -173,10 +178,13 @@ def _run(
             encoded.train,
             encoded.scale,
             encoded.null_caption,
-            prior=sum(number >= len(start.rows) for number in encoded.learned),
+            prior=sum(prior.values()),
             prior_weight=config.data.prior_weight,
-            names=[learned[number].name for number in encoded.learned],
+            names=[learned.rows[number].name for number in encoded.learned],
             captions=encoded.captions,
+            buckets=tuple(own.values()),
+            prior_buckets=tuple(prior.values()),
+            together=plan.batch_size * plan.accumulation * accelerator.num_processes if start.several_sizes else 1,
         ),
         optimizer=optimizer,
         ema=average,
@@ -219,10 +227,10 @@ def _run(
         raise
     trainer.run()
     if accelerator.is_main_process:
-        finish(folder, kind.what, trainer, config.validation.prompts, {LEARNED: start.rows, HELD_OUT: held_rows})
+        finish(folder, kind.what, trainer, config.validation.prompts, {LEARNED: start.train.rows, HELD_OUT: held.rows})
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return folder.path
+    return folder.path, held
 
 
 # The steps of it

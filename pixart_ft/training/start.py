@@ -2,15 +2,17 @@
 
 import os
 import warnings
+from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.datasets import Row, distinct
+from pixart_ft.config.train import Data, TrainConfig
+from pixart_ft.data.buckets import Shapes, Sized, counted, settled, square, table, view_count, whole_fit
+from pixart_ft.data.datasets import Row, distinct, listed
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
@@ -26,7 +28,7 @@ from pixart_ft.training.learning_rate import LearningRate, fitting_warmup
 from pixart_ft.training.objective import build_objective
 from pixart_ft.training.optimizers import check_trained
 from pixart_ft.training.overview import Overview
-from pixart_ft.training.processes import join, shards_asked_for
+from pixart_ft.training.processes import asked_for, join, shards_asked_for
 from pixart_ft.training.trainer import Plan
 
 # Steps in a row that are not finite before a training gives up. A gradient scaler needs 17 to come down from 65536 to
@@ -46,57 +48,65 @@ class Start:
     laws: DrawLaws
     learning_rate: LearningRate
     checkpoint: Path | None  # to continue from
-    pictures: Pictures
+    pictures: Pictures  # of which are used, in the order of their sizes:
+    train: Sized
+    prior: Sized
+    held: Sized
+    shapes: Shapes  # those sizes
     kind: Kind
     parameters: int  # that are trained
 
     @property
-    def rows(self) -> list[Row]:
-        """The pictures that are trained on."""
-        return self.pictures.train
+    def learned(self) -> Sized:
+        """What is trained on and the prior after it."""
+        one, other = self.train, self.prior
+        return Sized([*one.rows, *other.rows], [*one.sizes, *other.sizes], [*one.own, *other.own])
 
     @property
-    def prior_rows(self) -> list[Row]:
-        """The pictures of the prior."""
-        return self.pictures.prior
+    def several_sizes(self) -> bool:
+        """Whether what is learned from is of more than one size."""
+        return len(self.train.counts | self.prior.counts) > 1
 
-    @property
-    def held_rows(self) -> list[Row]:
-        """The pictures that are measured."""
-        return self.pictures.held
-
-    def overview(self, max_tokens: int) -> Overview:
+    def overview(self, data: Data) -> Overview:
         """What its pictures and captions are like."""
         try:
             tokenizer = loading.load_tokenizer(self.base.whole)
         except UserError:  # told of where it is needed, if it is
             tokenizer = None
-        rows, target = distinct([*self.pictures.learned, *self.held_rows]), (self.resolution, self.resolution)
-        return Overview.of(self.pictures.seen, rows, lambda size: target, tokenizer, max_tokens)
+        rows = distinct([*self.pictures.learned, *self.pictures.held])
+        seen, max_tokens = self.pictures.seen, data.max_tokens
+        return Overview.of(seen, rows, lambda own: whole_fit(self.shapes.of(own), data.crop), tokenizer, max_tokens)
 
     def warn(self, overview: Overview, config: TrainConfig) -> None:
         """Warn of what is held out and trained on, and of what is not read as it may seem."""
-        warn_of_copies(self.pictures.learned, self.held_rows, self.pictures.digests)
+        warn_of_copies(self.pictures.learned, self.pictures.held, self.pictures.digests)
         overview.warn(self.pictures.seen, config.hub.trigger_words)
 
     def facts(self, config: TrainConfig, device: str, processes: int) -> list[str]:
         """Where it trains, how much, and how often it sees its pictures, a line each."""
-        pictures, places = len(distinct(self.rows)), len(self.rows)
+        pictures, places = len(distinct(self.train.rows)), len(self.train.rows)
         batch = self.plan.batch_size * self.plan.accumulation * processes
         where = device if processes == 1 else f"{device}, {processes} processes"
         where += ", the network in shards" if processes > 1 and shards_asked_for(os.environ) else ""
-        draws = batch / 2 if self.prior_rows else batch  # of the pictures, in a step
+        draws = batch / 2 if self.prior.rows else batch  # of the pictures, in a step
         epochs = self.plan.steps * draws / places
         often = (
             f"each picture {epochs:.4g} times" if places == pictures else f"{epochs:.4g} epochs of {places:,} places"
         )
-        prior = f", and {len(distinct(self.prior_rows)):,} of the prior in every second draw" if self.prior_rows else ""
-        held_out = f", {len(self.held_rows)} held out" if self.held_rows else ""
+        turn = "step" if self.several_sizes else "draw"
+        prior = f", and {len(distinct(self.prior.rows)):,} of the prior in every second {turn}"
+        prior = prior if self.prior.rows else ""
+        held_out = f", {len(self.held.rows)} held out" if self.held.rows else ""
+        views, largest = view_count(config.data), f"{self.resolution} x {self.resolution}"
+        several = f"of {len(self.train.counts)} sizes up to the pixels of {largest}"
+        sizes = several if self.several_sizes else f"{largest} pixels"
         part = self.objective.where
         return [
             f"device             {where}, precision {config.train.mixed_precision}",
             f"trained            {self.parameters:,} parameters of {self.kind.words}",
-            f"pictures           {pictures:,}{prior}{held_out}, {self.resolution} x {self.resolution} pixels",
+            f"pictures           {pictures:,}{prior}{held_out}, {sizes}",
+            *(self.train.table(batch, config.data.crop) if self.several_sizes else []),
+            *([f"shown as           one of {views} crops and mirror images of each"] if views > 1 else []),
             f"steps per epoch    {places / draws:.4g}, of {batch} pictures each",
             f"length             {self.plan.steps:,} steps: {often}",
             *([f"trained at         {part} alone; there it is measured, and acts"] if part else []),
@@ -112,7 +122,7 @@ def dry_run(config: TrainConfig, resume: str | None = None) -> list[str]:
     if not accelerator.is_main_process:
         return []
     RunFolder(config.run.folder).probe()
-    overview = start.overview(config.data.max_tokens)
+    overview = start.overview(config.data)
     start.warn(overview, config)
     going_on = [] if start.checkpoint is None else [f"continues          {start.checkpoint}"]
     facts = start.facts(config, str(accelerator.device), accelerator.num_processes)
@@ -137,6 +147,7 @@ def look(
     with accelerator.main_process_first() if accelerator else nullcontext():
         remember = accelerator is not None and accelerator.is_main_process
         pictures = read_pictures(config, remember=remember, progress=progress)
+    train, prior, held, shapes = _sized(config, base, pictures)
     return Start(
         base=base,
         resolution=resolution,
@@ -146,7 +157,11 @@ def look(
         laws=_draw_laws(config),
         learning_rate=learning_rate_of(config),
         checkpoint=checkpoint,
-        pictures=pictures,
+        pictures=replace(pictures, train=train.rows, prior=prior.rows, held=held.rows),
+        train=train,
+        prior=prior,
+        held=held,
+        shapes=shapes,
         kind=kind,
         parameters=count(trained),
     )
@@ -214,11 +229,54 @@ def _no_shards(config: TrainConfig) -> str | None:
 
 
 def resolution_of(config: TrainConfig, base: Base) -> int:
-    """The side of the pictures; UserError for one that the base cannot have."""
-    resolution, unit = config.data.resolution or base.native_size, base.size_unit
-    if wrong := side_fault(resolution, unit):
-        raise UserError(f"data.resolution {resolution} does not fit {config.model.base}: it {wrong}")
-    return resolution
+    """The side of the pictures, of the largest: of no size are more pixels. UserError for one the base cannot have."""
+    return max(_resolutions(config, base))
+
+
+def _resolutions(config: TrainConfig, base: Base) -> list[int]:
+    found, mistakes = sorted(set(config.data.resolution or [base.native_size])), Mistakes()
+    for side in found:
+        if wrong := side_fault(side, base.size_unit):
+            mistakes.add(f"data.resolution {side} does not fit {config.model.base}: it {wrong}")
+    mistakes.raise_if_any()
+    return found
+
+
+def _sized(config: TrainConfig, base: Base, pictures: Pictures) -> tuple[Sized, Sized, Sized, Shapes]:
+    """Trained on, of the prior, measured; and the sizes that there are."""
+    data, unit, buckets = config.data, base.size_unit, config.data.aspect == "buckets"
+    kept = [row.name for row in pictures.learned if not row.may_be_mirrored]
+    if data.flip and kept:
+        told = "pictures that are not mirrored: their captions speak of sides, writing or numbers"
+        warnings.warn(listed(told, kept, 3), stacklevel=2)
+    try:
+        sides = _resolutions(config, base)
+        shapes = Shapes(tuple(table(side, unit, data.bucket_step) if buckets else square(side) for side in sides))
+    except ValueError as error:
+        raise UserError(f"data.bucket_step {data.bucket_step} {error}") from None
+    train, final = _dealt(config, shapes, pictures.train, pictures)
+    prior, _ = _dealt(config, shapes, pictures.prior, pictures)
+    return train, prior, Sized.by(final, pictures.held, [pictures.seen[row].size for row in pictures.held]), final
+
+
+def _dealt(config: TrainConfig, shapes: Shapes, rows: list[Row], pictures: Pictures) -> tuple[Sized, Shapes]:
+    """The rows in their sizes, and those sizes; warns of sizes of fewer pictures than a step shows."""
+    policy, own = config.data.small_buckets, [pictures.seen[row].size for row in rows]
+    if len(shapes) == 1 or not rows:
+        return Sized.by(shapes, rows, own), shapes
+    together, sizes = config.train.batch_size * config.train.accumulation * asked_for(os.environ), Counter(own)
+    before = counted(shapes, sizes)
+    final, left_out = settled(shapes, sizes, together, policy)
+    if small := {size: count for size, count in before.items() if count < together}:
+        what = {
+            "repeat": "shown several times in a step, which comes as much more rarely",
+            "drop": "left out of the training",
+            "merge_nearest": "brought to the nearest other size, and cropped to it",
+        }
+        items = [f"{width} x {height}: {count} pictures" for (width, height), count in sorted(small.items())]
+        told = f"sizes of fewer pictures than the {together} that a step shows ({policy}), {what[policy]}"
+        warnings.warn(listed(told, items), stacklevel=2)
+    return Sized.by(final, rows, own, left_out), final
 
 
 def learning_rate_of(config: TrainConfig) -> LearningRate:

@@ -19,6 +19,7 @@ from pixart_ft.adapters.targets import named
 from pixart_ft.config.hub import Hub
 from pixart_ft.config.reading import default, flat, keys
 from pixart_ft.config.train import TrainConfig
+from pixart_ft.data.buckets import Sized
 from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import TRANSFORM
 from pixart_ft.errors import UserError
@@ -42,6 +43,9 @@ _BY_CONTENT = {
     "data.sources",
     "data.strict",
     "data.resolution",
+    "data.aspect",
+    "data.bucket_step",
+    "data.small_buckets",
     "data.max_tokens",
     "data.shuffle_tags",
     "data.keep_tags",
@@ -80,6 +84,7 @@ _UNSAID = {
 }
 # and what may be turned while a run goes on, which is said aloud.
 _SAID = {
+    "data.live",
     "train.steps",
     "optim.learning_rate",
     "optim.warmup_steps",
@@ -151,32 +156,41 @@ class TrainedOn:
 def trained_on(
     config: TrainConfig,
     base: Base,
-    rows: Sequence[Row],
-    prior: Sequence[Row],
-    held: Sequence[Row],
+    train: Sized,
+    prior: Sized,
+    held: Sized,
     digests: Sequence[str],
     schedule_config: Mapping[str, object],
     objective: Objective,
-    resolution: int,
 ) -> TrainedOn:
     """Everything but the base's own weights, found without loading any.
 
-    digests          of the pictures of `rows`, then of `prior`, then of `held`
+    digests          of the pictures of `train`, then of `prior`, then of `held`
     schedule_config  the noise schedule in the words of a diffusers scheduler config
     """
     schedule = sorted((key, value) for key, value in schedule_config.items() if value)  # what is off may be left out
     parts, each = {}, iter(digests)
-    for name, part in (("training", rows), ("prior", prior), ("held-out", held)):
-        parts[f"{name} pictures"] = Part.of(islice(each, len(part)), str(len(part)))
-        parts[f"{name} captions"] = Part.of(map(_said, part), str(len(part)))
+    for name, part in (("training", train), ("prior", prior), ("held-out", held)):
+        count = str(len(part.rows))
+        parts[f"{name} pictures"] = Part.of(islice(each, len(part.rows)), count)
+        parts[f"{name} captions"] = Part.of(map(_said, part.rows), count)
     parts["training order"] = Part.of([ORDER], ORDER)
-    parts["size of the pictures"] = Part.of([resolution, TRANSFORM], f"{resolution} pixels")
+    parts["size of the pictures"] = _sizes((train, prior, held))
     parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])
     parts["text encoder"] = Part.of([text_encoder_id(config, base), config.data.max_tokens, TEXT_PREPARATION])
     parts["noise schedule"] = Part.of([schedule, objective.prediction_type])
     targets = named(config.adapter.targets, last_layer=not variance_stands_still(objective, base))
     in_full = {"diffusion.timestep_range": list(objective.interval), "adapter.targets": list(targets)}
     return TrainedOn(parts, flat(config) | in_full)
+
+
+def _sizes(parts: Sequence[Sized]) -> Part:
+    counts = [part.counts for part in parts]
+    sizes = {size for found in counts for size in found}
+    if len(sizes) == 1 and len(set(*sizes)) == 1:
+        ((side, _),) = sizes
+        return Part.of([side, TRANSFORM], f"{side} pixels")
+    return Part.of([*map(list, (found.items() for found in counts)), TRANSFORM], f"{len(sizes)} sizes")
 
 
 @dataclass(frozen=True)

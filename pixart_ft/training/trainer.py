@@ -9,7 +9,7 @@ trained on, and what a step met is read when the next one is under way.
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -87,7 +87,7 @@ class Trainer:
         plan: Plan,
         folder: RunFolder,
         whole: Whole | None = None,
-        held_out: HeldOutSet | None = None,
+        held_out: Sequence[HeldOutSet] = (),
         measure_raw: bool = False,
         draw_samples: Callable[[], list[Sample]] | None = None,
         describe: Callable[[Path], None] = lambda checkpoint: None,

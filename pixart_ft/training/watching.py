@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import Module
@@ -53,7 +54,7 @@ class Watch:
         folder: RunFolder,
         records: Records,
         batch_size: int,
-        held_out: HeldOutSet | None,
+        held_out: Sequence[HeldOutSet],
         measure_raw: bool,
         draw_samples: Callable[[], list[Sample]] | None,
     ) -> None:
@@ -72,24 +73,24 @@ class Watch:
 
     def measure(self, progress: Progress) -> None:
         """The held-out loss, into the log; the first one is what later ones are compared with."""
-        if self.held_out is None or not self.accelerator.is_main_process:
+        if not self.held_out or not self.accelerator.is_main_process:
             return
         with self.ema.applied():
-            self.last = self._losses(self.held_out)
+            self.last = self._losses()
         self.before = self.before or self.last
-        found = {"held_out": self.last} | ({"held_out_raw": self._losses(self.held_out)} if self.measure_raw else {})
+        found = {"held_out": self.last} | ({"held_out_raw": self._losses()} if self.measure_raw else {})
         over = {"interval": self.objective.interval} if self.objective.where else {}
         self.records.held_out(progress, {key: _means(losses) for key, losses in found.items()}, over)
 
-    def _losses(self, held_out: HeldOutSet) -> dict[str, Tensor]:
+    def _losses(self) -> dict[str, Tensor]:
         with self.accelerator.autocast():
-            return held_out_loss(
-                self.transformer,
-                self.objective,
-                held_out,
-                batch_size=self.batch_size,
-                device=self.accelerator.device,
-            )
+            found = [
+                held_out_loss(
+                    self.transformer, self.objective, part, batch_size=self.batch_size, device=self.accelerator.device
+                )
+                for part in self.held_out
+            ]
+        return {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
     def has_drawn(self, step: int) -> bool:
         """Whether the sample grid of this step is there."""

@@ -77,7 +77,10 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        ({"data.resolution": "500"}, "data.resolution is 500; expected integer >= 16, <= 8,192, a multiple of 16"),
+        (
+            {"data.resolution": "500"},
+            r"data.resolution\[0\] is 500; expected \[integer >= 16, <= 8,192, a multiple of 16, ...\]",
+        ),
         ({"optim.learning_rate": ".inf"}, "optim.learning_rate is Infinity; expected number >= 1e-10, <= 1"),
         ({"train.steps": "0"}, "train.steps is 0; expected integer >= 1"),
         ({"train.accumulation": "0"}, "train.accumulation is 0; expected integer >= 1"),

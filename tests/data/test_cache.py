@@ -28,7 +28,7 @@ from pixart_ft.data.cache import (
     without_latents,
 )
 from pixart_ft.data.datasets import Row, read_folder
-from pixart_ft.data.pixels import fitted
+from pixart_ft.data.pixels import Fit, fitted
 from pixart_ft.data.seen import verified
 from pixart_ft.errors import UserError
 from pixart_ft.model.text import encode_captions, null_caption
@@ -65,11 +65,19 @@ def cached_pictures(
     batch_size: int = 4,
 ) -> tuple[TensorStore, list[str]]:
     store = store if isinstance(store, TensorStore) else TensorStore(store)
-    keys = cache_pictures(store, rows, load_vae=load, vae_id=vae_id, size=size, batch_size=batch_size, progress=False)
+    keys = cache_pictures(
+        store,
+        rows,
+        load_vae=load,
+        vae_id=vae_id,
+        views=[[Fit((size, size))]] * len(rows),
+        batch_size=batch_size,
+        progress=False,
+    )
     return store, keys
 
 
-def latents_alone(vae: AutoencoderKL, row: Row, size: int = 32) -> tuple[Tensor, Tensor]:
+def latents_alone(vae: AutoencoderKL, row: Row, size: int | Fit = 32) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         posterior = vae.encode(fitted(row.opened().picture, size)[None]).latent_dist
     return posterior.mean[0], posterior.std[0]
@@ -90,6 +98,20 @@ def test_cached_latents_are_the_live_ones(tmp_path: Path, pictures: Path, vae: A
         live_mean, live_std = latents_alone(vae, rows[index])
         torch.testing.assert_close(mean[place], live_mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(std[place], live_std, rtol=1e-5, atol=1e-5)
+
+
+def test_views_of_other_sizes_are_encoded_in_one_go_each_as_it_is_alone(
+    tmp_path: Path, pictures: Path, vae: AutoencoderKL
+) -> None:
+    rows, store = read_folder(pictures)[:2], TensorStore(tmp_path)
+    views = [[Fit((32, 16), 0.2), Fit((32, 16), 0.2, mirrored=True)], [Fit((16, 32)), Fit((16, 32))]]
+    keys = cache_pictures(store, rows, load_vae=lambda: vae, vae_id="vae", views=views, progress=False)
+    assert len(keys) == 4 and len(set(keys)) == 3
+    data = CachedPictures(store, keys, keys[::2], views=2)
+    for index, row in enumerate(rows):
+        for view, fit in enumerate(views[index]):
+            mean, _ = data.latents([index], [view])
+            torch.testing.assert_close(mean[0], latents_alone(vae, row, fit)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_run_loads_nothing_and_a_copy_counts_as_the_same(
@@ -179,7 +201,7 @@ def test_a_picture_swapped_after_it_was_hashed_is_not_kept_under_its_name(
 
     store = TensorStore(tmp_path / "store")
     with pytest.raises(UserError, match=rf"{rows[5].where} was changed while the run began"):
-        cache_pictures(store, rows, load_vae=load, vae_id="vae", size=32, digests=digests, progress=False)
+        cache_pictures(store, rows, load_vae=load, vae_id="vae", views=[[Fit((32, 32))]] * len(rows), digests=digests)
     store, keys = cached_pictures(tmp_path / "store", rows, lambda: vae)
     assert all(
         torch.allclose(store.get(key)[0], latents_alone(vae, row)[0], atol=1e-5)

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy
 import pytest
+import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from pixart_ft.data.datasets import read_folder
-from pixart_ft.data.pixels import departs, is_picture, read_picture, refused_types
+from pixart_ft.data.pixels import Fit, Size, departs, fitted, is_picture, read_picture, refused_types
 from tests.helpers.pictures import profile_of, srgb_profile, wide_profile
 
 
@@ -133,3 +134,34 @@ def test_pictures_are_known_by_name_or_by_their_first_bytes(tmp_path: Path, name
     os.utime(tmp_path / "random")
     assert [row.name for row in read_folder(tmp_path)] == [name]
     assert colour(tmp_path / name)[0] > 250
+
+
+# Sizes
+
+
+def noise(size: Size) -> Image.Image:
+    values = numpy.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=numpy.uint8)
+    return Image.fromarray(values)
+
+
+@pytest.mark.parametrize("at", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_crop_is_a_part_of_the_picture_along_its_longer_side(at: float, turned: bool) -> None:
+    """Where nothing is scaled it is so to the bit."""
+    begin = round(20 * at)
+    size, part = ((16, 36), (0, begin, 16, begin + 16)) if turned else ((36, 16), (begin, 0, begin + 16, 16))
+    picture = noise(size)
+    expected = torch.from_numpy(numpy.array(picture.crop(part))).permute(2, 0, 1) / 127.5 - 1
+    assert torch.equal(fitted(picture, Fit((16, 16), at)), expected)
+    assert torch.equal(fitted(picture, Fit((16, 16), at, mirrored=True)), expected.flip(-1))
+
+
+def test_what_is_not_cropped_is_squeezed_whole() -> None:
+    picture = noise((36, 16))
+    expected = torch.from_numpy(numpy.array(picture.resize((32, 16), Image.Resampling.LANCZOS))).permute(2, 0, 1)
+    assert torch.equal(fitted(picture, Fit((32, 16), None)), expected / 127.5 - 1)
+
+
+def test_fits_have_names_of_their_own_and_squares_the_one_they_had() -> None:
+    fits = [Fit((64, 64)), Fit((64, 32)), Fit((64, 64), 0.25), Fit((64, 64), None), Fit((64, 64), mirrored=True)]
+    assert fits[0].name == 64 and len({str(fit.name) for fit in fits}) == len(fits)

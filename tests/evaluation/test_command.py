@@ -8,16 +8,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pixart_ft import cli
 from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.reading import load
+from pixart_ft.data.datasets import read_folder
+from pixart_ft.diffusion.likelihood import OdeLikelihood
+from pixart_ft.diffusion.names import Variance
+from pixart_ft.diffusion.readings import Readings, Steps
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation import command, drawing
 from pixart_ft.evaluation.command import run_evaluation
 from pixart_ft.evaluation.contestants import look
+from pixart_ft.evaluation.held_out import HeldOutSet
+from pixart_ft.evaluation.measure import flow_likelihood, readings_at
 from pixart_ft.evaluation.places import check_evaluation
 from pixart_ft.pictures.recipes import read_recipe
 from tests.helpers.adapters import make_adapter
@@ -318,3 +326,43 @@ def test_two_processes_draw_what_one_does(tiny: Path, pictures: Path, tmp_path: 
 def open_rgb(path: Path) -> bytes:
     with Image.open(path) as picture:
         return picture.tobytes()
+
+
+def test_pictures_are_measured_at_the_sizes_of_their_aspects(
+    tiny: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Square ones as without buckets, also beside others, whose numbers come behind theirs."""
+    asked: dict[str, Any] = {"model": str(tiny), "data": str(pictures), "metrics": "loss", "aspect": "buckets"}
+    asked |= {"respacings": [10, 25, 50]}
+    alone = run_evaluation(config(**asked, out=str(tmp_path / "alone")))
+    plain = run_evaluation(config(**asked | {"aspect": "square"}, out=str(tmp_path / "plain")))
+    assert alone["loss"] == plain["loss"]
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for number, row in enumerate(read_folder(pictures)[:3]):
+        picture = row.opened().picture
+        picture.resize((100, 40) if number == 0 else (64, 64)).save(mixed / f"{number}.png")
+        (mixed / f"{number}.txt").write_text(row.caption)
+    seen: list[tuple[tuple[int, ...], Tensor]] = []
+
+    def noted(network: Any, steps: Steps, kind: Any, held_out: HeldOutSet, **named: Any) -> dict[Variance, Readings]:
+        found = readings_at(network, steps, kind, held_out, **named)
+        seen.append((tuple(held_out.x0.shape), steps.total(found["learned"].eps_mse) / steps.schedule.num_steps))
+        return found
+
+    monkeypatch.setattr(command, "readings_at", noted)
+    flows: list[int] = []
+
+    def flow(network: Any, schedule: Any, kind: Any, held_out: HeldOutSet, **named: Any) -> OdeLikelihood:
+        flows.append(len(held_out.x0))
+        return flow_likelihood(network, schedule, kind, held_out, **named)
+
+    monkeypatch.setattr(command, "flow_likelihood", flow)
+    monkeypatch.setattr(command, "FLOW_TOLERANCE", 0.3)
+    asked |= {"data": str(mixed), "metrics": "loss,ode", "ode_pictures": 3}
+    found = run_evaluation(config(**asked, out=str(tmp_path / "out")))
+    (square, of_square), (wide, of_wide) = seen
+    assert square == (2, 4, 8, 8) and wide == (1, 4, 4, 12) and flows == [2, 1]
+    assert found["data"]["pictures"] == ["1.png", "2.png", "0.png"]
+    mean = float(torch.cat([of_square, of_wide]).mean())
+    assert found["loss"]["rows"][0]["mean"] == pytest.approx(mean) and len(found["ode"]["rows"]) == 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_pictures
 from pixart_ft.data.datasets import read_folder
-from pixart_ft.data.pixels import fitted
+from pixart_ft.data.pixels import Fit, fitted
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import load_vae
@@ -42,7 +42,7 @@ def test_training_and_sampling_have_the_same_latents(shifted: Path, pictures: Pa
     """A training sample, less what the posterior's noise adds to it, is what image to image starts from."""
     vae, store, seed = load_vae(Base.read(shifted), dtype=torch.float32), TensorStore(tmp_path), LAWS.seed
     row = read_folder(pictures)[0]
-    keys = cache_pictures(store, [row], load_vae=lambda: vae, vae_id="vae", size=64, progress=False)
+    keys = cache_pictures(store, [row], load_vae=lambda: vae, vae_id="vae", views=[[Fit((64, 64))]], progress=False)
     store.add({"text": torch.zeros(1, 3)})
     data = TrainingSet(CachedPictures(store, keys, ["text"]), Base.read(shifted).latent_scale, torch.zeros(1, 3))
     x0 = draw_batch(data, [0], replace(LAWS, timestep_law="uniform"), global_batch=1, num_steps=10).x0

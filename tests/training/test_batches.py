@@ -144,6 +144,21 @@ def test_a_second_noise_is_drawn_where_it_is_asked_for(data: TrainingSet) -> Non
     assert abs(many.rest.std().item() - 1) < 0.05
 
 
+def test_each_draw_shows_one_of_the_views(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    values = {f"{i} {view}": torch.full((4, 2, 2), 10.0 * i + view) for i in range(2) for view in range(3)}
+    store.add({key: torch.stack([mean, 0 * mean]) for key, mean in values.items()})
+    store.add({f"text{i}": torch.full((1, 3), float(i)) for i in range(2)})
+    pictures = CachedPictures(store, list(values), ["text0", "text1"], views=3)
+    data = TrainingSet(pictures, LatentScale(1.0), torch.zeros(1, 3))
+    batch = draw(data, range(300), replace(LAWS, caption_dropout=0.0))
+    shown = batch.x0[:, 0, 0, 0].round().int()
+    assert torch.equal(shown // 10, batch.embeds[:, 0, 0].int())
+    share = torch.bincount(shown % 10, minlength=3) / 300
+    assert ((share - 1 / 3).abs() < 4 * (2 / 9 / 300) ** 0.5).all()
+    assert torch.equal(draw(data, [123], replace(LAWS, caption_dropout=0.0)).x0[0], batch.x0[123])
+
+
 def test_of_each_two_draws_one_is_of_the_prior_and_each_set_has_epochs_of_its_own(data: TrainingSet) -> None:
     """Three own pictures, two of the prior: numbers 0, 1, 2 and 3, 4."""
     both = replace(data, prior=2, prior_weight=0.25)

@@ -98,7 +98,8 @@ def test_the_longest_caption_may_be_of_the_prior(plan: list[str], pictures: Path
     alone, both = (load_config(own, {"data.prior": more} if more else {}) for more in (None, prior))
     base = Base.read(tiny)
     few, many = (
-        doctor._longest(config, base, look(with_precision(config), None).overview(300)) for config in (alone, both)
+        doctor._longest(config, base, look(with_precision(config), None).overview(config.data))
+        for config in (alone, both)
     )
     assert few is not None and many is not None and many >= few + 9
 

@@ -18,7 +18,7 @@ from pixart_ft.data.store import INDEX, TensorStore
 from pixart_ft.errors import UserError
 from pixart_ft.model import loading, vae
 from pixart_ft.model.base import Base
-from pixart_ft.training.encode import Encoded, encode_once, read_rows
+from pixart_ft.training.encode import Encoded, encode_once, read_squares
 from pixart_ft.training.processes import Together
 from pixart_ft.training.start import accelerator_for
 from tests.helpers.launched import launch
@@ -46,10 +46,10 @@ def encoded(tiny: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def encode(config: TrainConfig, prior: int = 0) -> Encoded:
-    accelerator, size = accelerator_for(config), config.data.resolution
-    assert size is not None
+    accelerator = accelerator_for(config)
+    (size,) = config.data.resolution or ()
     with Together(accelerator):
-        return encode_once(config, Base.read(config.model.base), *read_rows(config), size, accelerator, prior=prior)
+        return encode_once(config, Base.read(config.model.base), *read_squares(config, size), accelerator, prior=prior)
 
 
 def entries(folder: Path) -> list[str]:
@@ -134,7 +134,7 @@ def nan_of(*numbers: int) -> Callable[..., torch.Tensor]:
 
 def test_pictures_without_latents_are_left_out_or_refused(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when the next run finds that in the cache."""
-    rows, held = read_rows(config)
+    rows, held = (part.rows for part in read_squares(config, 64))
     monkeypatch.setattr("pixart_ft.data.cache.encode_moments", nan_of(1))
     for _ in range(2):
         with pytest.raises(
@@ -145,7 +145,7 @@ def test_pictures_without_latents_are_left_out_or_refused(config: TrainConfig, m
     with pytest.warns(UserWarning, match=f"left out:\n.*NaN or infinity.*: 1\n    {rows[1].where}"):
         found = encode(config)
     assert found.learned == [0, *range(2, len(rows))] and len(found.train) == len(rows) - 1
-    assert found.held_out is not None and len(found.held_out.x0) == len(held)
+    assert [len(part.x0) for part in found.held_out] == [len(held)]
     assert found.train.latents(range(len(rows) - 1))[0].isfinite().all()
 
 

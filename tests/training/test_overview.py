@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pixart_ft.data.datasets import Row
+from pixart_ft.data.pixels import Fit
 from pixart_ft.data.seen import Seen, verified
 from pixart_ft.training import overview
 from pixart_ft.training.overview import Overview, Pair
@@ -39,19 +41,20 @@ def seen_of(rows: Sequence[Row]) -> dict[Row, Seen]:
     return dict(zip(rows, verified(rows), strict=True))
 
 
-def square(size: tuple[int, int]) -> tuple[int, int]:
-    return 64, 64
+def square(size: tuple[int, int]) -> Fit:
+    return Fit((64, 64))
 
 
 def test_how_much_is_enlarged_and_lost_by_hand() -> None:
     def pair(size: tuple[int, int], target: tuple[int, int] = (64, 64)) -> Pair:
-        return Pair(Row(Path("a"), "a", "a"), size, target, None)
+        return Pair(Row(Path("a"), "a", "a"), size, Fit(target), None)
 
     assert pair((64, 64)).enlarged == 1 and pair((64, 64)).lost == 0
     assert pair((16, 32)).enlarged == 4 and pair((16, 32)).lost == 0.5  # 64 x 128, of which the middle half
     assert pair((200, 100)).enlarged == 0.64 and pair((200, 100)).lost == pytest.approx(0.5)
     assert pair((400, 100), (128, 64)).lost == pytest.approx(0.5) and pair((128, 64), (128, 64)).lost == 0
     assert pair((1000, 1001)).lost == 0  # a line of pixels
+    assert replace(pair((200, 100)), fit=Fit((64, 64), None)).lost == 0  # squeezed
 
 
 def test_facts_count_what_is_cut_enlarged_and_cropped(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -347,7 +347,7 @@ def test_places_that_cannot_be_written_are_refused_before_any_weights_are_loaded
 
 def test_bad_input_leaves_no_run_behind(options: Options, tmp_path: Path) -> None:
     refused(options, r"absent does not exist.*data\.folder", data__folder=tmp_path / "absent")
-    refused(options, r"data\.resolution is 88; expected .*multiple of 16", data__resolution=88)
+    refused(options, r"data\.resolution\[0\] is 88; expected .*multiple of 16", data__resolution=88)
     refused(options, "model.base", model__base=tmp_path / "nothing")
     refused(options, r"adapter\.targets.*'to_quack'", adapter__targets=["to_quack"])
     refused(options, "fp16 needs a CUDA GPU", train__mixed_precision="fp16")

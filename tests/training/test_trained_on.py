@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pixart_ft.config.train import load_config
+from pixart_ft.data.buckets import Sized
 from pixart_ft.data.datasets import Row
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
@@ -50,7 +51,8 @@ def test_all_timesteps_are_the_same_range_however_they_are_written(tiny: Path) -
         plain = {"model": {"base": str(tiny)}, "data": {"folder": "demo"}, "diffusion": {"timestep_range": ends}}
         config = load_config(plain, {"train.mixed_precision": "no"})
         objective, schedule = build_objective(config, base)
-        return trained_on(config, base, [], [], [], [], schedule, objective, 64).settings
+        nothing = Sized([], [])
+        return trained_on(config, base, nothing, nothing, nothing, [], schedule, objective).settings
 
     assert settings([0, 999]) == settings([0, 1000]) != settings([0, 600])
 
@@ -80,7 +82,8 @@ def test_captions_belong_to_their_pictures(tiny: Path, tmp_path: Path) -> None:
     def captions(*of_pictures: str) -> Part:
         shares = [(1 / len(said),) * len(said) if len(said) > 1 else () for said in of_pictures]
         rows = [Row(tmp_path, said[0], "", tuple(said[1:]), of) for said, of in zip(of_pictures, shares, strict=True)]
-        about = trained_on(config, base, rows, [], [], ["", ""], schedule, objective, 64)
+        none = Sized([], [])
+        about = trained_on(config, base, Sized.square(rows, 64), none, none, ["", ""], schedule, objective)
         return about.parts["training captions"]
 
     assert captions("ab", "c") != captions("a", "bc")

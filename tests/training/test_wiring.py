@@ -259,8 +259,7 @@ def test_every_number_of_the_configuration_arrives(options: dict[str, dict[str, 
     expected = {"lr": 3e-3, "betas": BETAS, "eps": EPSILON, "weight_decay": WEIGHT_DECAY}
     assert {name: group[name] for name in expected} == expected
     assert (trainer.objective.kind, trainer.objective.vlb_scale, trainer.ema.decay) == ("hybrid", 2.5, EMA_DECAY)
-    held_out = trainer.watch.held_out
-    assert held_out is not None
+    (held_out,) = trainer.watch.held_out
     assert (len(held_out.x0), held_out.timestep_count, held_out.seed) == (2, 6, 17)
 
 
@@ -289,8 +288,7 @@ def test_what_is_encoded_and_loaded_is_what_the_configuration_says(
     model = {"dtype": "bfloat16", "text_encoder_dtype": "float16"}
     with pytest.warns(UserWarning, match="max_tokens 3"):
         trainer = at_the_start(options, run=place, data=data, model=model)
-    held_out = trainer.watch.held_out
-    assert held_out is not None
+    (held_out,) = trainer.watch.held_out
     texts = [*held_out.texts, *trainer.data.pictures.texts([0, 1])]
     assert {len(text) for text in texts} == {3} and {text.dtype for text in texts} == {torch.float16}
     assert held_out.x0.shape[2:] == trainer.data.pictures.latents([0])[0].shape[2:] == (4, 4)

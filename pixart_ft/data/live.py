@@ -1,0 +1,53 @@
+"""Pictures and captions that are encoded when they are drawn: nothing of them is kept."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers.models import AutoencoderKL
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from pixart_ft.data.cache import pictures_at_once
+from pixart_ft.data.datasets import Row
+from pixart_ft.data.pixels import Fit, fitted
+from pixart_ft.model.text import encode_each, prepare_text, warn_of_losses
+from pixart_ft.model.vae import encode_moments
+
+
+class LivePictures:
+    """The training data as `CachedPictures` gives it, by the VAE and T5 that are at hand; for one thread at a time."""
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        fits: Sequence[Sequence[Fit]],
+        vae: AutoencoderKL,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: T5EncoderModel,
+        *,
+        max_tokens: int,
+    ) -> None:
+        """`fits` are the views of each row, of all as many."""
+        self._rows, self._fits, self.views = rows, fits, len(fits[0])
+        others = (caption for row in rows for caption in row.others)
+        self._texts = [prepare_text(caption) for caption in (*(row.caption for row in rows), *others)]
+        self._vae, self._tokenizer, self._text_encoder, self._max_tokens = vae, tokenizer, text_encoder, max_tokens
+        warn_of_losses(tokenizer, self._texts, max_tokens)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def latents(self, indices: Sequence[int], views: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        """See `CachedPictures.latents`. Raises UserError for a picture that cannot be read."""
+        pairs = zip(indices, views or [0] * len(indices), strict=True)
+        chosen = [(self._rows[index], self._fits[index][view]) for index, view in pairs]
+        pixels = torch.stack([fitted(row.opened().picture, fit) for row, fit in chosen])
+        parts = pixels.split(pictures_at_once(chosen[0][1].size))
+        mean, std = torch.cat([encode_moments(self._vae, part) for part in parts]).unbind(1)
+        return mean, std
+
+    def texts(self, indices: Sequence[int]) -> list[Tensor]:
+        """See `CachedPictures.texts`."""
+        texts = [self._texts[index] for index in indices]
+        found = encode_each(self._text_encoder, self._tokenizer, texts, max_tokens=self._max_tokens)
+        return [embedding for _, embedding in sorted(found, key=lambda pair: pair[0])]
