@@ -6,7 +6,8 @@ from pathlib import Path
 from demo_pictures import OTHERS, STYLES
 
 WORDS = {
-    "fluent": "`pictures/`, the fine-tuning set, laid on white and re-encoded; nothing in `model/` has seen it",
+    "fluent": "`pictures/`, the fine-tuning set, laid on white and re-encoded; nothing in `model/` has seen it, and "
+    "`extractor/` was trained on others of the package",
     "names": "captions: names of the Unicode standard",
     "words": "captions: synonyms",
 }
@@ -26,8 +27,8 @@ def write_licences(path: Path, places: dict[str, Path]) -> None:
         info = json.loads((places[key] / "info.json").read_text())
         holder = f"Copyright {info['author']['name']} ({info['author']['url']})"
         rows.append(
-            f"| `model/` was trained on | {info['name']}, {holder}, through the npm package `{style.package}` "
-            f"| {style.licence} |"
+            f"| `model/` and `extractor/` were trained on | {info['name']}, {holder}, through the npm package "
+            f"`{style.package}` | {style.licence} |"
         )
     for key, package in OTHERS.items():
         licence = json.loads((places[key] / "package.json").read_text())["license"]
@@ -38,8 +39,8 @@ def write_licences(path: Path, places: dict[str, Path]) -> None:
     text = [
         "# Where the demo comes from",
         "\n".join(rows),
-        "The model's weights were trained from scratch by `scripts/build_demo.py` and are under Apache-2.0 like the "
-        "code.\nThe text of Apache-2.0 is this repository's `LICENSE`; that of MIT:",
+        "The weights were trained from scratch, by `scripts/build_demo.py` and `scripts/build_extractor.py`, and are "
+        "under Apache-2.0 like the code.\nThe text of Apache-2.0 is this repository's `LICENSE`; that of MIT:",
         "## MIT License",
         mit[mit.index("Permission is hereby granted") :].strip(),
     ]

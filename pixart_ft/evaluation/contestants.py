@@ -96,9 +96,7 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[tu
     features, training = None, list[Row]()
     with mistakes.noted():
         if {*LIKENESS} & {*config.metrics}:
-            features = config.features
-            if features is None:
-                raise UserError("features: give --features, a network of transformers that sees pictures")
+            features = _or_demo(config.features, base, "features", "a network of transformers that sees pictures")
     with mistakes.noted():
         if "memorisation" in config.metrics:
             chosen = _or_demo(config.train_data, base, "train_data", "the folder of pictures that was trained on")

@@ -12,8 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixart_ft.errors import UserError
+from pixart_ft.model.place import DEMO_FOLDER
 from pixart_ft.runs.hub import HubModel, reached
 
+DEMO_EXTRACTOR = DEMO_FOLDER.parent / "extractor"
 _READY = "a model of transformers with image features and weights for them, such as facebook/dinov2-base, "
 _READY += "openai/clip-vit-large-patch14 or google/siglip-base-patch16-224"
 
@@ -34,13 +36,13 @@ class Extractor:
 
     @classmethod
     def load(cls, name: str, key: str, *, device: torch.device | str = "cpu") -> Self:
-        """The one in a folder, or of a Hub id, with "@revision" or without.
+        """The one in a folder, or of a Hub id, with "@revision" or without; "demo" is the demo's own.
 
         Raises UserError, naming `key`, for one that cannot be had, or whose features nothing would have trained.
         """
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        place, how = name, {}
+        place, how = str(DEMO_EXTRACTOR) if name == "demo" else name, {}
         if not Path(place).is_dir():
             hub = HubModel.named(name)
             if hub is None:

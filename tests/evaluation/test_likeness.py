@@ -15,8 +15,10 @@ from pixart_ft.config.reading import load
 from pixart_ft.data.datasets import survey
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.command import run_evaluation
+from pixart_ft.evaluation.contestants import look
 from pixart_ft.evaluation.features import Extractor
 from pixart_ft.evaluation.held_out import mean_over_pictures
+from pixart_ft.evaluation.likeness import Sight
 from pixart_ft.evaluation.metrics import caption_similarity, frechet_distance, memorisation, prdc
 from tests.helpers.tiny import build_picture_folder, tiny_tokenizer
 
@@ -112,6 +114,16 @@ def test_what_cannot_be_had_is_said_before_anything_is_drawn(
     for message in messages:
         assert re.search(re.escape(message), str(error.value)), message
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_is_seen_by_its_own_extractor_and_has_no_fit_to_prompts(tmp_path: Path) -> None:
+    asked = load(EvaluateConfig, {"model": "demo", "metrics": list(LIKENESS), "device": "cpu", "out": str(tmp_path)})
+    contest = look(asked, [], None)
+    assert contest.features == "demo" and len(contest.training) == 240
+    with pytest.raises(UserError, match="demo reads no captions; for those take one of CLIP's kind"):
+        Sight.of(asked, contest, torch.device("cpu"))
+    sight = Sight.of(asked.model_copy(update={"metrics": ("fd",)}), contest, torch.device("cpu"))
+    assert sight is not None and sight.real.shape == (60, 40)
 
 
 def test_an_extractor_that_reads_nothing_gives_no_fit_to_prompts(
