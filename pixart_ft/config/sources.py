@@ -16,6 +16,7 @@ def _listed(value: Any) -> Any:
 Source = Annotated[str, AfterValidator(os.path.expanduser)]  # a folder, or a name such as "demo" or a Hub id
 Names = Annotated[tuple[Source, ...], BeforeValidator(_listed)]
 Use = Literal["train", "held_out", "prior"]
+ALPHA = "alpha"  # of mask: the picture's own transparency
 KINDS = ("folder", "dataset", "parquet", "webdataset")
 
 
@@ -34,6 +35,8 @@ class PictureSource(Section):
     weight           in place of repeats: the share of the draws, by the sum of the weights of all
     use              what for: trained on, measured alone, or what the base must not forget
     background       the colour behind transparent pictures
+    mask             alpha: a picture is trained on where it is not transparent; or the column of grey pictures as
+                     large, or of their file names, white where it is; of tar files how their names end
     """
 
     folder: Source | None = None
@@ -50,6 +53,12 @@ class PictureSource(Section):
     weight: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     use: Use = "train"
     background: str = "white"
+    mask: Annotated[str, Field(min_length=1)] | None = None
+
+    @property
+    def mask_column(self) -> str | None:
+        """The column of the masks, where there is one."""
+        return None if self.mask == ALPHA else self.mask
 
     @property
     def kind(self) -> str:
@@ -73,6 +82,8 @@ class PictureSource(Section):
             faults.append("repeats and weight both say how often it is shown; give one")
         if self.use == "held_out" and (self.weight is not None or self.repeats > 1):
             faults.append("what is held out is measured once; leave repeats and weight out")
+        if self.use == "held_out" and self.mask:
+            faults.append("what is held out is measured whole; leave mask out")
         if not _is_colour(self.background):
             faults.append(f'background is "{self.background}"; expected a colour such as white or "#808080"')
         if faults:

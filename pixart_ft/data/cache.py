@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from diffusers.models import AutoencoderKL
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.data.datasets import Row, in_threads
-from pixart_ft.data.pixels import TRANSFORM, Fit, Size, fitted
+from pixart_ft.data.pixels import TRANSFORM, Fit, Size, cut, fitted
 from pixart_ft.data.seen import verified
 from pixart_ft.data.store import Array, TensorStore
 from pixart_ft.errors import UserError
@@ -60,9 +61,16 @@ class CachedPictures:
 
         `model.vae.LatentScale` makes the transformer's latents of them, so neither its scale nor its shift is in a key.
         """
-        pairs = zip(indices, views or [0] * len(indices), strict=True)
-        mean, std = torch.stack([self._latents[index * self.views + view] for index, view in pairs]).unbind(1)
-        return mean, std
+        found = self._moments(indices, views or [0] * len(indices))
+        return torch.stack([one[0] for one in found]), torch.stack([one[1] for one in found])
+
+    def areas(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        """What masks leave of them, (N, C, H, W) float32: 1 where there is none."""
+        found = self._moments(indices, views)
+        return torch.stack([one[2] if len(one) > 2 else torch.ones_like(one[0]) for one in found])
+
+    def _moments(self, indices: Sequence[int], views: Sequence[int]) -> list[Tensor]:
+        return [self._latents[index * self.views + view] for index, view in zip(indices, views, strict=True)]
 
     def texts(self, indices: Sequence[int]) -> list[Tensor]:
         """The caption embeddings, each (L_i, D) in the text encoder's dtype."""
@@ -164,7 +172,8 @@ def _share(missing: list[str], share: Share, cost: Callable[[str], int] = lambda
 def _encode_pictures(
     vae: AutoencoderKL, wanted: Mapping[str, tuple[Row, str, Fit]], batch_size: int | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Key and (2, C, H, W), posterior mean and standard deviation, or nothing where that is not finite.
+    """Key and (2 or 3, C, H, W): posterior mean and standard deviation, or nothing where that is not finite; and what
+    the mask leaves, where there is one.
 
     wanted  row, digest and fit of each key; those of one size follow each other
     """
@@ -174,7 +183,17 @@ def _encode_pictures(
         while batch := list(islice(of_size, batch_size or pictures_at_once(size))):
             found = encode_moments(vae, torch.stack(list(islice(pixels, len(batch)))))
             for key, moments in zip(batch, found, strict=True):
-                yield key, moments if moments.isfinite().all() else moments.new_empty(0)
+                row, _, fit = wanted[key]
+                area = [] if row.mask is None else [area_of(row, fit, moments[0])[None]]
+                yield key, torch.cat([moments, *area]) if moments.isfinite().all() else moments.new_empty(0)
+
+
+def area_of(row: Row, fit: Fit, like: Tensor) -> Tensor:
+    """What a picture's mask leaves of each of its latents (C, H, W), from 0 to 1. Raises UserError."""
+    mask, (_, height, width) = row.shown(), like.shape
+    assert mask is not None
+    shown = torch.from_numpy(np.array(cut(mask, fit))).to(torch.float32) / 255
+    return adaptive_avg_pool2d(shown[None], (height, width)).to(like).expand_as(like)
 
 
 def _pixels(row: Row, digest: str, fit: Fit) -> Tensor:

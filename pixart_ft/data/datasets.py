@@ -15,9 +15,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from pixart_ft.config.sources import PictureSource
+from PIL import Image
+
+from pixart_ft.config.sources import ALPHA, PictureSource
 from pixart_ft.config.text import is_text, read_text, visible
-from pixart_ft.data.pixels import Opened, departs, is_picture, picture_types, read_picture, refused_types
+from pixart_ft.data.pixels import Opened, departs, is_picture, picture_types, read_mask, read_picture, refused_types
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, reason_of, sha256
 
@@ -58,6 +60,7 @@ class Row:
     others   further captions of it
     shares   of the draws that each caption has, the first before the others, where there are several; 1 together
     background   the colour behind what is transparent
+    mask     a grey picture as large, white where this one is trained on, or `where` itself: where it is not transparent
     """
 
     where: Place
@@ -66,12 +69,13 @@ class Row:
     others: tuple[str, ...] = ()
     shares: tuple[float, ...] = ()
     background: str = "white"
+    mask: Place | None = None
 
     @classmethod
-    def of(cls, where: Place, said: Said, name: str, background: str) -> "Row":
+    def of(cls, where: Place, said: Said, name: str, background: str, mask: Place | None) -> "Row":
         """With the captions by their shares."""
         first, *others = said
-        return cls(where, first, name, tuple(others), tuple(said.values()) if others else (), background)
+        return cls(where, first, name, tuple(others), tuple(said.values()) if others else (), background, mask)
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -85,16 +89,28 @@ class Row:
 
     def content(self) -> bytes:
         """The bytes of its file. Raises UserError naming it."""
-        with explained(self.where, "read"):
-            return self.where.read_bytes()
+        return _bytes(self.where)
 
     def digest(self, content: bytes) -> str:
-        """What names the picture in a cache: the SHA-256 of its bytes and, where it is not read as usual, how."""
-        return f"{sha256(content)} {departs(content, self.background)}".rstrip()
+        """What names the picture in a cache: the SHA-256 of its bytes and, where it is not read as usual, how; and its
+        mask's. Raises UserError naming a mask that cannot be read."""
+        name = f"{sha256(content)} {departs(content, self.background)}".rstrip()
+        if self.mask is None:
+            return name
+        return f"{name} shown by {'its alpha' if self.mask is self.where else sha256(_bytes(self.mask))}"
+
+    def shown(self) -> Image.Image | None:
+        """Its mask, see `read_mask`. Raises UserError naming it."""
+        return None if self.mask is None else read_mask(self.mask, _bytes(self.mask), alpha=self.mask is self.where)
 
     def opened(self, content: bytes | None = None) -> Opened:
         """The picture, of its bytes where they were read before; see `read_picture`. Raises UserError naming it."""
         return read_picture(self.where, self.content() if content is None else content, self.background)
+
+
+def _bytes(place: Place) -> bytes:
+    with explained(place, "read"):
+        return place.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -188,12 +204,14 @@ def survey(folder: str | Path, asked: PictureSource = PLAIN) -> Account:
     pictures = [name for name, path in files.items() if _is_taken(path)]
     refused = [name for name, path in files.items() if path.suffix.lower() in refused_types()]
     metadata = [name for name in _METADATA if name in files]
+    masks = dict[str, str]()
     if metadata:
-        captions, orphans = _from_metadata(files[metadata[0]], {*pictures, *refused}, asked, report)
+        captions, masks, orphans = _from_metadata(files[metadata[0]], {*pictures, *refused}, asked, report)
+        pictures = [name for name in pictures if name not in masks.values()]
         _warn_of_other_words(metadata[0], files, pictures, captions)
     else:
         captions, orphans = _from_text_files(files, pictures, report)
-        if columns := [*asked.caption, *([asked.image] if asked.image else [])]:
+        if columns := [*asked.caption, *filter(None, (asked.image, asked.mask_column))]:
             report.add(
                 "columns asked for, and there is no table (metadata.jsonl, .csv, .tsv, .parquet)", ", ".join(columns)
             )
@@ -207,7 +225,8 @@ def survey(folder: str | Path, asked: PictureSource = PLAIN) -> Account:
         elif said is None:  # reported
             continue
         elif said:
-            rows.append(Row.of(files[name], said, name, asked.background))
+            mask = files[name] if asked.mask == ALPHA else files.get(masks.get(name, ""))
+            rows.append(Row.of(files[name], said, name, asked.background, mask))
         else:
             remedy = f"a row in {metadata[0]}" if metadata else "a .txt beside it, or a row in metadata.jsonl"
             report.add(f"pictures without a caption (give each {remedy})", name)
@@ -348,9 +367,15 @@ def _texts(cell: object, asked: PictureSource) -> list[str] | None:
 Captions = dict[str, Said | None]  # by picture; None: what is wrong with it is reported
 
 
-def _from_metadata(path: Path, there: set[str], asked: PictureSource, report: Report) -> tuple[Captions, int]:
-    """Captions, and how many have no picture. `there`: the names of pictures, also of those that are not read."""
+def _from_metadata(
+    path: Path, there: set[str], asked: PictureSource, report: Report
+) -> tuple[Captions, dict[str, str], int]:
+    """Captions, the masks of pictures that have one, and how many captions have no picture.
+
+    there   the names of pictures, also of those that are not read
+    """
     captions: Captions = {}
+    masks = dict[str, str]()
     key = asked.image or "file_name"
     orphans, columns = 0, dict[str, None]()
     for where, row in _metadata_rows(path, report):
@@ -389,14 +414,21 @@ def _from_metadata(path: Path, there: set[str], asked: PictureSource, report: Re
                 f"{where}: {name}: {visible(str(wrong))[:60]}",
             )
         captions[name] = said
+        mask = row.get(asked.mask_column) if asked.mask_column else None
+        if isinstance(mask, str) and mask:
+            masks[name] = os.path.normpath(mask).replace(os.sep, "/")
+            if masks[name] not in there:
+                report.add(f"rows of {path.name} that name an absent mask", f"{where}: {visible(mask)}")
+                captions[name] = None
     if columns:
         point_at_columns(path.name, list(columns), [(key,), *named_columns(asked)], report)
-    return captions, orphans
+    return captions, masks, orphans
 
 
 def named_columns(asked: PictureSource, usual: Sequence[str] = CAPTION_COLUMNS) -> list[Sequence[str]]:
-    """The columns of captions that a table must have, each by the names that will do."""
-    return [(column,) for column in asked.caption] or [usual]
+    """The columns of captions and masks that a table must have, each by the names that will do."""
+    captions: list[Sequence[str]] = [(column,) for column in asked.caption]
+    return (captions or [usual]) + ([(asked.mask_column,)] if asked.mask_column else [])
 
 
 def point_at_columns(name: str, columns: Sequence[str], needed: Sequence[Sequence[str]], report: Report) -> None:

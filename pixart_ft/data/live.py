@@ -7,7 +7,7 @@ from diffusers.models import AutoencoderKL
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from pixart_ft.data.cache import pictures_at_once
+from pixart_ft.data.cache import area_of, pictures_at_once
 from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import Fit, fitted
 from pixart_ft.model.text import encode_each, prepare_text, warn_of_losses
@@ -39,12 +39,23 @@ class LivePictures:
 
     def latents(self, indices: Sequence[int], views: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """See `CachedPictures.latents`. Raises UserError for a picture that cannot be read."""
-        pairs = zip(indices, views or [0] * len(indices), strict=True)
-        chosen = [(self._rows[index], self._fits[index][view]) for index, view in pairs]
+        chosen = self._chosen(indices, views or [0] * len(indices))
         pixels = torch.stack([fitted(row.opened().picture, fit) for row, fit in chosen])
         parts = pixels.split(pictures_at_once(chosen[0][1].size))
         mean, std = torch.cat([encode_moments(self._vae, part) for part in parts]).unbind(1)
         return mean, std
+
+    def areas(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        """See `CachedPictures.areas`."""
+        chosen = self._chosen(indices, views)
+        (width, height), config = chosen[0][1].size, self._vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        whole = torch.ones(config.latent_channels, height // factor, width // factor)
+        return torch.stack([whole if row.mask is None else area_of(row, fit, whole) for row, fit in chosen])
+
+    def _chosen(self, indices: Sequence[int], views: Sequence[int]) -> list[tuple[Row, Fit]]:
+        pairs = zip(indices, views, strict=True)
+        return [(self._rows[index], self._fits[index][view]) for index, view in pairs]
 
     def texts(self, indices: Sequence[int]) -> list[Tensor]:
         """See `CachedPictures.texts`."""

@@ -141,12 +141,36 @@ def read_picture(where: object, content: bytes | None = None, background: str = 
 
     Raises UserError naming it.
     """
+    with _opened(where, content) as it:
+        return _read(it, background)
+
+
+def read_mask(where: object, content: bytes, *, alpha: bool) -> Image.Image:
+    """In grey, upright, as large as the picture: white where it counts; by `alpha`, where it is not transparent.
+
+    where   what messages name
+
+    Raises UserError naming it.
+    """
+    with _opened(where, content) as it:
+        if alpha:
+            _turn_to_frame(it)
+        mask = ImageOps.exif_transpose(it)
+        if alpha:
+            shows = mask.has_transparency_data
+            return mask.convert("RGBA").getchannel("A") if shows else Image.new("L", mask.size, 255)
+        return (_eight_bits(mask) if mask.mode.startswith("I") else mask).convert("L")
+
+
+@contextmanager
+def _opened(where: object, content: bytes | None) -> Iterator[Image.Image]:
+    """A picture file of these bytes, else at that path; whatever is wrong with it is a UserError naming it."""
     try:
         with (
             _large_pictures(),
             Image.open(str(where) if content is None else io.BytesIO(content), formats=_known()) as it,
         ):
-            return _read(it, background)
+            yield it
     except UnidentifiedImageError:
         raise UserError(f"{where}: cannot identify it as a picture of a format that is read") from None
     except Exception as error:  # a broken file makes Pillow raise almost anything

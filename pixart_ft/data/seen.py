@@ -44,6 +44,7 @@ def look_at(
             digest = row.digest(content)
             if digest not in known:
                 opened = row.opened(content)
+                _check_mask(row, opened.picture.size)
                 known[digest] = Seen(digest, opened.picture.size, opened.notes)
         except UserError as error:
             return str(error)
@@ -54,6 +55,14 @@ def look_at(
         with suppress(UserError):  # it is only a memory, and a full cache may be read-only
             write_text(memo, json.dumps({one.digest: [*one.size, *one.notes] for one in known.values()}))
     return found
+
+
+def _check_mask(row: Row, size: tuple[int, int]) -> None:
+    mask = row.shown()
+    if mask is not None and mask.size != size:
+        raise UserError(f"{row.mask}: a mask of {mask.size} pixels for {row.where} of {size}; give it the same size")
+    if mask is not None and mask.getbbox() is None:
+        raise UserError(f"{row.mask}: a mask that leaves nothing of {row.where} to train on")
 
 
 def verified(rows: Sequence[Row], *, progress: bool = True) -> list[Seen]:

@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pixart_ft.config.sources import PictureSource
+from pixart_ft.config.sources import ALPHA, PictureSource
 from pixart_ft.config.text import is_text, visible
 from pixart_ft.data.datasets import CAPTION_COLUMNS, Account, Report, Row, named_columns, point_at_columns, said_by
 from pixart_ft.errors import UserError
@@ -107,13 +108,13 @@ def _survey(table: "Dataset", name: str, asked: PictureSource) -> Account:
     import datasets
 
     report, column = Report(), asked.image or "image"
+    for key in filter(None, (column, asked.mask_column)):
+        kind = table.features.get(key)
+        if isinstance(kind, datasets.Image):
+            table = table.cast_column(key, datasets.Image(decode=False))
+        elif kind is not None and not (_is_bytes(kind) or (isinstance(kind, dict) and {"bytes", "path"} <= set(kind))):
+            report.add("columns that hold no pictures", f"{key}: {kind}")
     feature = table.features.get(column)
-    if isinstance(feature, datasets.Image):
-        table = table.cast_column(column, datasets.Image(decode=False))
-    elif feature is not None and not (
-        _is_bytes(feature) or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
-    ):
-        report.add("columns that hold no pictures", f"{column}: {feature}")
     needed = [(column,), *named_columns(asked)]
     pictured = [key for key, kind in table.features.items() if isinstance(kind, datasets.Image)]
     if feature is None and len(pictured) == 1:
@@ -125,10 +126,14 @@ def _survey(table: "Dataset", name: str, asked: PictureSource) -> Account:
     if report.found:
         return Account(name, [], len(table) if feature is not None else 0, 0, report.found)
     texts = [key for key in asked.caption or CAPTION_COLUMNS if key in table.column_names]
-    holder = _Table(name, table.select_columns([column]).with_format("arrow"))
+    holder, masks = (
+        _Table(name, table.select_columns([key]).with_format("arrow")) for key in (column, asked.mask_column or column)
+    )
+    has_mask = _has_picture(table, asked.mask_column) if asked.mask_column else repeat(False)
     rows: list[Row] = []
     pictures, before = 0, set[str]()
-    for number, (path, there, cells) in enumerate(_rows(table, column, texts)):
+    each = zip(_rows(table, column, texts), has_mask, strict=False)
+    for number, ((path, there, cells), masked) in enumerate(each):
         where = Cell(holder, number)
         said = said_by(cells, asked)
         if not there:
@@ -143,11 +148,17 @@ def _survey(table: "Dataset", name: str, asked: PictureSource) -> Account:
             report.add("captions with half a surrogate pair, which is no text", f"{where}: {visible(str(said))[:60]}")
         else:
             called = path if path and path not in before else f"row {number:08d}"
-            rows.append(Row.of(where, said, called, asked.background))
+            mask = where if asked.mask == ALPHA else Cell(masks, number) if masked else None
+            rows.append(Row.of(where, said, called, asked.background, mask))
             before.add(path or "")
     if not pictures:
         report.add("tables without a picture", name)
     return Account(name, rows, pictures, len(table) - pictures, report.found)
+
+
+def _has_picture(table: "Dataset", column: str) -> Iterator[bool]:
+    """Of each row whether a column of pictures has one."""
+    return (there for _, there, _ in _rows(table, column, []))
 
 
 def _is_bytes(feature: object) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixart_ft.config.sources import PictureSource
+from pixart_ft.config.sources import ALPHA, PictureSource
 from pixart_ft.config.text import is_text, text_of, visible
 from pixart_ft.data.datasets import CAPTION_COLUMNS, Account, Report, Row, named_columns, point_at_columns, said_by
 from pixart_ft.data.pixels import picture_types, refused_types
@@ -49,7 +49,8 @@ def survey_tars(tars: Sequence[Path], asked: PictureSource) -> Account:
     seen: dict[str, None] = {}
     for tar in tars:
         for name, members in _samples(tar, report).items():
-            shown = [end for end in members if f".{end.rpartition('.')[2]}" in picture_types() | refused_types()]
+            types = picture_types() | refused_types()
+            shown = [end for end in members if f".{end.rpartition('.')[2]}" in types and end != asked.mask]
             cells = _cells(members, asked, report)
             seen.update(dict.fromkeys([*cells, *members]))
             said = said_by(cells, asked, _USUAL)
@@ -73,7 +74,8 @@ def survey_tars(tars: Sequence[Path], asked: PictureSource) -> Account:
                 report.add("pictures without a caption (a .txt or .json of their name)", where)
             else:
                 picture = members[chosen[0]]
-                rows.append(Row.of(picture, said, f"{tar.name}/{picture.name}", asked.background))
+                mask = picture if asked.mask == ALPHA else members.get(asked.mask or "")
+                rows.append(Row.of(picture, said, f"{tar.name}/{picture.name}", asked.background, mask))
     if pictures:
         point_at_columns("the tar files", list(seen), named_columns(asked, _USUAL), report)
     else:

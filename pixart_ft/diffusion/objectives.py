@@ -1,4 +1,6 @@
-"""Terms of the training losses, per sample (N,), means over C, H, W. Symbols: `pixart_ft.diffusion`."""
+"""Terms of the training losses, per sample (N,): means over C, H, W, weighted by an area. Symbols:
+`pixart_ft.diffusion`.
+"""
 
 import math
 from collections.abc import Callable
@@ -48,7 +50,7 @@ def simple_term(
     mean_half, _ = split_output(model_output, noised.x_t.shape[1])
     space = prediction_type if space is None else space
     predicted = _in_space(schedule, mean_half, noised.x_t, noised.t, prediction_type, space)
-    return _mean_over_sample(_penalty(predicted - _target(schedule, noised, space), norm, huber_delta))
+    return _mean_over_sample(_penalty(predicted - _target(schedule, noised, space), norm, huber_delta), noised.area)
 
 
 def su_term(
@@ -80,7 +82,7 @@ def su_term(
         error = to_eps(schedule, mean_half, x_t, t, prediction_type) - promoted(eps)
     else:
         raise unknown(form, "form", SuForm)
-    return _mean_over_sample(error**2)
+    return _mean_over_sample(error**2, noised.area)
 
 
 def su_factors(schedule: NoiseSchedule) -> dict[str, Tensor]:
@@ -130,7 +132,7 @@ def vlb_term(
         nll = _discretized_nll(x0, mean, log_variance, _tanh_cdf)
     else:
         raise unknown(decoder, "decoder", Decoder)
-    nats = torch.where(t == 0, _mean_over_sample(nll), _mean_over_sample(kl))
+    nats = torch.where(t == 0, _mean_over_sample(nll, noised.area), _mean_over_sample(kl, noised.area))
     return nats / math.log(2)
 
 
@@ -209,5 +211,8 @@ def _tanh_cdf(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def _mean_over_sample(x: Tensor) -> Tensor:
-    return x.flatten(1).mean(dim=1)
+def _mean_over_sample(x: Tensor, area: Tensor | None) -> Tensor:
+    if area is None:
+        return x.flatten(1).mean(dim=1)
+    whole = area.flatten(1).sum(dim=1).clamp(min=torch.finfo(area.dtype).tiny)  # of a crop that shows nothing of it
+    return (x * area).flatten(1).sum(dim=1) / whole

@@ -59,17 +59,19 @@ class Noised:
     x0, eps  (N, C, H, W) data and noise
     t        (N,) int64
     x_t      (N, C, H, W) what they make, `q_sample`
+    area     (N, C, H, W) how much each place counts in the mean of a sample's loss; None: all alike
     """
 
     x0: Tensor
     eps: Tensor
     t: Tensor
     x_t: Tensor
+    area: Tensor | None = None
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor) -> Self:
+    def of(cls, schedule: NoiseSchedule, x0: Tensor, t: Tensor, eps: Tensor, area: Tensor | None = None) -> Self:
         """The arguments of `q_sample` with its result."""
-        return cls(x0, eps, t, q_sample(schedule, x0, t, eps))
+        return cls(x0, eps, t, q_sample(schedule, x0, t, eps), area)
 
 
 def promoted(x: Tensor) -> Tensor:

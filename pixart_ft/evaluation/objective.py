@@ -131,13 +131,15 @@ class Objective:
         embeds: Tensor,
         mask: Tensor,
         rest: Tensor | None = None,
+        area: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Per-sample named terms, each (N,) float32, of one network call at x_t.
 
-        `x0`, `eps` and `rest` are (N, C, H, W) float32, `t` (N,) int64 indices into the schedule, text (N, L, D) and
-        (N, L). "loss" is what is minimised, the others are what it is made of, unweighted.
+        `x0`, `eps`, `rest` and `area` are (N, C, H, W) float32, `t` (N,) int64 indices into the schedule, text
+        (N, L, D) and (N, L); for `area` see `Noised`. "loss" is what is minimised, the others are what it is made of,
+        unweighted.
         """
-        noised = Noised.of(self.schedule, x0, t, eps)
+        noised = Noised.of(self.schedule, x0, t, eps, area)
         output = network_output(transformer, noised.x_t, network_timesteps(self.schedule, t), embeds, mask)
         return self.terms_of(output, noised, rest)
 

@@ -59,6 +59,7 @@ class TrainingSet:
     buckets        how many of the pictures are of each size, size after size; empty: all are of one
     prior_buckets  the same of the prior's
     together       draws that must be of one size: a step's, or 1 where there is one size
+    masked         whether pictures have masks, by which their losses are means
     """
 
     pictures: CachedPictures | LivePictures
@@ -71,6 +72,7 @@ class TrainingSet:
     buckets: tuple[int, ...] = ()
     prior_buckets: tuple[int, ...] = ()
     together: int = 1
+    masked: bool = False
 
     def row(self, seed: int, draw: int) -> int:
         """The number of the picture that a draw shows."""
@@ -112,6 +114,7 @@ class Batch:
     x0, eps, rest  scaled latents, their noise, and a second one for the losses that want it, (N, C, H, W)
     t, weight      (N,) index, and what its losses are multiplied by: the weight that undoes the law of t, the prior's
     embeds, mask   text (N, L, D) and (N, L)
+    area           see `Noised`
     """
 
     x0: Tensor
@@ -121,6 +124,7 @@ class Batch:
     embeds: Tensor
     mask: Tensor
     rest: Tensor | None
+    area: Tensor | None = None
 
     def pinned(self) -> Self:
         """The same in memory that a GPU copies from by itself, while the host goes on."""
@@ -145,8 +149,10 @@ def draw_batch(
     which thereby depends on the losses before this step too.
     """
     rows = [data.row(laws.seed, draw) for draw in draws]
-    views = uniform(laws.seed, draws, "view") * data.pictures.views if data.pictures.views > 1 else None
-    mean, std = data.pictures.latents(rows, None if views is None else views.int().tolist())
+    views = [0] * len(rows)
+    if data.pictures.views > 1:
+        views = (uniform(laws.seed, draws, "view") * data.pictures.views).int().tolist()
+    mean, std = data.pictures.latents(rows, views)
     shape = tuple(mean.shape[1:])
     t, weight = _timesteps(draws, laws, global_batch, num_steps, within or range(num_steps), law)
     dropped = uniform(laws.seed, draws, "caption dropout") < laws.caption_dropout
@@ -162,6 +168,7 @@ def draw_batch(
         embeds=embeds,
         mask=mask,
         rest=normal(laws.seed, draws, "second noise", shape) if two_noises else None,
+        area=data.pictures.areas(rows, views) if data.masked else None,
     )
 
 

@@ -93,6 +93,10 @@ class Pictures:
             orphans = f"; {account.orphans:,} captions or text files without a picture" if account.orphans else ""
             lines.append(f"{'in ' + key:<18} {account.pictures:,} pictures: {told}{orphans}")
         pictures = distinct(self.train)
+        if masked := sum(row.mask is not None for row in pictures):
+            lines.append(
+                f"{'masks':<18} {masked:,} of {len(pictures):,} pictures are trained on where theirs are white"
+            )
         texts = sum(len(row.captions) for row in pictures)
         if texts > len(pictures):
             per = texts / len(pictures)

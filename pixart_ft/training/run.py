@@ -185,6 +185,7 @@ def _run(
             buckets=tuple(own.values()),
             prior_buckets=tuple(prior.values()),
             together=plan.batch_size * plan.accumulation * accelerator.num_processes if start.several_sizes else 1,
+            masked=any(row.mask is not None for row in learned.rows),
         ),
         optimizer=optimizer,
         ema=average,

@@ -1,14 +1,15 @@
 """The losses. Oracles: closed forms, exact zeros of gradients, float64. See also test_golden.py."""
 
 import math
-from typing import get_args
+from dataclasses import replace
+from typing import cast, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from pixart_ft.diffusion import process
-from pixart_ft.diffusion.names import FixedVariance, LossSpace, PredictionType
+from pixart_ft.diffusion.names import FixedVariance, LossSpace, Norm, PredictionType, SuForm
 from pixart_ft.diffusion.objectives import simple_term, su_factors, su_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
@@ -283,3 +284,36 @@ def test_mistakes_are_named() -> None:
         su_term(LINEAR, eps, noised, eps, "epsilon", "su")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown decoder 'laplace'; choose gaussian"):
         vlb_term(LINEAR, randn(4, 8, 3, 3), noised, "epsilon", decoder="laplace")  # type: ignore[arg-type]
+
+
+# Areas
+
+
+@pytest.mark.parametrize("term", ["simple", "huber", "su_raw", "su_noises", "su_reduced", "vlb"])
+def test_an_area_leaves_what_lies_in_it_alone(term: str) -> None:
+    """As if the samples were no larger; nothing outside is moved; by halves as the two means together."""
+    whole, output, rest = batch(), randn(4, 8, 3, 3, seed=2), randn(4, 4, 3, 3, seed=3)
+
+    def of(noised: Noised, output: Tensor, rest: Tensor) -> Tensor:
+        if term == "vlb":
+            return vlb_term(LINEAR, output, noised, "epsilon")
+        if term in ("simple", "huber"):
+            norm: Norm = "huber" if term == "huber" else "squared"
+            return simple_term(LINEAR, output, noised, "epsilon", space="v_prediction", norm=norm)
+        return su_term(LINEAR, output, noised, rest, "step_noise", cast(SuForm, term))
+
+    def part(width: slice) -> Tensor:
+        there = (whole.x0[..., width], whole.t, whole.eps[..., width])
+        return of(Noised.of(LINEAR, *there), output[..., width], rest[..., width])
+
+    area = torch.zeros(4, 4, 3, 3)
+    area[..., :1] = 1.0
+    inside, outside = part(slice(1)), part(slice(1, 3))
+    moved = output.clone().requires_grad_()
+    found = of(replace(whole, area=area), moved, rest)
+    torch.testing.assert_close(found, inside)
+    (gradient,) = torch.autograd.grad(found.sum(), moved)
+    assert (gradient[..., 1:] == 0).all() and (gradient[:, :4, :, 0] != 0).any()
+    mixed = of(replace(whole, area=(area + 0.5) / 1.5), output, rest)  # weights 1 and 1/3, the outside twice as wide
+    torch.testing.assert_close(mixed, (inside + 2 * outside / 3) / (1 + 2 / 3))
+    assert (of(replace(whole, area=torch.zeros_like(area)), output, rest) == 0).all()

@@ -213,3 +213,13 @@ def test_plain_attention_changes_nothing_beyond_rounding(tiny: Path, held_out: H
     expected = held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"]
     use_kernels(other)
     assert torch.allclose(held_out_loss(other, OBJECTIVE, held_out, batch_size=12)["loss"], expected, rtol=1e-5)
+
+
+def test_pictures_of_each_size_keep_their_captions_and_have_noise_of_their_own() -> None:
+    x0 = [torch.full((4, *size), float(number)) for number, size in enumerate([(8, 8), (8, 8), (4, 12), (12, 4)])]
+    texts = [torch.full((1, 3), float(number)) for number in range(4)]
+    sets = HeldOutSet.of_sizes(x0, texts, 5, seed=3)
+    assert [len(one.x0) for one in sets] == [2, 1, 1] and sets[0].seed == 3
+    assert len({one.seed % 2**64 for one in sets}) == 1 < len({one.seed for one in sets}) == 3
+    for one in sets:
+        assert [float(text[0, 0]) for text in one.texts] == one.x0[:, 0, 0, 0].tolist() and one.timestep_count == 5

@@ -60,8 +60,18 @@ def blank_curves() -> Iterator[None]:
         yield
 
 
+def configured(options: Options, **more: Any) -> TrainConfig:
+    """The configuration of these options; keyword `run__folder` overrides run.folder."""
+    given = options | {key.replace("__", "."): value for key, value in more.items()}
+    tree: dict[str, Options] = {}
+    for key, value in given.items():
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = str(value) if isinstance(value, Path) else value
+    return load(TrainConfig, tree)
+
+
 def train(options: Options, **more: Any) -> Path:
-    """Run with these options; keyword `run__folder` overrides run.folder.
+    """Run with these options, see `configured`.
 
     curves: draw those in final/, which else are blank.
     resume, init_from, accept_changes: as `run_training` takes them.
@@ -72,12 +82,7 @@ def train(options: Options, **more: Any) -> Path:
     rate = more.pop("rate", None)
     init_from = more.pop("init_from", None)
     accept_changes = bool(more.pop("accept_changes", False))
-    given = options | {key.replace("__", "."): value for key, value in more.items()}
-    tree: dict[str, Options] = {}
-    for key, value in given.items():
-        section, name = key.split(".")
-        tree.setdefault(section, {})[name] = str(value) if isinstance(value, Path) else value
-    config = load(TrainConfig, tree)
+    config = configured(options, **more)
     if rate is not None:
         config = config.model_copy(update={"optim": config.optim.model_copy(update={"learning_rate": rate})})
     with nullcontext() if curves else blank_curves():

@@ -13,8 +13,6 @@ from diffusers.models.embeddings import PatchEmbed
 from PIL import Image
 from torch import Tensor
 
-from pixart_ft.config.reading import load
-from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.data.datasets import read_folder
 from pixart_ft.data.pixels import fitted
@@ -24,10 +22,10 @@ from pixart_ft.model import loading
 from pixart_ft.model.vae import LatentScale
 from pixart_ft.training.batches import TrainingSet, draw_batch
 from pixart_ft.training.encode import encode_once
-from pixart_ft.training.start import accelerator_for, dry_run, look, with_precision
+from pixart_ft.training.start import accelerator_for, dry_run, look
 from tests.helpers.launched import launch
 from tests.helpers.packed import as_folder, as_parquet, as_tars
-from tests.helpers.runs import Options, assert_same_end, losses, short_run, train
+from tests.helpers.runs import Options, assert_same_end, configured, losses, short_run, train
 from tests.helpers.toy_run import LAWS
 
 OWN = {(64, 64): 9, (100, 50): 6, (40, 80): 2, (30, 120): 1}  # pictures of each size of their own
@@ -54,14 +52,6 @@ def options(tiny: Path, shaped: Path, tmp_path: Path, tmp_path_factory: pytest.T
     """A short run on them, a step of four."""
     shared = short_run(tiny, shaped, tmp_path / "run", tmp_path_factory.getbasetemp() / "cache")
     return shared | {"data.aspect": "buckets", "adapter.dropout": 0.0, "data.held_out_fraction": 0.0}
-
-
-def configured(options: Options, **more: Any) -> TrainConfig:
-    tree: dict[str, Any] = {}
-    for key, value in (options | {key.replace("__", "."): value for key, value in more.items()}).items():
-        section, name = key.split(".")
-        tree.setdefault(section, {})[name] = str(value) if isinstance(value, Path) else value
-    return with_precision(load(TrainConfig, tree))
 
 
 @pytest.mark.filterwarnings("ignore:  (sizes|pictures)")
