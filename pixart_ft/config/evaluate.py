@@ -109,7 +109,7 @@ class EvaluateConfig(Config):
     features: Source | None = Field(
         None,
         description="what sees pictures for fd to memorisation: a transformers model's folder or Hub id, such as "
-        "facebook/dinov2-base, or \"demo\", made for emoji; null = that, for the demo alone",
+        'facebook/dinov2-base, or "demo", made for emoji; null = that, for the demo alone',
     )
     train_data: Source | None = Field(
         None, description='of memorisation: folder of what was trained on, or "demo"; null = the demo\'s, for it alone'
