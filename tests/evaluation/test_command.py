@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,10 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
+
+import report_tables
 
 from pixart_ft import cli
 from pixart_ft.config.evaluate import EvaluateConfig
@@ -74,6 +79,20 @@ def test_the_files_say_what_was_found(found: tuple[dict[str, Any], Path], capsys
     assert result["models"][1]["adapters"] and not result["models"][2]["adapters"]
     assert set(result["bpd"]) == set(result["calibration"]) == {"whole", "3"}
     assert list(result["bpd"]["3"]["variances"]) == ["learned", "learned_range", "beta_tilde", "beta"]
+
+
+def test_the_tables_of_a_report_in_markdown_hold_its_numbers(found: tuple[dict[str, Any], Path]) -> None:
+    result, _ = found
+    models, bits = ([line.split(" | ") for line in text.splitlines()] for text in report_tables.tables(result))
+    assert [line[0] for line in models] == ["| model", "| ---", "| base", "| mine", "| scrambled"]
+    row, factor = result["loss"]["rows"][1], result["calibration"]["3"]["rows"][1]["factor"]
+    change = row["difference"]
+    assert models[3][1:3] == [report_tables.number(row, 4), f"{change['mean']:+.4f} ± {change['standard_error']:.4f}"]
+    assert models[3][-1] == f"{factor:.3f} |" and models[2][2] == ""
+    of_range = result["bpd"]["3"]["variances"]["learned_range"]
+    assert ["| 3 steps", "`learned_range`", *(report_tables.number(row, 3) for row in of_range[:2])] in [
+        line[:4] for line in bits
+    ]
 
 
 def test_the_page_needs_no_other_file(found: tuple[dict[str, Any], Path]) -> None:
