@@ -25,8 +25,9 @@ import torch
 from PIL import Image
 
 from pixart_ft.data.cache import ALONE, Share, cache_captions, cache_pictures, pictures_at_once
-from pixart_ft.data.datasets import DEMO_PICTURES, Row, read_folder
+from pixart_ft.data.folders import DEMO_PICTURES, read_folder
 from pixart_ft.data.pixels import Fit, fitted
+from pixart_ft.data.rows import Row
 from pixart_ft.data.seen import verified
 from pixart_ft.data.store import TensorStore
 from pixart_ft.model import loading

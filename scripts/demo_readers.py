@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 from demo_captions import EYE_NAMES
 from demo_pictures import FAMILIAR, SHOWN_KNOWN, SHOWN_LEARNED, SHOWN_NEW, STYLES, fetch, render, styled_emoji
 
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.pictures.sheets import grid
 from pixart_ft.sampling.text_to_image import TextToImage
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 from demo_vae import to_pixels, turn_hue
 from diffusers import AutoencoderKL
 
-from pixart_ft.data.datasets import picture_folder, read_folder
+from pixart_ft.data.folders import picture_folder, read_folder
 from pixart_ft.evaluation.features import Extractor
 from pixart_ft.evaluation.held_out import mean_over_pictures
 from pixart_ft.evaluation.metrics import frechet_distance, kid

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 
 from pixart_ft import cli
 from pixart_ft.config.train import TrainConfig, load_config
-from pixart_ft.data.datasets import picture_folder, read_folder
+from pixart_ft.data.folders import picture_folder, read_folder
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import load_tokenizer
 from pixart_ft.model.place import DEMO_FOLDER

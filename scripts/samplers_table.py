@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no
 from demo_pictures import fetch, rendered, styled_emoji
 
 from pixart_ft.config.samplers import SAMPLERS
-from pixart_ft.data import datasets
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import DEMO_PICTURES, read_folder
 from pixart_ft.data.pixels import fitted, picture_pixels
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
@@ -67,7 +66,7 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 def real_pictures(noto: Path | None, count: int) -> tuple[list[str], list[Image.Image], list[Image.Image]]:
     """Captions and pictures of the training set, spread over it, and as many others of it."""
     if noto is None:
-        rows = read_folder(datasets.DEMO_PICTURES / "train")
+        rows = read_folder(DEMO_PICTURES / "train")
         loaded = [((fitted(row.opened().picture, 256) + 1) * 127.5).round().byte() for row in rows[: 2 * count]]
         pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in loaded]
         return [row.caption for row in rows[:count]], pictures[:count], pictures[count : 2 * count]

@@ -10,8 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, PixArtSigmaPipeline, PixArtT
 from transformers import T5EncoderModel
 
 from pixart_ft.adapters.acting import merge
-from pixart_ft.data import datasets
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import DEMO_PICTURES, read_folder
 from pixart_ft.model.place import DEMO_FOLDER
 from pixart_ft.sampling.loop import Guidance, sample_latents
 from pixart_ft.sampling.text_to_image import TextToImage
@@ -47,10 +46,10 @@ def test_a_plain_stock_call_runs() -> None:
 
 
 def test_fine_tuning_set_is_whole_and_apart_from_its_held_out_pictures() -> None:
-    train, held_out = (read_folder(datasets.DEMO_PICTURES / part) for part in ("train", "held_out"))
+    train, held_out = (read_folder(DEMO_PICTURES / part) for part in ("train", "held_out"))
     assert (len(train), len(held_out)) == (240, 60)
     assert not {row.caption for row in train} & {row.caption for row in held_out}
-    assert sum(path.stat().st_size for path in datasets.DEMO_PICTURES.rglob("*")) <= 4e6
+    assert sum(path.stat().st_size for path in DEMO_PICTURES.rglob("*")) <= 4e6
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])

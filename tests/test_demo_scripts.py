@@ -41,7 +41,7 @@ from demo_vae import build_vae, hue_degrees, main_hue, measure, normalise_latent
 from PIL import Image
 
 from pixart_ft.config.train import load_config
-from pixart_ft.data.datasets import DEMO_PICTURES, read_folder
+from pixart_ft.data.folders import DEMO_PICTURES, read_folder
 from pixart_ft.diffusion.process import Noised
 from pixart_ft.diffusion.schedules import NoiseSchedule
 

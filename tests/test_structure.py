@@ -29,7 +29,7 @@ HOUSE = {
     "model": "place faults weights vae text captions attention repeated engine adapter_switch network shared_calls "
     "base loading saving original convert text_encoder quantized",
     "adapters": "files targets attach weights acting dialects adopting pipelines full export",
-    "data": "pixels datasets tags seen tables tars sources buckets store cache live",
+    "data": "pixels rows folders tags seen tables tars sources buckets store cache live",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",
     "evaluation": "places objective held_out metrics features measure statistics tables words plots page drawing "
     "contestants likeness command",
@@ -126,7 +126,7 @@ def test_files_of_the_command_line_import_nothing_heavy() -> None:
         assert not {module.partition(".")[0] for module in top} & HEAVY, f"{name} imports {top & HEAVY} at the top"
         inner = {module.removeprefix("pixart_ft.") for module in top if module.startswith("pixart_ft.")}
         waiting += [other for other in inner if other in modules() and other not in seen]
-    assert {"config.train", "adapters.files", "data.datasets"} <= seen
+    assert {"config.train", "adapters.files", "data.folders"} <= seen
 
 
 def test_no_test_file_imports_another() -> None:

@@ -11,8 +11,8 @@ from functools import cache, lru_cache
 from typing import Self
 
 from pixart_ft.config.train import Crop, Data, SmallBuckets
-from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import Fit, Size, cropped, enlarged
+from pixart_ft.data.rows import Row
 from pixart_ft.errors import UserError
 from pixart_ft.randomness import permuted
 

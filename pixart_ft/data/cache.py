@@ -20,9 +20,9 @@ from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from pixart_ft.data.datasets import Row, in_threads
 from pixart_ft.data.pixels import TRANSFORM, Fit, Size, cut, fitted
-from pixart_ft.data.seen import verified
+from pixart_ft.data.rows import Row
+from pixart_ft.data.seen import in_threads, verified
 from pixart_ft.data.store import Array, TensorStore
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, sha256, stamp, write_text

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.data.cache import area_of, pictures_at_once
-from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import Fit, fitted
+from pixart_ft.data.rows import Row
 from pixart_ft.model.text import encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 

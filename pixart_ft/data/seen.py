@@ -1,16 +1,23 @@
 """Every picture read and decoded once before it is used: what names it, how large it is, whether it can be read."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
-from pixart_ft.data.datasets import UNREAD, Row, in_threads, listed
+from pixart_ft.data.rows import UNREAD, Row, listed
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_text
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +91,18 @@ def _remembered(memo: Path | None) -> dict[str, Seen]:
             case [int(width), int(height), *notes] if all(isinstance(note, str) for note in notes):
                 found[digest] = Seen(digest, (width, height), tuple(notes))
     return found
+
+
+def in_threads(work: Callable[[Item], Found], items: Iterable[Item], ahead: int = 1024) -> Iterator[Found]:
+    """`work` of each item, in order, by as many threads as there are processors; so many are worked on ahead."""
+    waiting = deque[Future[Found]]()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)

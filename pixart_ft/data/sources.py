@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pixart_ft.config.sources import PictureSource
-from pixart_ft.data.datasets import Account, check_folder, picture_folder, survey
+from pixart_ft.data.folders import check_folder, picture_folder, survey
+from pixart_ft.data.rows import Account
 from pixart_ft.errors import UserError
 
 _MOST_PLACES = 10**7  # of an epoch, whose list is held

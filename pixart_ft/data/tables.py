@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pixart_ft.config.sources import ALPHA, PictureSource
 from pixart_ft.config.text import is_text, visible
-from pixart_ft.data.datasets import CAPTION_COLUMNS, Account, Report, Row, named_columns, point_at_columns, said_by
+from pixart_ft.data.rows import CAPTION_COLUMNS, Account, Report, Row, named_columns, point_at_columns, said_by
 from pixart_ft.errors import UserError
 from pixart_ft.files import sha256, stamp
 

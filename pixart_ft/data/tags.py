@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.rows import Row
 from pixart_ft.randomness import generator
 
 

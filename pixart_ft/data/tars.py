@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pixart_ft.config.sources import ALPHA, PictureSource
 from pixart_ft.config.text import is_text, text_of, visible
-from pixart_ft.data.datasets import CAPTION_COLUMNS, Account, Report, Row, named_columns, point_at_columns, said_by
 from pixart_ft.data.pixels import picture_types, refused_types
+from pixart_ft.data.rows import CAPTION_COLUMNS, Account, Report, Row, named_columns, point_at_columns, said_by
 from pixart_ft.errors import UserError
 
 _USUAL = ("txt", *CAPTION_COLUMNS)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.reading import flat
-from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import Fit, fitted
+from pixart_ft.data.rows import Row
 from pixart_ft.diffusion.likelihood import prior_bits
 from pixart_ft.diffusion.names import StepPrediction, Variance, VarianceState
 from pixart_ft.diffusion.readings import Readings, Steps, strata

@@ -8,8 +8,9 @@ from pixart_ft.adapters.files import Adapter
 from pixart_ft.config.evaluate import LIKENESS, EvaluateConfig, draws
 from pixart_ft.config.train import HUB_BASE
 from pixart_ft.data.buckets import Shapes, Sized, square, table
-from pixart_ft.data.datasets import Row, picture_folder, survey
+from pixart_ft.data.folders import picture_folder, survey
 from pixart_ft.data.pixels import Fit
+from pixart_ft.data.rows import Row
 from pixart_ft.data.seen import verified
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.drawing import settings_of

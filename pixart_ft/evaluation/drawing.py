@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from pixart_ft.config.evaluate import EvaluateConfig
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.rows import Row
 from pixart_ft.errors import UserError
 from pixart_ft.pictures.own import not_there_yet
 from pixart_ft.pictures.sheets import grid, picture_name, save_png

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pixart_ft.config.evaluate import LIKENESS, EvaluateConfig, PictureMetric
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.rows import Row
 from pixart_ft.errors import Mistakes
 from pixart_ft.evaluation.contestants import Contest
 from pixart_ft.evaluation.drawing import Drawn

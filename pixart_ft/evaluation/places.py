@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pixart_ft.adapters.files import Adapter, ForeignPlace, find_adapter
 from pixart_ft.config.evaluate import EvaluateConfig
-from pixart_ft.data.datasets import check_folder, picture_folder
+from pixart_ft.data.folders import check_folder, picture_folder
 from pixart_ft.errors import Mistakes
 from pixart_ft.model.place import resolve_base
 from pixart_ft.runs.results import Model, what_of

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.rows import Row
 from pixart_ft.model.text import prepare_text
 from pixart_ft.pictures.sheets import grid, stacked
 

@@ -2,7 +2,7 @@
 
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import CachedPictures
-from pixart_ft.data.datasets import listed
+from pixart_ft.data.rows import listed
 from pixart_ft.data.store import TensorStore
 from pixart_ft.errors import UserError
 from pixart_ft.training.encode import encode_once

@@ -24,8 +24,8 @@ from pixart_ft.data.cache import (
     component_id,
     without_latents,
 )
-from pixart_ft.data.datasets import Account, Row, distinct, listed, split
 from pixart_ft.data.live import LivePictures
+from pixart_ft.data.rows import Account, Row, distinct, listed, split
 from pixart_ft.data.seen import Seen, look_at, verified
 from pixart_ft.data.sources import survey_source, times_shown
 from pixart_ft.data.store import TensorStore

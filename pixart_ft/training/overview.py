@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase
 
 from pixart_ft.config.text import visible
-from pixart_ft.data.datasets import Row, in_threads, listed
 from pixart_ft.data.pixels import Fit, Size, cropped, cut, enlarged
-from pixart_ft.data.seen import Seen
+from pixart_ft.data.rows import Row, listed
+from pixart_ft.data.seen import Seen, in_threads
 from pixart_ft.model.captions import warn_of_trigger_words
 from pixart_ft.model.text import token_counts
 from pixart_ft.pictures.sheets import grid, marked, save_png

@@ -11,8 +11,8 @@ from pixart_ft.config.hub import Hub
 from pixart_ft.config.push import PushConfig
 from pixart_ft.config.reading import load
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import Fit
+from pixart_ft.data.rows import Row
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation.command import evaluate
 from pixart_ft.evaluation.held_out import Estimate

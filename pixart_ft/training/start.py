@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from pixart_ft.config.train import Data, TrainConfig
 from pixart_ft.data.buckets import Shapes, Sized, counted, settled, square, table, view_count, whole_fit
-from pixart_ft.data.datasets import Row, distinct, listed
+from pixart_ft.data.rows import Row, distinct, listed
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading

@@ -20,8 +20,8 @@ from pixart_ft.config.hub import Hub
 from pixart_ft.config.reading import default, flat, keys
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.buckets import Sized
-from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import TRANSFORM
+from pixart_ft.data.rows import Row
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.objective import Objective
 from pixart_ft.files import read_object, sha256

@@ -14,7 +14,7 @@ from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import load
 from pixart_ft.config.text import read_text
 from pixart_ft.data.cache import component_id
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.errors import UserError
 from pixart_ft.sampling.command import prompts_of
 

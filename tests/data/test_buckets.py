@@ -11,8 +11,8 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_
 
 from pixart_ft.config.train import Data, SmallBuckets
 from pixart_ft.data.buckets import Order, Shapes, Sized, settled, square, table
-from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import Fit, cropped, enlarged
+from pixart_ft.data.rows import Row
 from pixart_ft.errors import UserError
 
 POLICIES: tuple[SmallBuckets, ...] = ("repeat", "drop", "merge_nearest")

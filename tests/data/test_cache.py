@@ -27,8 +27,9 @@ from pixart_ft.data.cache import (
     component_id,
     without_latents,
 )
-from pixart_ft.data.datasets import Row, read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import Fit, fitted
+from pixart_ft.data.rows import Row
 from pixart_ft.data.seen import verified
 from pixart_ft.errors import UserError
 from pixart_ft.model.text import encode_captions, null_caption

@@ -12,8 +12,8 @@ from PIL import Image
 
 from pixart_ft.config.sources import PictureSource
 from pixart_ft.data.cache import area_of
-from pixart_ft.data.datasets import Account, Row
 from pixart_ft.data.pixels import Fit
+from pixart_ft.data.rows import Account, Row
 from pixart_ft.data.seen import Seen, look_at
 from pixart_ft.data.sources import survey_source
 from tests.helpers.packed import write_tar

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pixart_ft.config.reading import load
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.datasets import read_folder, survey
+from pixart_ft.data.folders import read_folder, survey
 from pixart_ft.data.seen import look_at
 from pixart_ft.errors import UserError
 from pixart_ft.training.encode import read_pictures, warn_of_copies

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import Fit, Size, departs, fitted, is_picture, read_picture, refused_types
 from tests.helpers.pictures import profile_of, srgb_profile, wide_profile
 

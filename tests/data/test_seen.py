@@ -7,8 +7,9 @@ import numpy
 import pytest
 from PIL import Image
 
-from pixart_ft.data.datasets import Row, read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import load_picture
+from pixart_ft.data.rows import Row
 from pixart_ft.data.seen import Seen, look_at, verified
 from pixart_ft.errors import UserError
 

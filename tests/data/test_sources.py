@@ -17,7 +17,8 @@ from PIL import Image
 
 from pixart_ft.config.sources import PictureSource
 from pixart_ft.config.train import load_config
-from pixart_ft.data.datasets import Account, Row, read_folder, said_by
+from pixart_ft.data.folders import read_folder
+from pixart_ft.data.rows import Account, Row, said_by
 from pixart_ft.data.sources import survey_source, times_shown
 from pixart_ft.errors import UserError
 from pixart_ft.training.encode import read_pictures

@@ -7,7 +7,7 @@ import pytest
 
 from pixart_ft.config.reading import load
 from pixart_ft.config.train import TrainConfig
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.rows import Row
 from pixart_ft.data.tags import in_orders, orders
 from pixart_ft.errors import UserError
 from pixart_ft.training.encode import read_pictures

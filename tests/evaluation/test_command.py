@@ -21,7 +21,7 @@ import report_tables
 from pixart_ft import cli
 from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.reading import load
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.diffusion.likelihood import OdeLikelihood
 from pixart_ft.diffusion.names import Variance
 from pixart_ft.diffusion.readings import Readings, Steps

@@ -12,7 +12,7 @@ from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
 from pixart_ft.config.evaluate import LIKENESS, EvaluateConfig
 from pixart_ft.config.reading import load
-from pixart_ft.data.datasets import survey
+from pixart_ft.data.folders import survey
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.command import run_evaluation
 from pixart_ft.evaluation.contestants import look

@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.rows import Row
 
 
 def as_folder(rows: Sequence[Row], folder: Path) -> dict[str, Any]:

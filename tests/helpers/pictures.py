@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import ImageCms
 
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.rows import Row
 
 
 def path_of(row: Row) -> Path:

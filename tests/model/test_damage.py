@@ -20,7 +20,7 @@ from safetensors.torch import save
 from pixart_ft.adapters.acting import load_adapter
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.data.cache import TensorStore, component_id
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.errors import UserError
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, PixArtSigmaPipeline
 from torch import Tensor
 
 from pixart_ft.data.cache import CachedPictures, TensorStore, cache_pictures
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import Fit, fitted
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base

@@ -16,7 +16,7 @@ from PIL import Image, ImageChops, ImageStat
 
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.samplers import EVERY_SAMPLER
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.errors import UserError
 from pixart_ft.pictures.recipes import config_of, read_recipe
 from pixart_ft.pictures.sheets import grid

@@ -9,7 +9,7 @@ import numpy
 import pytest
 from PIL import Image, ImageColor
 
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.rows import Row
 from pixart_ft.training.before_after import before_after
 
 SIDE = 64

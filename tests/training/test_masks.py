@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.training.batches import Batch, TrainingSet, draw_batch
 from pixart_ft.training.encode import encode_once
 from pixart_ft.training.start import accelerator_for, look

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pixart_ft.data.datasets import Row
 from pixart_ft.data.pixels import Fit
+from pixart_ft.data.rows import Row
 from pixart_ft.data.seen import Seen, verified
 from pixart_ft.training import overview
 from pixart_ft.training.overview import Overview, Pair

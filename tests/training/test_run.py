@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from pixart_ft.adapters.files import Adapter
 from pixart_ft.cli import main
 from pixart_ft.config.train import load_config
-from pixart_ft.data.datasets import read_folder, split
+from pixart_ft.data.folders import read_folder
+from pixart_ft.data.rows import split
 from pixart_ft.errors import UserError
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixart_ft.data.cache import CachedPictures, TensorStore
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import fitted
 from pixart_ft.errors import UserError
 from pixart_ft.evaluation.objective import Objective

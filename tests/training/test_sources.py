@@ -6,7 +6,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from pixart_ft.data.datasets import Row, read_folder
+from pixart_ft.data.folders import read_folder
+from pixart_ft.data.rows import Row
 from pixart_ft.training.encode import several_captions
 from tests.helpers.packed import SHAPES, as_folder
 from tests.helpers.runs import Options, assert_same_end, losses, short_run, train

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pixart_ft.config.train import load_config
 from pixart_ft.data.buckets import Sized
-from pixart_ft.data.datasets import Row
+from pixart_ft.data.rows import Row
 from pixart_ft.errors import UserError
 from pixart_ft.model.base import Base
 from pixart_ft.runs.log import RunLog

@@ -17,7 +17,7 @@ from pixart_ft.adapters.acting import load_adapter
 from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import Adapter, LoraSettings
 from pixart_ft.config.train import load_config
-from pixart_ft.data.datasets import read_folder
+from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import fitted
 from pixart_ft.diffusion.objectives import simple_term, variance_alone, vlb_term
 from pixart_ft.diffusion.process import Noised

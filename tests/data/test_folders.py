@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pixart_ft.data.datasets import Row, read_folder, split
+from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import load_picture
+from pixart_ft.data.rows import Row, split
 from pixart_ft.errors import UserError
 
 
