@@ -11,7 +11,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Self
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from transformers import PreTrainedTokenizerBase
 
 from pixart_ft.config.text import visible
@@ -24,6 +24,7 @@ from pixart_ft.pictures.sheets import grid, marked, save_png
 
 SHEET = "contact_sheet"  # the key by which the recipe of such a sheet is known
 _COLUMNS, _ROWS, _CELL = 6, 6, 192  # of a sheet, its cells in pixels
+_DIMMED = 0.25  # what a mask leaves out
 _COUNTED = 100_000  # captions, evenly chosen; to count the tokens of millions takes minutes
 _WIDTH = 140
 
@@ -160,6 +161,8 @@ class Overview:
     def sheet(self) -> Image.Image:
         """Pictures as the VAE sees them with their captions: the worst of each kind, marked, then others evenly chosen.
 
+        What masks leave out is dark.
+
         Raises UserError for one that cannot be read any more.
         """
         worst = _alternately([self._cut, self._enlarged, [pair for pair in self._cropped if pair.lost > 0.5]])
@@ -182,7 +185,10 @@ class Overview:
         )
 
     def _cell(self, pair: Pair, picture: Image.Image) -> Image.Image:
-        return marked(ImageOps.contain(cut(picture, pair.fit), (_CELL, _CELL)), ", ".join(self._marks(pair)))
+        shown, mask = cut(picture, pair.fit), pair.row.shown()
+        if mask is not None:
+            shown = Image.composite(shown, ImageEnhance.Brightness(shown).enhance(_DIMMED), cut(mask, pair.fit))
+        return marked(ImageOps.contain(shown, (_CELL, _CELL)), ", ".join(self._marks(pair)))
 
     def _marks(self, pair: Pair) -> list[str]:
         """What is bad about a pair."""

@@ -318,8 +318,10 @@ class Trainer:
         """The losses as they are: a prior's weight is for the gradient."""
         start = met.step * self.global_batch
         for each in met.micro_batches:
-            rows = [self.data.row(self.laws.seed, draw) for draw in range(start, start + len(each.t))]
-            share = self.data.weights(rows)
+            share = torch.ones_like(each.weight)
+            if self.data.prior:  # else there is no need to find every row
+                rows = [self.data.row(self.laws.seed, draw) for draw in range(start, start + len(each.t))]
+                share = self.data.weights(rows)
             terms = {name: values / share for name, values in each.terms.items()}
             self.window.add(terms, each.t, each.weight / share, self.objective.schedule.num_steps)
             start += len(each.t)

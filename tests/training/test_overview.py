@@ -151,3 +151,14 @@ def test_what_is_not_as_it_seems_is_warned_of(folder: Path) -> None:
         found.warn(seen)
     with pytest.warns(UserWarning, match="not read as they may seem: 1\n    a.png: a film"):
         found.warn(seen | {rows[0]: Seen(one.digest, one.size, ("a film",))})
+
+
+def test_the_sheet_darkens_what_a_mask_leaves_out(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (200, 100, 40)).save(tmp_path / "a.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "m.png")
+    rows = [Row(tmp_path / "a.png", "a", "a.png", mask=tmp_path / "m.png")]
+    sheet = Overview.of(seen_of(rows), rows, square, None, 300).sheet()
+    colours = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
+    assert colours[200, 100, 40] == pytest.approx(colours[50, 25, 10], rel=0.1) and colours[50, 25, 10] > 1000
