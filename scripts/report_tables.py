@@ -1,6 +1,6 @@
 """The tables of an evaluation in Markdown, for docs/samplers.md and docs/objectives_table.md.
 
-    pixart-ft evaluate runs/mine --metrics loss,bpd,fd,kid --samplers ddim,edm --steps 10,25 --out evaluation
+    pixart-ft evaluate runs/mine --metrics loss,bpd,fd,kid --samplers ddim,edm --steps "[10, 25]" --out evaluation
     python scripts/report_tables.py evaluation/report.json
 
 First what fine-tuning changed, a row for each model: error of the noise, bits per dimension by the learned variance

@@ -151,8 +151,6 @@ class EvaluateConfig(Config):
 
     @classmethod
     def arranged(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With `metrics` in one text, as on the command line, as a list."""
-        metrics = values.get("metrics")
-        if isinstance(metrics, str):
-            return values | {"metrics": [word.strip() for word in metrics.split(",")]}
-        return values
+        """With `metrics` and `samplers` in one text, as on the command line, as lists."""
+        texts = {key: values[key] for key in ("metrics", "samplers") if isinstance(values.get(key), str)}
+        return values | {key: [word.strip() for word in text.split(",")] for key, text in texts.items()}

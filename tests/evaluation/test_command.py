@@ -276,7 +276,7 @@ def test_pictures_are_drawn_once_and_shown_side_by_side(
 ) -> None:
     """The same noise for both models: where the adapter does nothing they draw the same bytes."""
     words = {"model": str(tiny), "lora": [str(adapter)], "lora_scale": [0.0], "data": str(pictures), "pictures": 2}
-    asked = {**words, "metrics": "samples", "samplers": ["ddim", "iddpm"], "steps": [2], "device": "cpu"}
+    asked = {**words, "metrics": "samples", "samplers": "ddim, iddpm", "steps": [2], "device": "cpu"}
     two = load(EvaluateConfig, {**asked, "out": str(tmp_path), "images_per_prompt": 2, "seed": 7})
     ways: Any = [model["ways"] for model in run_evaluation(two)["samples"]["models"]]
     files = [[tmp_path / name for name in way["pictures"]] for model in ways for way in model]
