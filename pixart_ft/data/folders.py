@@ -222,11 +222,15 @@ def _from_metadata(
             )
         captions[name] = said
         mask = row.get(asked.mask_column) if asked.mask_column else None
-        if isinstance(mask, str) and mask:
-            masks[name] = os.path.normpath(mask).replace(os.sep, "/")
+        if mask not in (None, ""):
+            masks[name] = os.path.normpath(str(mask)).replace(os.sep, "/")
             if masks[name] not in there:
-                report.add(f"rows of {path.name} that name an absent mask", f"{where}: {visible(mask)}")
+                report.add(f"rows of {path.name} that name an absent mask", f"{where}: {visible(str(mask))}")
                 captions[name] = None
+    for name in [name for name, mask in masks.items() if mask in captions]:
+        kind = f"rows of {path.name} that name as a mask a picture with a row of its own"
+        report.add(kind, f"{name}: {visible(masks.pop(name))}")
+        captions[name] = None
     if columns:
         point_at_columns(path.name, list(columns), [(key,), *named_columns(asked)], report)
     return captions, masks, orphans

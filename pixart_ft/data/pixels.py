@@ -148,18 +148,19 @@ def read_picture(where: object, content: bytes | None = None, background: str = 
 def read_mask(where: object, content: bytes, *, alpha: bool) -> Image.Image:
     """In grey, upright, as large as the picture: white where it counts; by `alpha`, where it is not transparent.
 
+    What is transparent in a mask of its own does not count, whatever its colour.
+
     where   what messages name
 
     Raises UserError naming it.
     """
     with _opened(where, content) as it:
-        if alpha:
-            _turn_to_frame(it)
+        if not alpha:
+            return _rgb(it, None, "black").convert("L")
+        _turn_to_frame(it)
         mask = ImageOps.exif_transpose(it)
-        if alpha:
-            shows = mask.has_transparency_data
-            return mask.convert("RGBA").getchannel("A") if shows else Image.new("L", mask.size, 255)
-        return (_eight_bits(mask) if mask.mode.startswith("I") else mask).convert("L")
+        shows = mask.has_transparency_data
+        return mask.convert("RGBA").getchannel("A") if shows else Image.new("L", mask.size, 255)
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from pixart_ft.files import explained, sha256
 
 CAPTION_COLUMNS = ("text", "caption")
 _ONE_SIDED = re.compile(  # what a mirror image makes wrong, in English
-    r"[\"“”«»]|\b(left|right|clockwise|anticlockwise|text|texts|letter|letters|lettering|word|words|writing|written"
-    r"|handwriting|inscription|inscribed|caption|logo|sign|signs|label|labels|number|numbers|digit|digits|clock|map)\b",
+    r"[\"“”«»„「」『』]|(?<![^\W_])(left(most|ward|wards)?|right(most|ward|wards)?|(anti|counter)?-?clockwise|texts?|letters?"
+    r"|lettering|words?|writing|written|handwriting|inscription|inscribed|caption|logo|signs?|labels?|numbers?|digits?"
+    r"|clock|map)(?![^\W_])",  # an underscore parts words too, as in tags
     re.IGNORECASE,
 )
 UNREAD = "pictures that cannot be read (repair them or move them out)"

@@ -2,6 +2,7 @@
 
 import glob
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pixart_ft.config.sources import PictureSource
@@ -29,8 +30,19 @@ def check_source(source: PictureSource, key: str) -> None:
 
 
 def survey_source(source: PictureSource, key: str) -> Account:
-    """What a source holds. Raises UserError where nothing can be looked at, naming `key`."""
+    """What a source holds; nothing of use where masks were asked for and no picture has one.
+
+    Raises UserError where nothing can be looked at, naming `key`.
+    """
     check_source(source, key)
+    account = _survey(source, key)
+    if source.mask is None or not account.rows or any(row.mask is not None for row in account.rows):
+        return account
+    kind = f"masks that {key}.mask asks for, and no picture has one"
+    return replace(account, rows=[], wrong=account.wrong | {kind: [source.mask]})
+
+
+def _survey(source: PictureSource, key: str) -> Account:
     if folder := folder_of(source):
         return survey(folder, source)
     from pixart_ft.data.tables import survey_dataset, survey_parquet  # these and what they need are seldom wanted

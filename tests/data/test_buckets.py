@@ -89,6 +89,10 @@ def test_random_crops_are_spread_evenly_and_all_pictures_have_as_many_views() ->
         ("a dog, blob", True),
         ("bright leftovers of a wordless signature", True),  # no such word stands alone
         ("a dog looking LEFT", False),
+        ("1girl, english_text, sky", False),
+        ("the leftmost tree", False),
+        ("turning counterclockwise", False),
+        ("a sign, „Zoo‟", False),
         ("a right-handed man", False),
         ("a shop sign", False),
         ('a card that says "yes"', False),

@@ -12,7 +12,8 @@ from PIL import Image
 
 from pixart_ft.config.sources import PictureSource
 from pixart_ft.data.cache import area_of
-from pixart_ft.data.pixels import Fit
+from pixart_ft.data.folders import survey as survey_folder
+from pixart_ft.data.pixels import Fit, read_mask
 from pixart_ft.data.rows import Account, Row
 from pixart_ft.data.seen import Seen, look_at
 from pixart_ft.data.sources import survey_source
@@ -114,12 +115,44 @@ def test_masks_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         found, other = look_at(survey(asked).rows)
         assert isinstance(found, str) and words in found and "a.png" in found and isinstance(other, Seen)
     mask.unlink()
-    assert survey(asked).wrong == {
-        "rows of metadata.jsonl that name an absent mask": ["metadata.jsonl line 1: masks/a.png"]
-    }
+    absent = survey(asked).wrong["rows of metadata.jsonl that name an absent mask"]
+    assert absent == ["metadata.jsonl line 1: masks/a.png"]
     table.write_text(table.read_text().replace("where", "mask"))
     assert 'write where instead of "mask"' not in str(survey(asked).wrong)
-    assert "columns that metadata.jsonl lacks" in survey(asked).wrong
+    assert "columns that metadata.jsonl lacks" in survey(asked).wrong and survey(asked).rows == []
+
+
+@pytest.mark.parametrize("mask", ["a.png", "b.png", 5])
+def test_what_is_no_mask_is_named_and_its_picture_left_out(mask: str | int, tmp_path: Path) -> None:
+    """A picture of its own, or a number; the picture that it would take away is there all the same."""
+    asked = as_folder(tmp_path / "pictures")
+    said = (("a", "a", mask), ("b", "b", ""), ("masks/a", "c", None))
+    lines = [{"file_name": f"{name}.png", "text": text, "where": where} for name, text, where in said]
+    (tmp_path / "pictures" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report = survey_folder(tmp_path / "pictures", PictureSource(**asked))
+    assert report.pictures == 3 and [row.caption for row in report.rows] == ["b", "c"]
+    ((kind, items),) = report.wrong.items()
+    assert "mask" in kind and str(mask) in items[0]
+
+
+@pytest.mark.parametrize("shape", [as_folder, as_parquet, as_tars])
+def test_a_source_none_of_whose_pictures_has_the_masks_asked_for_is_not_used(
+    shape: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all of them would be trained on whole, after a warning at most."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "of datasets")
+    asked = shape(tmp_path / "pictures") | {"mask": "wear"}
+    account = survey(asked)
+    assert account.rows == [] and any("wear" in "".join([kind, *items]) for kind, items in account.wrong.items())
+
+
+def test_what_is_cut_out_of_a_mask_does_not_count(tmp_path: Path) -> None:
+    """White everywhere, as some programs leave it where it is transparent."""
+    white = Image.new("RGB", LEFT.size, "white")
+    white.putalpha(LEFT)
+    palette = LEFT.convert("RGB").quantize(2)
+    for mask in (white, LEFT.convert("1"), palette, LEFT.convert("RGBA")):
+        assert read_mask(tmp_path, png(mask), alpha=False).tobytes() == LEFT.tobytes()
 
 
 def test_what_is_held_out_has_no_mask() -> None:
