@@ -86,9 +86,9 @@ class Row:
         """Its mask, see `read_mask`. Raises UserError naming it."""
         return None if self.mask is None else read_mask(self.mask, _bytes(self.mask), alpha=self.mask is self.where)
 
-    def opened(self, content: bytes | None = None) -> Opened:
+    def opened(self, content: bytes | None = None, *, small: bool = False) -> Opened:
         """The picture, of its bytes where they were read before; see `read_picture`. Raises UserError naming it."""
-        return read_picture(self.where, self.content() if content is None else content, self.background)
+        return read_picture(self.where, self.content() if content is None else content, self.background, small=small)
 
 
 def _bytes(place: Place) -> bytes:

@@ -50,9 +50,9 @@ def look_at(
             content = row.content()
             digest = row.digest(content)
             if digest not in known:
-                opened = row.opened(content)
-                _check_mask(row, opened.picture.size)
-                known[digest] = Seen(digest, opened.picture.size, opened.notes)
+                opened = row.opened(content, small=True)
+                _check_mask(row, opened.size)
+                known[digest] = Seen(digest, opened.size, opened.notes)
         except UserError as error:
             return str(error)
         return known[digest]

@@ -13,10 +13,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import Fit, Size, departs, fitted, is_picture, read_picture, refused_types
+from pixart_ft.errors import UserError
 from tests.helpers.pictures import profile_of, srgb_profile, wide_profile
 
 
@@ -165,3 +166,24 @@ def test_what_is_not_cropped_is_squeezed_whole() -> None:
 def test_fits_have_names_of_their_own_and_squares_the_one_they_had() -> None:
     fits = [Fit((64, 64)), Fit((64, 32)), Fit((64, 64), 0.25), Fit((64, 64), None), Fit((64, 64), mirrored=True)]
     assert fits[0].name == 64 and len({str(fit.name) for fit in fits}) == len(fits)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_read_small_tells_what_it_is_like_whole(tmp_path: Path, orientation: int) -> None:
+    path, exif = tmp_path / "a.jpg", Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.effect_noise((96, 40), 50).convert("RGB").save(path, exif=exif)
+    whole, small = read_picture(path), read_picture(path, small=True)
+    assert whole.size == small.size == whole.picture.size
+    assert small.picture.size == tuple(side // 8 for side in whole.size)
+    assert (whole.departs, whole.notes) == (small.departs, small.notes)
+    path.write_bytes(path.read_bytes()[:-300])
+    for small_too in (False, True):
+        with pytest.raises(UserError, match="truncated"):
+            read_picture(path, small=small_too)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF", "GIF", "BMP"])
+def test_others_are_read_as_they_are(tmp_path: Path, kind: str) -> None:
+    Image.new("RGB", (96, 40), "red").save(tmp_path / "a", kind)
+    assert read_picture(tmp_path / "a", small=True).picture.size == read_picture(tmp_path / "a").size == (96, 40)
