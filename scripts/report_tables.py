@@ -5,7 +5,8 @@
 
 First what fine-tuning changed, a row for each model: error of the noise, bits per dimension by the learned variance
 and the typical factor by which that is wrong. Then, a column for each model, the bits by every variance, and the
-likeness of pictures by how they were drawn.
+likeness of pictures by how they were drawn. `--sheet FILE` sets the first pictures of the last model in a row for each
+of these.
 """
 
 import argparse
@@ -15,9 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone needs no installation
 
 from pixart_ft.evaluation.words import LIKENESS, number, process_title
+from pixart_ft.pictures.sheets import grid
+
+SHOWN = 8  # pictures of a row
 
 
 def tables(found: Mapping[str, Any]) -> list[str]:
@@ -74,10 +80,22 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def sheet(found: Mapping[str, Any], folder: Path) -> Image.Image:
+    """The report of `found` lies in `folder`."""
+    ways = found["samples"]["models"][-1]["ways"]
+    rows = [[Image.open(folder / name) for name in way["pictures"][:SHOWN]] for way in ways]
+    return grid(rows, row_labels=[f"{way['sampler']}, {way['calls']} calls" for way in ways], cell=96)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path, help="report.json of an evaluation")
-    print("\n\n".join(tables(json.loads(parser.parse_args().report.read_text()))))
+    parser.add_argument("--sheet", type=Path, help="PNG for the pictures")
+    args = parser.parse_args()
+    found = json.loads(args.report.read_text())
+    print("\n\n".join(tables(found)))
+    if args.sheet:
+        sheet(found, args.report.parent).save(args.sheet, optimize=True)
 
 
 if __name__ == "__main__":

@@ -69,24 +69,24 @@ def process_title(name: str) -> str:
 
 
 def overview(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A table of the main numbers, head and rows: each with whether it is better or worse than the base's."""
-    columns: list[tuple[str, Sequence[Mapping[str, Any]], int, bool]] = []
+    """A table of the main numbers, a column for each model: each with whether it is better or worse than the base's."""
+    lines: list[tuple[str, Sequence[Mapping[str, Any]], int, bool]] = []
     if found["loss"]:
-        columns.append(("error of the noise", found["loss"]["rows"], 4, True))
+        lines.append(("error of the noise", found["loss"]["rows"], 4, True))
     for name, table in found["bpd"].items():
-        columns.append((f"bits/dim, {process_title(name)}", _learned_or_first(table), 3, True))
+        lines.append((f"bits/dim, {process_title(name)}", _learned_or_first(table), 3, True))
     for name, way in list(found["likeness"].get("ways", {}).items())[:1]:
-        columns += [
+        lines += [
             (f"{LIKENESS[metric][0]}, {name}", rows, LIKENESS[metric][2], metric in LESS)
             for metric, rows in way["metrics"].items()
             if metric not in TELLS_MEMORY
         ]
-    cells: dict[str, dict[str, str]] = {model["label"]: {} for model in found["models"]}
-    for title, rows, digits, less in columns:
-        for row in rows:
-            cells[row["model"]][title] = f"{row['mean']:.{digits}f}{_better(row, less)}"
-    titles = [title for title, *_ in columns]
-    return ["model", *titles], [[label, *(said.get(title, "") for title in titles)] for label, said in cells.items()]
+    models = [model["label"] for model in found["models"]]
+    table = []
+    for title, rows, digits, less in lines:
+        said = {row["model"]: f"{row['mean']:.{digits}f}{_better(row, less)}" for row in rows}
+        table.append([title, *(said.get(model, "") for model in models)])
+    return ["", *models], table
 
 
 def _better(row: Mapping[str, Any], less: bool) -> str:

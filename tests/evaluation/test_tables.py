@@ -97,8 +97,9 @@ def test_the_overview_says_what_is_better() -> None:
         "likeness": likeness,
         "models": [{"label": m.label} for m in models],
     }
-    head, (base, tuned, again) = overview(found)
-    assert head == ["model", "error of the noise", "fit to the prompt, ddim, 25 steps"]
+    head, (error, fit) = overview(found)
+    assert [error[0], fit[0]] == ["error of the noise", "fit to the prompt, ddim, 25 steps"]
+    base, tuned, again = zip(head[1:], error[1:], fit[1:], strict=True)
     assert base[0] == "base" and base[2] == "20.00" and "(" not in base[1]
     assert tuned[1].endswith(" (better)") and tuned[2] == "21.00 (better)"
     assert again[1].endswith(" (no difference)") and again[2] == "19.00 (no difference)"
