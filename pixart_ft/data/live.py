@@ -1,6 +1,7 @@
 """Pictures and captions that are encoded when they are drawn: nothing of them is kept."""
 
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from diffusers.models import AutoencoderKL
@@ -15,7 +16,7 @@ from pixart_ft.model.vae import encode_moments
 
 
 class LivePictures:
-    """The training data as `CachedPictures` gives it, by the VAE and T5 that are at hand; for one thread at a time."""
+    """The training data as `CachedPictures` gives it, by the VAE and T5 that are at hand."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class LivePictures:
         others = (caption for row in rows for caption in row.others)
         self._texts = [prepare_text(caption) for caption in (*(row.caption for row in rows), *others)]
         self._vae, self._tokenizer, self._text_encoder, self._max_tokens = vae, tokenizer, text_encoder, max_tokens
+        self._turn = Lock()  # a checkpoint's loss is looked at while the next batch is made
         warn_of_losses(tokenizer, self._texts, max_tokens)
 
     def __len__(self) -> int:
@@ -42,7 +44,8 @@ class LivePictures:
         chosen = self._chosen(indices, views or [0] * len(indices))
         pixels = torch.stack([fitted(row.opened().picture, fit) for row, fit in chosen])
         parts = pixels.split(pictures_at_once(chosen[0][1].size))
-        mean, std = torch.cat([encode_moments(self._vae, part) for part in parts]).unbind(1)
+        with self._turn:
+            mean, std = torch.cat([encode_moments(self._vae, part) for part in parts]).unbind(1)
         return mean, std
 
     def areas(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
@@ -60,5 +63,6 @@ class LivePictures:
     def texts(self, indices: Sequence[int]) -> list[Tensor]:
         """See `CachedPictures.texts`."""
         texts = [self._texts[index] for index in indices]
-        found = encode_each(self._text_encoder, self._tokenizer, texts, max_tokens=self._max_tokens)
+        with self._turn:
+            found = list(encode_each(self._text_encoder, self._tokenizer, texts, max_tokens=self._max_tokens))
         return [embedding for _, embedding in sorted(found, key=lambda pair: pair[0])]

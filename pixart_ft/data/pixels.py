@@ -30,6 +30,7 @@ _ON_ITS_SIDE = (5, 6, 7, 8)  # of EXIF's orientations
 _SAME_COLOUR = 2  # of 255: a profile that is within this of sRGB is one of the many makers' sRGB
 
 Size = tuple[int, int]  # width and height, pixels
+Box = tuple[int, int, int, int]  # left, top, right and bottom, pixels
 
 
 def enlarged(picture: Size, size: Size) -> float:
@@ -62,6 +63,17 @@ class Fit:
         width, height = self.size
         plain = width if width == height else list(self.size)
         return plain if self == Fit(self.size) else [plain, self.at, self.mirrored]
+
+    def keeps(self, picture: Size, box: Box) -> bool:
+        """Whether it leaves something of this part of a picture."""
+        scale, begin_of = enlarged(picture, self.size), self.at
+        if begin_of is None:
+            return True
+        kept = [(begin_of * (own - side / scale), side / scale) for own, side in zip(picture, self.size, strict=True)]
+        return all(
+            first < begin + length and last > begin
+            for (begin, length), first, last in zip(kept, box[:2], box[2:], strict=True)
+        )
 
 
 @dataclass(frozen=True)

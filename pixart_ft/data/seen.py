@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from pixart_ft.data.pixels import Box, Size
 from pixart_ft.data.rows import UNREAD, Row, listed
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_text
@@ -27,11 +28,13 @@ class Seen:
     digest  what names it in a cache, see `Row.digest`
     size    (width, height) in pixels, upright
     notes   what its owner should know of how it is read
+    shown   where its mask leaves something; None: it has none
     """
 
     digest: str
-    size: tuple[int, int]
+    size: Size
     notes: tuple[str, ...]
+    shown: Box | None = None
 
 
 def look_at(
@@ -51,8 +54,7 @@ def look_at(
             digest = row.digest(content)
             if digest not in known:
                 opened = row.opened(content, small=True)
-                _check_mask(row, opened.size)
-                known[digest] = Seen(digest, opened.size, opened.notes)
+                known[digest] = Seen(digest, opened.size, opened.notes, _shown(row, opened.size))
         except UserError as error:
             return str(error)
         return known[digest]
@@ -60,16 +62,22 @@ def look_at(
     found = list(tqdm(in_threads(look, rows), "pictures read", len(rows), delay=1, disable=None if progress else True))
     if memo and remember and len(known) > before:
         with suppress(UserError):  # it is only a memory, and a full cache may be read-only
-            write_text(memo, json.dumps({one.digest: [*one.size, *one.notes] for one in known.values()}))
+            entries = {
+                one.digest: [*one.size, *([one.shown] if one.shown else []), *one.notes] for one in known.values()
+            }
+            write_text(memo, json.dumps(entries))
     return found
 
 
-def _check_mask(row: Row, size: tuple[int, int]) -> None:
+def _shown(row: Row, size: Size) -> Box | None:
     mask = row.shown()
-    if mask is not None and mask.size != size:
+    if mask is None:
+        return None
+    if mask.size != size:
         raise UserError(f"{row.mask}: a mask of {mask.size} pixels for {row.where} of {size}; give it the same size")
-    if mask is not None and mask.getbbox() is None:
+    if (box := mask.getbbox()) is None:
         raise UserError(f"{row.mask}: a mask that leaves nothing of {row.where} to train on")
+    return box
 
 
 def verified(rows: Sequence[Row], *, progress: bool = True) -> list[Seen]:
@@ -88,9 +96,15 @@ def _remembered(memo: Path | None) -> dict[str, Seen]:
     found = {}
     for digest, entry in entries.items() if isinstance(entries, dict) else ():
         match entry:
-            case [int(width), int(height), *notes] if all(isinstance(note, str) for note in notes):
+            case [int(width), int(height), [int(), int(), int(), int()] as box, *notes] if _are_text(notes):
+                found[digest] = Seen(digest, (width, height), tuple(notes), tuple(box))
+            case [int(width), int(height), *notes] if _are_text(notes):
                 found[digest] = Seen(digest, (width, height), tuple(notes))
     return found
+
+
+def _are_text(notes: Sequence[object]) -> bool:
+    return all(isinstance(note, str) for note in notes)
 
 
 def in_threads(work: Callable[[Item], Found], items: Iterable[Item], ahead: int = 1024) -> Iterator[Found]:

@@ -78,8 +78,19 @@ class Start:
         return Overview.of(seen, rows, lambda own: whole_fit(self.shapes.of(own), data.crop), tokenizer, max_tokens)
 
     def warn(self, overview: Overview, config: TrainConfig) -> None:
-        """Warn of what is held out and trained on, and of what is not read as it may seem."""
+        """Warn of what is held out and trained on, of what teaches nothing, and of what is not read as it may seem."""
         warn_of_copies(self.pictures.learned, self.pictures.held, self.pictures.digests)
+        learned, seen = self.learned, self.pictures.seen
+        each = zip(learned.rows, learned.own, learned.views(config.data), strict=True)
+        boxes = [(row, own, seen[row].shown, fits) for row, own, fits in each]
+        empty = {
+            row.name: None for row, own, box, fits in boxes if box and not any(fit.keeps(own, box) for fit in fits)
+        }
+        if empty:
+            told = (
+                "pictures of whose masks the crop leaves nothing, so they teach nothing (data.aspect buckets cuts less)"
+            )
+            warnings.warn(listed(told, list(empty), 3), stacklevel=2)
         overview.warn(self.pictures.seen, config.hub.trigger_words)
 
     def facts(self, config: TrainConfig, device: str, processes: int) -> list[str]:
@@ -97,9 +108,10 @@ class Start:
         prior = f", and {len(distinct(self.prior.rows)):,} of the prior in every second {turn}"
         prior = prior if self.prior.rows else ""
         held_out = f", {len(self.held.rows)} held out" if self.held.rows else ""
-        views, largest = view_count(config.data), f"{self.resolution} x {self.resolution}"
-        several = f"of {len(self.train.counts)} sizes up to the pixels of {largest}"
-        sizes = several if self.several_sizes else f"{largest} pixels"
+        views, counts = view_count(config.data), self.learned.counts
+        one, other = next(iter(counts))
+        several = f"of {len(counts)} sizes up to the pixels of {self.resolution} x {self.resolution}"
+        sizes = several if self.several_sizes else f"{one} x {other} pixels"
         part = self.objective.where
         return [
             f"device             {where}, precision {config.train.mixed_precision}",
@@ -245,7 +257,7 @@ def _resolutions(config: TrainConfig, base: Base) -> list[int]:
 def _sized(config: TrainConfig, base: Base, pictures: Pictures) -> tuple[Sized, Sized, Sized, Shapes]:
     """Trained on, of the prior, measured; and the sizes that there are."""
     data, unit, buckets = config.data, base.size_unit, config.data.aspect == "buckets"
-    kept = [row.name for row in pictures.learned if not row.may_be_mirrored]
+    kept = [row.name for row in distinct(pictures.learned) if not row.may_be_mirrored]
     if data.flip and kept:
         told = "pictures that are not mirrored: their captions speak of sides, writing or numbers"
         warnings.warn(listed(told, kept, 3), stacklevel=2)
@@ -254,6 +266,11 @@ def _sized(config: TrainConfig, base: Base, pictures: Pictures) -> tuple[Sized, 
         shapes = Shapes(tuple(table(side, unit, data.bucket_step) if buckets else square(side) for side in sides))
     except ValueError as error:
         raise UserError(f"data.bucket_step {data.bucket_step} {error}") from None
+    if buckets and len(shapes) == len(sides):
+        step = f"data.bucket_step {data.bucket_step}" if data.bucket_step else f"this base's step of {unit} pixels"
+        raise UserError(
+            f"data.aspect buckets: {step} leaves no size but squares of {sides}; choose a larger resolution"
+        )
     train, final = _dealt(config, shapes, pictures.train, pictures)
     prior, _ = _dealt(config, shapes, pictures.prior, pictures)
     return train, prior, Sized.by(final, pictures.held, [pictures.seen[row].size for row in pictures.held]), final

@@ -16,7 +16,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from pixart_ft.data.folders import read_folder
-from pixart_ft.data.pixels import Fit, Size, departs, fitted, is_picture, read_picture, refused_types
+from pixart_ft.data.pixels import Fit, Size, cut, departs, fitted, is_picture, read_picture, refused_types
 from pixart_ft.errors import UserError
 from tests.helpers.pictures import profile_of, srgb_profile, wide_profile
 
@@ -187,3 +187,13 @@ def test_a_jpeg_read_small_tells_what_it_is_like_whole(tmp_path: Path, orientati
 def test_others_are_read_as_they_are(tmp_path: Path, kind: str) -> None:
     Image.new("RGB", (96, 40), "red").save(tmp_path / "a", kind)
     assert read_picture(tmp_path / "a", small=True).picture.size == read_picture(tmp_path / "a").size == (96, 40)
+
+
+@pytest.mark.parametrize("fit", [Fit((32, 32)), Fit((32, 32), 0.0), Fit((16, 64), 1.0, True), Fit((64, 8), 0.25)])
+def test_a_fit_keeps_something_of_a_part_as_its_picture_shows(fit: Fit) -> None:
+    """Of columns and rows of 4 pixels, none of which is cut through."""
+    for box in [(x, 0, x + 4, 64) for x in range(0, 128, 4)] + [(0, y, 128, y + 4) for y in range(0, 64, 4)]:
+        picture = Image.new("L", (128, 64))
+        picture.paste(255, box)
+        brightest = max(cut(picture.convert("RGB"), fit).tobytes())
+        assert fit.keeps(picture.size, box) == (brightest > 100), box

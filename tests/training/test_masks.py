@@ -1,5 +1,6 @@
 """Training by masks. Oracles: the same run without them; live encoding."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,28 @@ def test_areas_are_cached_as_they_are_live_beside_pictures_without(
     kinds = {tuple(round(float(part), 1) for part in one) for one in columns}
     left = (1.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
     assert kinds == {(1.0,) * 8, left, left[::-1]}
+
+
+def test_a_mask_that_the_crop_leaves_nothing_of_is_told(options: Options, tmp_path: Path) -> None:
+    """Also of pictures that were seen before; a crop that shows a part of it will do."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for name, left in (("a", 0), ("b", 60)):
+        picture = Image.new("RGBA", (128, 32))
+        picture.paste("red", (left, 0, left + 20, 32))
+        picture.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    options |= {"data.sources": [{"folder": str(folder), "mask": "alpha"}], "train.batch_size": 1}
+
+    def told(remember: bool = False, **more: Any) -> list[str]:
+        config = configured(options, **more)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            start = look(config, None, accelerator_for(config) if remember else None)
+            start.warn(start.overview(config.data), config)
+        return [str(one.message) for one in found if "teach nothing" in str(one.message)]
+
+    for remember in (True, False):
+        (only,) = told(remember)
+        assert ": 1\n" in only and "a.png" in only
+    assert told(data__aspect="buckets") == told(data__crop="random") == []

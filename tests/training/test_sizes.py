@@ -1,7 +1,9 @@
 """Runs on pictures of several sizes. Oracles: one process for several, properties, the base of another size."""
 
 import json
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from diffusers.models.embeddings import PatchEmbed
 from PIL import Image
 from torch import Tensor
 
+from pixart_ft.data import live as live_pictures
 from pixart_ft.data.cache import CachedPictures, TensorStore
 from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import fitted
@@ -121,6 +124,7 @@ def test_crops_and_mirror_images_are_encoded_and_told(options: Options) -> None:
     table = (folder / "metadata.jsonl").read_text().replace("picture 3", "picture 3, from the left")
     (folder / "metadata.jsonl").write_text(table)
     options |= {"data.crop": "random", "data.crops": 2, "data.flip": True, "data.held_out_fraction": 0.2}
+    options |= {"data.sources": [{"folder": options.pop("data.folder"), "repeats": 2}]}
     with pytest.warns(UserWarning, match=r"(?s)that are not mirrored.*: 1\n    03\.png"):
         start = look(configured(options), None)
     assert "shown as           one of 4 crops and mirror images of each" in start.facts(configured(options), "cpu", 1)
@@ -161,6 +165,27 @@ def test_live_batches_are_the_cached_ones(options: Options, tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore:  (sizes|pictures)")
+def test_live_pictures_are_encoded_by_one_thread_at_a_time(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint's loss is looked at while the next batch is made."""
+    config = configured(options, data__live=True)
+    start = look(config, None)
+    pictures = encode_once(config, start.base, start.learned, start.held, accelerator_for(config)).train
+    inside, most, plain = list[int](), list[int](), live_pictures.encode_moments
+
+    def slow(*given: Any) -> Tensor:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return plain(*given)
+
+    monkeypatch.setattr(live_pictures, "encode_moments", slow)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda index: pictures.latents([index]), range(4)))
+    assert most == [1] * 4
+
+
+@pytest.mark.filterwarnings("ignore:  (sizes|pictures)")
 def test_repeated_sources_of_any_kind_and_a_prior_fill_buckets(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +206,17 @@ def test_repeated_sources_of_any_kind_and_a_prior_fill_buckets(
         assert_same_end(train(options, data__sources=sources, run__folder=tmp_path / name), plain)
 
 
+def test_pictures_all_of_one_shape_are_told_by_their_size(options: Options) -> None:
+    folder = Path(str(options["data.folder"]))
+    for row in read_folder(folder):
+        row.opened().picture.resize((100, 50)).save(folder / row.name)
+    start = look(configured(options), None)
+    assert "pictures           18, 80 x 48 pixels" in start.facts(configured(options), "cpu", 1)
+
+
 def test_a_step_that_does_not_fit_the_base_is_refused(options: Options) -> None:
+    with pytest.raises(UserError, match=r"data.bucket_step 512 leaves no size but squares of \[64\]"):
+        look(configured(options, data__bucket_step=512), None)
     with pytest.raises(UserError, match=r"data.resolution\[1\] is 72; expected \[integer"):
         configured(options, data__resolution=[64, 72])
     with pytest.raises(UserError, match=r"data\.crop .none. with aspect .square. would squeeze"):
