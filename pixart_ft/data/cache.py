@@ -178,7 +178,7 @@ def _encode_pictures(
     wanted  row, digest and fit of each key; those of one size follow each other
     """
     most = max(batch_size or pictures_at_once(fit.size) for _, _, fit in wanted.values())
-    pixels = in_threads(lambda key: _pixels(*wanted[key]), list(wanted), ahead=2 * most)  # while others are encoded
+    pixels = in_threads(lambda key: pixels_of(*wanted[key]), list(wanted), ahead=2 * most)  # while others are encoded
     for size, of_size in groupby(wanted, key=lambda key: wanted[key][2].size):
         while batch := list(islice(of_size, batch_size or pictures_at_once(size))):
             found = encode_moments(vae, torch.stack(list(islice(pixels, len(batch)))))
@@ -196,11 +196,14 @@ def area_of(row: Row, fit: Fit, like: Tensor) -> Tensor:
     return adaptive_avg_pool2d(shown[None], (height, width)).to(like).expand_as(like)
 
 
-def _pixels(row: Row, digest: str, fit: Fit) -> Tensor:
-    """A picture's pixels, of the very bytes that its digest is of: another program may write it meanwhile."""
+def pixels_of(row: Row, digest: str, fit: Fit) -> Tensor:
+    """A picture's pixels, of the very bytes that its digest is of: another program may write it meanwhile.
+
+    Raises UserError for a picture or mask that is another now, or that cannot be read.
+    """
     content = row.content()
     if row.digest(content) != digest:
-        raise UserError(f"{row.where} was changed while the run began; leave the pictures as they are and start again")
+        raise UserError(f"{row.where} was changed since the run began; leave the pictures as they are and start again")
     return fitted(row.opened(content).picture, fit)
 
 

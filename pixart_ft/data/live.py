@@ -8,9 +8,10 @@ from diffusers.models import AutoencoderKL
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from pixart_ft.data.cache import area_of, pictures_at_once
-from pixart_ft.data.pixels import Fit, fitted
+from pixart_ft.data.cache import area_of, pictures_at_once, pixels_of
+from pixart_ft.data.pixels import Fit
 from pixart_ft.data.rows import Row
+from pixart_ft.data.seen import in_threads
 from pixart_ft.model.text import encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 
@@ -21,6 +22,7 @@ class LivePictures:
     def __init__(
         self,
         rows: Sequence[Row],
+        digests: Sequence[str],
         fits: Sequence[Sequence[Fit]],
         vae: AutoencoderKL,
         tokenizer: PreTrainedTokenizerBase,
@@ -28,8 +30,8 @@ class LivePictures:
         *,
         max_tokens: int,
     ) -> None:
-        """`fits` are the views of each row, of all as many."""
-        self._rows, self._fits, self.views = rows, fits, len(fits[0])
+        """`digests` are of the rows, and `fits` their views, of all as many."""
+        self._rows, self._digests, self._fits, self.views = rows, digests, fits, len(fits[0])
         others = (caption for row in rows for caption in row.others)
         self._texts = [prepare_text(caption) for caption in (*(row.caption for row in rows), *others)]
         self._vae, self._tokenizer, self._text_encoder, self._max_tokens = vae, tokenizer, text_encoder, max_tokens
@@ -40,9 +42,11 @@ class LivePictures:
         return len(self._rows)
 
     def latents(self, indices: Sequence[int], views: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """See `CachedPictures.latents`. Raises UserError for a picture that cannot be read."""
+        """See `CachedPictures.latents`. Raises UserError as `pixels_of` does."""
         chosen = self._chosen(indices, views or [0] * len(indices))
-        pixels = torch.stack([fitted(row.opened().picture, fit) for row, fit in chosen])
+        digests = [self._digests[index] for index in indices]
+        wanted = [(row, digest, fit) for (row, fit), digest in zip(chosen, digests, strict=True)]
+        pixels = torch.stack(list(in_threads(lambda one: pixels_of(*one), wanted)))
         parts = pixels.split(pictures_at_once(chosen[0][1].size))
         with self._turn:
             mean, std = torch.cat([encode_moments(self._vae, part) for part in parts]).unbind(1)

@@ -49,7 +49,7 @@ def cache(config: TrainConfig) -> list[str]:
     return [
         *start.pictures.facts(),
         f"cache              {store.folder}: {len(store):,} encodings, {len(store) - before:,} of them made now",
-        f"a picture          {latents:,.0f} bytes of latents and {texts:,.0f} of text, on average",
+        f"on average         {latents:,.0f} bytes a view of a picture, {texts:,.0f} a caption",
     ]
 
 

@@ -230,11 +230,12 @@ def encode_once(
     cached, each = Sized([], []) if data.live else train, view_count(data)
     everything = [*cached.rows, *held.rows]
     views = [*cached.views(data), *([whole_fit(size, data.crop)] for size in held.sizes)]
-    digests = digests and digests[len(train.rows) - len(cached.rows) :]
+    if digests is None:
+        digests = [found.digest for found in verified([*train.rows, *held.rows])]
+    of_learned, digests = digests[: len(train.rows)], digests[len(train.rows) - len(cached.rows) :]
     with accelerator.main_process_first():  # models are hashed and the index is written once
         store = TensorStore(config.data.cache)
         of_vae, of_text = vae_id(config, base), text_encoder_id(config, base)
-    digests = [found.digest for found in verified(everything)] if digests is None else digests
 
     def text_encoder() -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
         tokenizer, encoder = loading.load_text_encoder(base, dtype=text_dtype(config))
@@ -287,7 +288,9 @@ def encode_once(
     of_train: CachedPictures | LivePictures
     if data.live:
         learned = list(range(len(train.rows)))
-        of_train = LivePictures(train.rows, train.views(data), vae(), *text_encoder(), max_tokens=data.max_tokens)
+        of_train = LivePictures(
+            train.rows, of_learned, train.views(data), vae(), *text_encoder(), max_tokens=data.max_tokens
+        )
     else:
         texts_of = text_keys[:count] + text_keys[null + 1 :]
         of_train = CachedPictures(store, latent_keys[: count * each], texts_of, each)

@@ -201,7 +201,7 @@ def test_a_picture_swapped_after_it_was_hashed_is_not_kept_under_its_name(
         return vae
 
     store = TensorStore(tmp_path / "store")
-    with pytest.raises(UserError, match=rf"{rows[5].where} was changed while the run began"):
+    with pytest.raises(UserError, match=rf"{rows[5].where} was changed since the run began"):
         cache_pictures(store, rows, load_vae=load, vae_id="vae", views=[[Fit((32, 32))]] * len(rows), digests=digests)
     store, keys = cached_pictures(tmp_path / "store", rows, lambda: vae)
     assert all(

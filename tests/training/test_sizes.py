@@ -28,6 +28,7 @@ from pixart_ft.training.encode import encode_once
 from pixart_ft.training.start import accelerator_for, dry_run, look
 from tests.helpers.launched import launch
 from tests.helpers.packed import as_folder, as_parquet, as_tars
+from tests.helpers.pictures import path_of
 from tests.helpers.runs import Options, assert_same_end, configured, losses, short_run, train
 from tests.helpers.toy_run import LAWS
 
@@ -183,6 +184,17 @@ def test_live_pictures_are_encoded_by_one_thread_at_a_time(options: Options, mon
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda index: pictures.latents([index]), range(4)))
     assert most == [1] * 4
+
+
+@pytest.mark.filterwarnings("ignore:  (sizes|pictures)")
+def test_a_live_picture_that_is_another_now_is_refused(options: Options) -> None:
+    config = configured(options, data__live=True)
+    start = look(config, None)
+    pictures = encode_once(config, start.base, start.learned, start.held, accelerator_for(config)).train
+    pictures.latents([0])
+    Image.new("RGB", (64, 64)).save(path_of(start.learned.rows[0]))
+    with pytest.raises(UserError, match="was changed since the run began"):
+        pictures.latents([0])
 
 
 @pytest.mark.filterwarnings("ignore:  (sizes|pictures)")
