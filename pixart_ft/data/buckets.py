@@ -175,7 +175,7 @@ class Sized:
             found.append(_fits(size, (0.5,) * count if fits_as_it_is else parts, mirrored))
         return found
 
-    def table(self, together: int, crop: Crop) -> list[str]:
+    def table(self, together: int, crop: Crop, called: str = "") -> list[str]:
         """A line for each size: its pictures, its steps of so many in an epoch, what is cropped, squeezed, enlarged."""
         lines, of_size = [], dict[Size, list[tuple[Row, Size]]]()
         for row, size, own in zip(self.rows, self.sizes, self.own, strict=True):
@@ -192,7 +192,7 @@ class Sized:
                 )
             if larger := [scale for own in own_sizes if (scale := enlarged(own, size)) > 1]:
                 told.append(f"{len(larger):,} enlarged, up to {max(larger):.3g} times")
-            lines.append(f"{f'{size[0]} x {size[1]}':<18} {'; '.join(told)}")
+            lines.append(f"{f'{called}{size[0]} x {size[1]}':<18} {'; '.join(told)}")
         return lines
 
 

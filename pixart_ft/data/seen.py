@@ -28,7 +28,7 @@ class Seen:
     digest  what names it in a cache, see `Row.digest`
     size    (width, height) in pixels, upright
     notes   what its owner should know of how it is read
-    shown   where its mask leaves something; None: it has none
+    shown   where its mask leaves something; None: it leaves all, or there is none
     """
 
     digest: str
@@ -77,7 +77,7 @@ def _shown(row: Row, size: Size) -> Box | None:
         raise UserError(f"{row.mask}: a mask of {mask.size} pixels for {row.where} of {size}; give it the same size")
     if (box := mask.getbbox()) is None:
         raise UserError(f"{row.mask}: a mask that leaves nothing of {row.where} to train on")
-    return box
+    return None if mask.getextrema() == (255, 255) else box
 
 
 def verified(rows: Sequence[Row], *, progress: bool = True) -> list[Seen]:

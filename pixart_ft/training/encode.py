@@ -93,7 +93,8 @@ class Pictures:
             orphans = f"; {account.orphans:,} captions or text files without a picture" if account.orphans else ""
             lines.append(f"{'in ' + key:<18} {account.pictures:,} pictures: {told}{orphans}")
         pictures = distinct(self.train)
-        if masked := sum(row.mask is not None for row in pictures):
+        if any(row.mask is not None for row in pictures):
+            masked = sum(self.seen[row].shown is not None for row in pictures)
             lines.append(
                 f"{'masks':<18} {masked:,} of {len(pictures):,} pictures are trained on where theirs are white"
             )

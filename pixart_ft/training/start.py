@@ -118,6 +118,7 @@ class Start:
             f"trained            {self.parameters:,} parameters of {self.kind.words}",
             f"pictures           {pictures:,}{prior}{held_out}, {sizes}",
             *(self.train.table(batch, config.data.crop) if self.several_sizes else []),
+            *(self.prior.table(batch, config.data.crop, "prior ") if self.several_sizes else []),
             *([f"shown as           one of {views} crops and mirror images of each"] if views > 1 else []),
             f"steps per epoch    {places / draws:.4g}, of {batch} pictures each",
             f"length             {self.plan.steps:,} steps: {often}",

@@ -72,6 +72,14 @@ def test_areas_are_cached_as_they_are_live_beside_pictures_without(
     assert kinds == {(1.0,) * 8, left, left[::-1]}
 
 
+def test_masks_that_leave_all_are_not_counted(options: Options, pictures: Path, tmp_path: Path) -> None:
+    """Alpha is asked for, and no picture is transparent anywhere."""
+    source = with_alpha(pictures, tmp_path / "whole", 10_000) | {"mask": "alpha"}
+    config = configured(options, data__sources=[source])
+    (told,) = [line for line in look(config, None).facts(config, "cpu", 1) if line.startswith("masks")]
+    assert told == "masks              0 of 6 pictures are trained on where theirs are white"
+
+
 def test_a_mask_that_the_crop_leaves_nothing_of_is_told(options: Options, tmp_path: Path) -> None:
     """Also of pictures that were seen before; a crop that shows a part of it will do."""
     folder = tmp_path / "wide"

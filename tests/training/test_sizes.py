@@ -213,6 +213,7 @@ def test_repeated_sources_of_any_kind_and_a_prior_fill_buckets(
     start = look(configured(options, **several), None)
     facts = "\n".join(start.facts(configured(options, **several), "cpu", 1))
     assert "\n80 x 48            12 pictures, 4.5 steps an epoch" in facts
+    assert "\nprior 64 x 64      9 pictures, 2.25 steps an epoch" in facts
     assert "pictures           36, and 14 of the prior in every second step, of 4 sizes" in facts
     for name, sources in {"tars": [tars | {"repeats": 3}, prior], "parquet": [parquet | {"repeats": 3}, prior]}.items():
         assert_same_end(train(options, data__sources=sources, run__folder=tmp_path / name), plain)
