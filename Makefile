@@ -52,7 +52,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)
 	rm -rf runs/quickstart
 	$(BIN)/pixart-ft train --config quickstart
-	$(BIN)/pixart-ft generate --model demo --lora runs/quickstart --prompt "rocket" --prompt "avocado" \
+	$(BIN)/pixart-ft generate --model demo --lora runs/quickstart --prompt "cactus" --prompt "avocado" \
 		--seed 7 --out runs/quickstart/generated
 
 test: $(INSTALLED)

@@ -1,10 +1,11 @@
 """What the cache costs beside its encoders, on the demo: bytes for a caption, and time beside the bare encoders.
 
-    python scripts/cache_cost.py [--pictures 256] [--captions 8192]
+    python scripts/cache_cost.py [--pictures 256] [--captions 8192] [--vae real]
 
 The demo's pictures and captions are varied to so many different ones; the long captions are twelve of the demo's
 joined. Bare is the VAE or T5 alone, on pixels and tokens that are ready; cached is that with reading, checking,
-decoding and hashing the pictures, and writing the shards, by one process and by two that share the work. Seconds are
+decoding and hashing the pictures, and writing the shards, by one process and by two that share the work. `--vae real`
+takes one with the layers of SDXL's, which is PixArt-Sigma's, and random weights. Seconds are
 those of a processor's core, of the process that had more to do, so other programs do not lengthen them; on one core
 nothing is gained by decoding and writing while the encoder runs, which on a GPU hides most of it.
 """
@@ -22,6 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from pixart_ft.data.cache import ALONE, Share, cache_captions, cache_pictures, pictures_at_once
@@ -52,6 +54,20 @@ def varied(folder: Path, count: int) -> list[Row]:
     return found
 
 
+def real_vae() -> AutoencoderKL:
+    """One as large as PixArt-Sigma's, of random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=4,
+        )
+    return vae.eval().requires_grad_(False)
+
+
 def seconds(work: Callable[[], object]) -> float:
     """What it takes of a core."""
     begun = time.process_time()
@@ -64,10 +80,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=256, help="how many are encoded")
     parser.add_argument("--captions", type=int, default=8192, help="how many are encoded")
+    parser.add_argument("--vae", choices=("demo", "real"), default="demo", help="what encodes the pictures")
     options = parser.parse_args()
     torch.set_num_threads(1)
     base = Base.read("demo")
-    vae = loading.load_vae(base, dtype=torch.float32)
+    vae = real_vae() if options.vae == "real" else loading.load_vae(base, dtype=torch.float32)
     tokenizer, half = loading.load_text_encoder(base, dtype=torch.bfloat16)
     t5 = loading.load_text_encoder(base, dtype=torch.float32)[1]
     with tempfile.TemporaryDirectory() as temporary:

@@ -60,10 +60,12 @@ FAMILIAR = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities",
 # On which side of the fine-tuning split these are, whatever the order of the rest.
 SURELY_LEARNED = ("rocket", "octopus", "mushroom", "tomato", "house", "duck", "penguin", "birthday cake")
 SURELY_HELD_OUT = ("sailboat", "guitar", "umbrella", "tulip", "red apple", "alarm clock", "waffle", "ant")
-# What the quickstart's sheet shows of the two, chosen on seeds 5 and 6 among what the base draws cleanly: eight things
-# that are learned from; four held out that the base draws; the four that it never saw without a style's word.
-SHOWN_LEARNED = ("rocket", "avocado", "hamburger", "tomato", "house", "automobile", "eggplant", "four leaf clover")
-SHOWN_KNOWN = ("bell", "handbag", "umbrella", "1st place medal")
+# What the quickstart's sheet shows of the two, chosen on seeds 5, 6 and 100 among what is drawn cleanly after it: eight
+# things that are learned from; four held out that the base draws; the four that it never saw without a style's word.
+SHOWN_LEARNED = (
+    "lady beetle", "cactus", "dress", "desert island", "camel", "avocado", "heart suit", "open book",
+)  # fmt: skip
+SHOWN_KNOWN = ("helicopter", "umbrella", "water wave", "minibus")
 SHOWN_NEW = ("red apple", "alarm clock", "waffle", "ant")
 SYMBOLS = "Symbols"  # arrows and buttons: colours for the VAE, nothing that a caption could name
 
