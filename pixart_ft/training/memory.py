@@ -109,19 +109,14 @@ def pictures(case: Case) -> Need:
 
 
 def training(case: Case) -> Need:
-    """A run at its peak: in a backward pass, when the optimizer moves or, on a processor, when a checkpoint is written.
-
-    A file of a checkpoint is whole in the computer's memory before it is on the disk; gradients are gone by then.
-    """
+    """An optimizer step in the middle of a run, at its peak: in the backward pass, or when the optimizer moves."""
     weights, trained, *peaks = _extrapolated(case, _training_peaks)
     kept, passing = _optimizer_bytes(case, trained)
     together = not case.config.optim.in_backward
     gradients, passing = (trained * _width(case), passing) if together else (0, 0)  # else a weight at a time
-    at_once = max(0, max(*peaks, weights + gradients + passing) - weights - gradients)
-    file = 0 if case.on_gpu else max(kept, trained * _width(case)) - gradients
-    parts = {"weights": weights, "gradients": gradients, "optimizer": kept, "average": _average_bytes(case, trained)}
-    parts |= _live(case)
-    return Need(parts | ({"activations": at_once} if at_once >= file else {"writing a checkpoint": file}))
+    at_once = max(*peaks, weights + gradients + passing) - weights - gradients
+    parts = {"gradients": gradients, "optimizer": kept, "average": _average_bytes(case, trained), **_live(case)}
+    return Need({"weights": weights, **parts, "activations": max(0, at_once)})
 
 
 def _live(case: Case) -> dict[str, int]:
