@@ -105,8 +105,8 @@ class Start:
             f"each picture {epochs:.4g} times" if places == pictures else f"{epochs:.4g} epochs of {places:,} places"
         )
         turn = "step" if self.several_sizes else "draw"
-        prior = f", and {len(distinct(self.prior.rows)):,} of the prior in every second {turn}"
-        prior = prior if self.prior.rows else ""
+        others = len(distinct(self.prior.rows))
+        prior = f", and {others:,} of the prior in every second {turn}" if others else ""
         held_out = f", {len(self.held.rows)} held out" if self.held.rows else ""
         views, counts = view_count(config.data), self.learned.counts
         one, other = next(iter(counts))
