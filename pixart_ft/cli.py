@@ -454,7 +454,7 @@ def _plain(value: Any) -> str:
 
 
 def _entry(flag: str, text: str) -> list[str]:
-    return textwrap.wrap(f"  {flag:<32}{text}", WIDTH, subsequent_indent=" " * 34, break_on_hyphens=False)
+    return textwrap.wrap(f"  {flag:<34}{text}", WIDTH, subsequent_indent=" " * 36, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

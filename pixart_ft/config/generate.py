@@ -20,11 +20,13 @@ from pixart_ft.config.train import (
     MOST_PICTURES,
     SEEDS,
     STEPS,
+    T5_QUANTIZATION,
     Attention,
     Batch,
     Folder,
     Guidance,
     Precision,
+    Quantization,
     Respacing,
     SamplerSteps,
     Scale,
@@ -176,6 +178,7 @@ class GenerateConfig(Config):
     attention: Attention = Field("by_shape", description=ATTENTION)
     compile: bool = Field(False, description=COMPILE)
     dtype: Precision = Field("auto", description="weights; auto = bfloat16 on a GPU, float32 on a CPU")
+    text_encoder_quantization: Quantization = Field("none", description=T5_QUANTIZATION)
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto = the best there is")
     out: Folder = Field(Path("pictures"), description="folder for the pictures and their grid")
 

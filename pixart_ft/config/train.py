@@ -50,6 +50,7 @@ ATTENTION = (
     "kernels; by_shape = sdpa, but plain for short bfloat16 in training on a CPU; auto = the fastest, timed once here"
 )
 COMPILE = "compile one block for all: the first steps take minutes"
+T5_QUANTIZATION = "hold T5 in 4 (nf4) or 8 bits, where its 9.5 GB in bfloat16 are too many: extra `quantized`"
 
 # Layers by the ends of their names. The last layer, whose rows make the mean and the variance alike, is among the
 # linear ones only where the objective trains the variance.
@@ -124,6 +125,7 @@ class Model(Section):
         "none", description="hold the base's blocks in 4 (nf4) or 8 bits, and train an adapter: extra `quantized`"
     )
     text_encoder_dtype: Precision = Field("auto", description="T5 while encoding captions; auto likewise")
+    text_encoder_quantization: Quantization = Field("none", description=T5_QUANTIZATION)
     gradient_checkpointing: bool | Annotated[int, Field(ge=2, le=1000)] = Field(
         False, description="less memory, about 30 % slower; a number k: of every k-th block alone"
     )

@@ -13,9 +13,11 @@ from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, T5Config, T5EncoderModel, T5Tokenizer
 
+from pixart_ft.config.train import Quantization
 from pixart_ft.errors import UserError
 from pixart_ft.model.adapter_switch import is_of_adapter
 from pixart_ft.model.base import Base
+from pixart_ft.model.quantized import quantized_t5
 from pixart_ft.model.vae import safe_dtype
 from pixart_ft.model.weights import check_keys, quiet, readable, variant
 from pixart_ft.runs.manifest import check_whole
@@ -104,8 +106,10 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_text_encoder(base: Base, *, dtype: torch.dtype) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
-    """The tokenizer and the T5 encoder.
+def load_text_encoder(
+    base: Base, *, dtype: torch.dtype, quantization: Quantization = "none", device: torch.device | str = "cpu"
+) -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
+    """The tokenizer and the T5 encoder, on `device`, its linear layers in 4 or 8 bits where `quantization` says so.
 
     Load in the dtype you want and never cast afterwards: in float16 only `from_pretrained` keeps the layers
     that overflow (`wo`) in float32, and a T5 that was cast gives finite, wrong embeddings.
@@ -119,10 +123,11 @@ def load_text_encoder(base: Base, *, dtype: torch.dtype) -> tuple[PreTrainedToke
     tokenizer = load_tokenizer(base)
     with readable(base.place, "text_encoder"):
         config = T5Config.from_dict(_own(base.text_encoder))
-    encoder: T5EncoderModel = _load(T5EncoderModel, base, "text_encoder", dtype=dtype, config=config)
+    how = {"dtype": dtype, "config": config} | quantized_t5(quantization, dtype=dtype, device=device)
+    encoder: T5EncoderModel = _load(T5EncoderModel, base, "text_encoder", **how)
     overflowing = [weight for name, weight in encoder.named_parameters() if ".wo." in name]
     assert dtype != torch.float16 or all(weight.dtype == torch.float32 for weight in overflowing)
-    return tokenizer, encoder
+    return tokenizer, encoder if quantization != "none" else encoder.to(device)
 
 
 def _own(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,9 +143,10 @@ def encode_each(
         for index, embedding in zip(batch, embeddings, strict=True):
             embedding = embedding[: len(ids[index])].clone()
             if not embedding.isfinite().all():
+                but = ", and not in 8 bits" if getattr(text_encoder, "is_loaded_in_8bit", False) else ""
                 raise UserError(
                     f"the text encoder ({text_encoder.dtype}) gave NaN or infinity for the caption "
-                    f"{captions[index]!r}; load it in bfloat16 or float32"
+                    f"{captions[index]!r}; load it in bfloat16 or float32{but}"
                 )
             yield index, embedding
 

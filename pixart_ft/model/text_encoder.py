@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
+from pixart_ft.config.train import Quantization
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.text import encode_each, prepare_text, warn_of_losses
@@ -25,12 +26,21 @@ class TextEncoder:
     tokenizer: PreTrainedTokenizerBase | None = None
     encoder: T5EncoderModel | None = None
     known: dict[str, Tensor] = field(default_factory=dict)
+    quantization: Quantization = "none"  # what the encoder is held in
 
     @classmethod
-    def load(cls, base: Base, *, dtype: torch.dtype, device: torch.device | str, max_tokens: int) -> Self:
+    def load(
+        cls,
+        base: Base,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_tokens: int,
+        quantization: Quantization = "none",
+    ) -> Self:
         """That of a base."""
-        tokenizer, encoder = loading.load_text_encoder(base, dtype=dtype)
-        return cls(max_tokens, tokenizer, encoder.to(device))
+        found = loading.load_text_encoder(base, dtype=dtype, quantization=quantization, device=device)
+        return cls(max_tokens, *found, quantization=quantization)
 
     def __repr__(self) -> str:
         state = "freed" if self.encoder is None else "loaded"

@@ -34,6 +34,7 @@ _SAME = (
     "model",
     "revision",
     "dtype",
+    "text_encoder_quantization",
     "attention",
     "compile",
 )

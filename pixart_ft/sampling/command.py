@@ -18,6 +18,7 @@ from pixart_ft.errors import UserError
 from pixart_ft.files import probe, write_text
 from pixart_ft.model.base import Base
 from pixart_ft.model.engine import check_engine
+from pixart_ft.model.quantized import check_quantization
 from pixart_ft.pictures.own import check_own, not_there_yet
 from pixart_ft.pictures.recipes import changes, read_recipe
 from pixart_ft.pictures.sheets import grid, picture_name, save_png
@@ -112,6 +113,7 @@ def _look(
     cells = settled_cells(config, settings, abilities, name) if config.compare else {}
     device = device_of(config.device)
     check_engine(config.attention, config.compile, device, dtype_of(config.dtype, device))
+    check_quantization("text_encoder_quantization", config.text_encoder_quantization)
     probe(config.out, "out")
     if config.compare:
         check_own(comparison_sheets(config, prompts), "sampler")
@@ -132,6 +134,7 @@ def _load_model(config: GenerateConfig, base: Base, adapters: Sequence[Adapter],
         prompts=[*prompts, config.negative_prompt],
         attention=config.attention,
         compiled=config.compile,
+        text_encoder_quantization=config.text_encoder_quantization,
     )
     if config.compile:
         print("compiling one block of the network for all, at its first call: the first picture takes minutes")

@@ -335,7 +335,10 @@ def _changes(case: Case, stage: str) -> list[dict[str, Any]]:
     """Settings that may make a stage smaller, the gentlest first."""
     config, rows = case.config, case.config.train.batch_size
     ways: dict[str, list[tuple[bool, dict[str, Any]]]] = {
-        _CAPTIONS: [(True, {"model.text_encoder_dtype": "bfloat16"})],
+        _CAPTIONS: [
+            (True, {"model.text_encoder_dtype": "bfloat16"}),
+            (config.model.text_encoder_quantization != "nf4", {"model.text_encoder_quantization": "nf4"}),
+        ],
         _PICTURES: [(True, {"data.resolution": (case.resolution // 2 // 16 * 16,)})],
         _TRAINING: [
             (not config.model.gradient_checkpointing, {"model.gradient_checkpointing": True}),

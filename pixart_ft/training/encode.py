@@ -180,8 +180,10 @@ def vae_id(config: TrainConfig, base: Base) -> str:
 
 
 def text_encoder_id(config: TrainConfig, base: Base) -> str:
-    """Names the tokenizer, T5 and the dtype it runs in, see `component_id`."""
-    return _component_id(config, base, "tokenizer", "text_encoder", dtype=text_dtype(config))
+    """Names the tokenizer, T5, the dtype it runs in and the few bits it is held in, see `component_id`."""
+    named = _component_id(config, base, "tokenizer", "text_encoder", dtype=text_dtype(config))
+    how = config.model.text_encoder_quantization
+    return named if how == "none" else f"{named} {how}"
 
 
 def _component_id(config: TrainConfig, base: Base, *subfolders: str, dtype: torch.dtype) -> str:
@@ -239,8 +241,9 @@ def encode_once(
         of_vae, of_text = vae_id(config, base), text_encoder_id(config, base)
 
     def text_encoder() -> tuple[PreTrainedTokenizerBase, T5EncoderModel]:
-        tokenizer, encoder = loading.load_text_encoder(base, dtype=text_dtype(config))
-        return tokenizer, encoder.to(device)
+        return loading.load_text_encoder(
+            base, dtype=text_dtype(config), quantization=config.model.text_encoder_quantization, device=device
+        )
 
     def vae() -> AutoencoderKL:
         return loading.load_vae(base, dtype=torch.float32).to(device)

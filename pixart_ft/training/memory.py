@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pixart_ft.config.train import TrainConfig
+from pixart_ft.config.train import Quantization, TrainConfig
 from pixart_ft.data.cache import CAPTIONS_AT_ONCE, pictures_at_once
 from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.model import loading
@@ -95,6 +95,7 @@ def captions(case: Case) -> Need | None:
         dtype,
         lambda encoder: encoder(input_ids=torch.zeros(shape, dtype=torch.int64)),
         float32=kept,
+        few_bits=case.config.model.text_encoder_quantization,
     )
 
 
@@ -220,10 +221,18 @@ def _without_values(*modules: nn.Module, dtype: torch.dtype, float32: str | None
         yield living
 
 
-def _call(module: nn.Module, dtype: torch.dtype, call: Callable[[Any], object], *, float32: str | None = None) -> Need:
+def _call(
+    module: nn.Module,
+    dtype: torch.dtype,
+    call: Callable[[Any], object],
+    *,
+    float32: str | None = None,
+    few_bits: Quantization = "none",
+) -> Need:
     """Of one call for its result alone."""
     module.requires_grad_(False).eval()
     with _without_values(module, dtype=dtype, float32=float32) as living, torch.no_grad():
+        living.forget(bytes_saved(module, few_bits, dtype))
         weights = living.now
         call(module)
         return Need({"weights": weights, "activations": living.peak() - weights})

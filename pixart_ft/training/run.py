@@ -268,7 +268,7 @@ def _sampler(
     model = TextToImage(
         transformer=transformer,
         vae=loading.decoder_only(vae).to(accelerator.device),
-        text=TextEncoder(config.data.max_tokens, known=known),
+        text=TextEncoder(config.data.max_tokens, known=known, quantization=config.model.text_encoder_quantization),
         abilities=abilities,
         base=base,
         fingerprint=fingerprint,

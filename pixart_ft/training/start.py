@@ -152,7 +152,8 @@ def look(
     base = Base.read(config.model.base, config.model.revision)
     resolution = resolution_of(config, base)
     objective, schedule_config = build_objective(config, base)
-    check_quantization(config.model.quantization)
+    for key in ("quantization", "text_encoder_quantization"):
+        check_quantization(f"model.{key}", getattr(config.model, key))
     kind = kind_of(config, base, objective)
     trained = kind.trained(loading.skeleton(base))
     check_trained(config.optim, trained)

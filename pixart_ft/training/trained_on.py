@@ -60,6 +60,7 @@ _BY_CONTENT = {
     "model.dtype",
     "model.revision",
     "model.text_encoder_dtype",
+    "model.text_encoder_quantization",
     "validation.pictures",
 }
 # then how a run is watched and kept, or cut into batches (of the same size in all, which `Trainer.load` checks),

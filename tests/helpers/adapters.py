@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from pixart_ft.adapters.attach import attach
 from pixart_ft.adapters.files import LoraSettings
 from pixart_ft.adapters.weights import save_adapter
+from pixart_ft.config.train import Quantization
 from pixart_ft.model.base import Base
 from pixart_ft.model.loading import fingerprint, load_text_encoder, load_transformer
 from pixart_ft.model.text import TEXT_PREPARATION, null_caption
@@ -27,9 +28,13 @@ def make_adapter(
     alpha: float = 6.0,
     size: float = 0.2,
     null_scale: float = 1.0,
+    quantization: Quantization = "none",
     **changes: Any,
 ) -> Path:
-    """Save an adapter whose B is random, of this standard deviation; `changes` go into its metadata."""
+    """Save an adapter whose B is random, of this standard deviation; `changes` go into its metadata.
+
+    quantization   of the text encoder that its null caption is from
+    """
     read = Base.read(base)
     transformer = load_transformer(read, dtype=torch.float32)
     mark = fingerprint(transformer)
@@ -38,7 +43,7 @@ def make_adapter(
     for name, parameter in transformer.named_parameters():
         if ".lora_B." in name:
             parameter.data = size * torch.randn(parameter.shape, generator=generator)
-    tokenizer, text_encoder = load_text_encoder(read, dtype=torch.float32)
+    tokenizer, text_encoder = load_text_encoder(read, dtype=torch.float32, quantization=quantization)
     metadata = metadata_of(mark, LoraSettings(rank=4, alpha=alpha), base=str(base))
     null = null_scale * null_caption(text_encoder, tokenizer)
     save_adapter(folder, transformer, replace(metadata, **changes), null)

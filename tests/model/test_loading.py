@@ -1,5 +1,6 @@
 """Loading of a base. Oracles: the stock pipeline's weights, and a table of what would load silently wrong."""
 
+import importlib.util
 import shutil
 import warnings
 from pathlib import Path
@@ -10,10 +11,12 @@ import torch
 from diffusers import PixArtSigmaPipeline
 from huggingface_hub import constants
 
+from pixart_ft.config.train import Quantization
 from pixart_ft.errors import UserError
 from pixart_ft.model import loading, place
 from pixart_ft.model.base import Base
 from pixart_ft.model.place import resolve_base
+from pixart_ft.model.text import encode_captions
 from pixart_ft.model.vae import LatentScale
 from tests.helpers.tiny import build_tiny_pipeline, edit
 
@@ -255,6 +258,48 @@ def test_t5_whose_wo_overflows_float16_encodes_like_float32(base: Path) -> None:
 
     assert error(got) < 0.02
     assert not error(cast) < 0.02  # what a cast T5 does, or this test would not test anything
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("how", "kind", "rounding"), [("nf4", "Linear4bit", 1 / 4), ("int8", "Linear8bitLt", 1 / 32)])
+def test_t5_in_few_bits_says_nearly_the_same(
+    base: Path, how: Quantization, kind: str, rounding: float, dtype: torch.dtype, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every linear layer but `wo` is held so. Steps are up to 0.3 of the largest of 64 weights, or 1/127."""
+    read = Base.read(base)
+    tokenizer, encoder = loading.load_text_encoder(read, dtype=dtype)
+    _, short = loading.load_text_encoder(read, dtype=dtype, quantization=how)
+    layers = {n: type(m).__name__ for n, m in short.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert layers == {n: "Linear" if n.endswith(".wo") else kind for n in layers} and len(layers) == 2 * 7
+    plain = {n: p.dtype for n, p in encoder.named_parameters()}
+    assert {n: p.dtype for n, p in short.named_parameters() if p.is_floating_point()}.items() <= plain.items()
+    whole, few = (encode_captions(one, tokenizer, ["a red apple on a plate", ""]) for one in (encoder, short))
+    for one, other in zip(whole, few, strict=True):
+        assert one.dtype == other.dtype == dtype
+        assert 0 < (one - other).float().norm() < rounding * one.float().norm()
+    assert "cast" not in capfd.readouterr().err  # bitsandbytes says at each call that it computes in float16
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_t5_in_8_bits_keeps_what_overflows_float16(base: Path) -> None:
+    """Such layers compute in float16, and `wo` is none of them."""
+    tokenizer, encoder = loading.load_text_encoder(Base.read(base), dtype=torch.float32)
+    with torch.no_grad():
+        for block in encoder.encoder.block:
+            block.layer[1].DenseReluDense.wo.weight.mul_(3e5)
+            block.layer[1].DenseReluDense.wi_1.weight.mul_(10)
+    encoder.save_pretrained(str(base / "text_encoder"))
+    _, short = loading.load_text_encoder(Base.read(base), dtype=torch.bfloat16, quantization="int8")
+    (whole,), (few,) = (encode_captions(one, tokenizer, ["a red apple"]) for one in (encoder, short))
+    assert (whole - few).norm() < whole.norm() / 16
+    with torch.no_grad():
+        for block in encoder.encoder.block:
+            block.layer[1].DenseReluDense.wi_1.weight.mul_(1e5)
+    encoder.save_pretrained(str(base / "text_encoder"))
+    _, short = loading.load_text_encoder(Base.read(base), dtype=torch.bfloat16, quantization="int8")
+    with pytest.raises(UserError, match=r"NaN or infinity .* load it in bfloat16 or float32, and not in 8 bits"):
+        encode_captions(short, tokenizer, ["a red apple"])
 
 
 def test_decoder_only_decodes_the_same_without_the_encoder(tiny: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -91,6 +92,38 @@ def test_several_adapters_are_drawn_with_and_drawn_again(
     with pytest.raises(UserError, match="were trained with different null captions"):
         TextToImage.load(tiny, lora=[adapter, tmp_path / "null"])
     assert not (tmp_path / "d").exists()
+
+
+def test_a_text_encoder_in_few_bits_draws_nearly_the_same_and_is_in_the_recipe(
+    tiny: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    asked = ["--prompt", "a red circle", "--steps", 2, "--device", "cpu", "--model", tiny, "--lora", adapter]
+    drawn = {}
+    for how in ("none", "nf4"):
+        assert draw(*asked, "--text-encoder-quantization", how, "--out", tmp_path / how) == 0
+        (picture,) = (tmp_path / how).glob("000-*.png")
+        drawn[how] = np.asarray(Image.open(picture), dtype=int)
+    assert 0 < np.abs(drawn["nf4"] - drawn["none"]).max() < 64
+    assert read_recipe(picture)["text_encoder_quantization"] == "nf4"
+    assert draw("--from", picture, "--out", tmp_path / "again") == 0
+    assert (tmp_path / "again" / picture.name).read_bytes() == picture.read_bytes()
+    model = TextToImage.load(tiny, lora=adapter, text_encoder_quantization="nf4")
+    assert np.array_equal(np.asarray(model.generate("a red circle", steps=2)[0], dtype=int), drawn["nf4"])
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert draw(*asked, "--text-encoder-quantization", "nf4", "--out", tmp_path / "no") == 2
+    assert "text_encoder_quantization nf4 needs bitsandbytes: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+    with pytest.raises(UserError, match="text_encoder_quantization int8 needs bitsandbytes"):
+        TextToImage.load(tiny, text_encoder_quantization="int8")
+
+
+def test_adapters_whose_text_encoder_was_in_few_bits_go_with_others(tiny: Path, adapter: Path, tmp_path: Path) -> None:
+    """Their null captions are the same to rounding."""
+    pytest.importorskip("bitsandbytes")
+    other = make_adapter(tiny, tmp_path / "other", quantization="nf4")
+    assert len(TextToImage.load(tiny, lora=[adapter, other]).adapters) == 2
 
 
 def test_other_options_win_and_what_they_leave_without_use_is_set_aside(tiny: Path, tmp_path: Path) -> None:

@@ -205,6 +205,7 @@ def kinds(folder: Path) -> tuple[int, int]:
         ("data.max_tokens", 0, 15),
         ("data.resolution", 12, 0),
         ("model.text_encoder_dtype", 0, 15),
+        ("model.text_encoder_quantization", 0, 15),
         ("the preparation of text", 0, 15),
     ],
 )
@@ -225,7 +226,10 @@ def test_what_does_not_match_is_encoded_anew_and_nothing_else(
         elif changed == "the preparation of text":
             patch.setattr("pixart_ft.data.cache.TEXT_PREPARATION", "another")
         elif changed != "nothing":
-            given[changed] = {"data.max_tokens": 77, "data.resolution": 48}.get(changed, "bfloat16")
+            if changed == "model.text_encoder_quantization":
+                pytest.importorskip("bitsandbytes")
+            others = {"data.max_tokens": 77, "data.resolution": 48, "model.text_encoder_quantization": "nf4"}
+            given[changed] = others.get(changed, "bfloat16")
         encode(load_config({}, given))
     (pictures, captions), before = kinds(tmp_path / "cache"), kinds(encoded)
     assert before == (12, 15) and (pictures - 12, captions - 15) == (pictures_anew, captions_anew)

@@ -379,8 +379,8 @@ def test_a_lora_on_a_base_of_few_bits(
 def test_a_base_of_few_bits_says_what_it_needs(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"model\.quantization nf4 needs bitsandbytes: pip install"):
-        check_quantization("nf4")
-    check_quantization("none")
+        check_quantization("model.quantization", "nf4")
+    check_quantization("model.quantization", "none")
     with pytest.raises(UserError, match=r"unused while adapter\.kind is \"full\""):
         load_config({"adapter": {"kind": "full"}, "model": {"quantization": "nf4"}, "data": {"folder": "x"}})
     with pytest.raises(UserError, match="no DoRA on weights of 8 bits"):

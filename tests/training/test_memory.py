@@ -2,6 +2,7 @@
 the whole network where short ones were asked.
 """
 
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixart_ft.config.train import load_config
+from pixart_ft.config.train import Quantization, load_config
 from pixart_ft.diffusion.intervals import WHOLE
 from pixart_ft.model import loading
 from pixart_ft.model.attention import use_kernels
@@ -94,6 +95,17 @@ def test_what_is_kept_is_what_the_loaded_parts_have(base: Base) -> None:
     assert found is not None and found.parts["weights"] == size(t5)
     assert memory.pictures(case(base)).parts["weights"] == size(loading.load_vae(base, dtype=torch.float32))
     assert "average" not in {name for name, n in memory.training(case(base, {"train.ema_decay": 0})).parts.items() if n}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize(("how", "scales"), [("int8", 0), ("nf4", 4 / 64)])  # bytes beside each weight
+def test_t5_of_few_bits_takes_what_it_has_when_loaded(base: Base, how: Quantization, scales: float) -> None:
+    """In each of its two blocks four matrices 32 x 32 and two 32 x 64; `wo` stays."""
+    _, t5 = loading.load_text_encoder(base, dtype=torch.bfloat16, quantization=how)
+    asked = {"model.text_encoder_dtype": "bfloat16", "model.text_encoder_quantization": how}
+    found = memory.captions(case(base, asked))
+    assert found is not None
+    assert found.parts["weights"] == size(t5) + scales * 2 * (4 * 32 * 32 + 2 * 32 * 64)
 
 
 def saved_for_backward(base: Base, asked: Case) -> int:

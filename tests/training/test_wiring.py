@@ -3,6 +3,7 @@ the picture files, the base's own T5 and VAE, diffusers' transformer and plain t
 and the loss's formula, which have their own tests, are taken from the package."""
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -294,3 +295,18 @@ def test_what_is_encoded_and_loaded_is_what_the_configuration_says(
     assert held_out.x0.shape[2:] == trainer.data.pictures.latents([0])[0].shape[2:] == (4, 4)
     frozen = {p.dtype for p in trainer.transformer.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.parametrize("live", [False, True])
+def test_captions_are_those_of_t5_in_the_few_bits_that_were_asked_for(
+    live: bool, options: dict[str, dict[str, Any]], tiny: Path, tmp_path: Path
+) -> None:
+    asked = {"text_encoder_quantization": "nf4"}
+    place, data = {"folder": str(tmp_path / "run")}, {"live": live, "cache": str(tmp_path / "cache")}
+    trainer = at_the_start(options, run=place, data=data, model=asked)
+    tokenizer, short = loading.load_text_encoder(Base.read(tiny), dtype=torch.float32, quantization="nf4")
+    captions = [row.caption for row in read_folder(options["data"]["folder"])[:2]]
+    texts = encode_captions(short, tokenizer, captions)
+    for kept, text in zip(trainer.data.pictures.texts([0, 1]), texts, strict=True):
+        torch.testing.assert_close(kept, text, rtol=0, atol=1e-5)
