@@ -27,7 +27,7 @@ HOUSE = {
     "runs": "manifest lock log folder metadata hub results",
     "sharing": "card push",
     "model": "place faults weights vae text captions attention repeated engine adapter_switch network shared_calls "
-    "base quantized loading saving original convert text_encoder",
+    "base quantized loading projection saving original convert text_encoder",
     "adapters": "files targets attach weights acting dialects adopting pipelines full export",
     "data": "pixels rows folders tags seen tables tars sources buckets store cache live",
     "sampling": "places settings loop pipeline_folder pipeline text_to_image comparison command",

@@ -49,6 +49,7 @@ UNUSED: tuple[Unused, ...] = (
     ("diffusion.rescale", "diffusion.num_steps", lambda num_steps: num_steps is not None),
     ("diffusion.cosine_offset", "diffusion.schedule", lambda schedule: schedule == "cosine"),
     ("data.bucket_step", "data.aspect", lambda aspect: aspect == "buckets"),
+    ("data.project_captions", "data.live", lambda live: not live),
     ("data.crops", "data.crop", lambda crop: crop == "random"),
     ("diffusion.vlb_scale", "diffusion.objective", lambda objective: objective == "hybrid"),
     ("diffusion.variance", "diffusion.objective", lambda objective: objective in ("hybrid", "vlb")),

@@ -168,6 +168,10 @@ class Data(Section):
         False, description="encode what a draw shows when it is drawn: VAE and T5 stay loaded, nothing of it is kept"
     )
     cache: Folder = Field(Path(".cache/pixart_ft"), description="folder of encoded captions and pictures")
+    project_captions: bool = Field(
+        False,
+        description="keep captions as the base's frozen projection gives them, less than a third of T5's for XL/2",
+    )
     latents: Latents = Field(
         "sample", description="of a picture: drawn from the VAE's posterior anew each time, or its most likely"
     )

@@ -26,6 +26,7 @@ from pixart_ft.data.seen import in_threads, verified
 from pixart_ft.data.store import Array, TensorStore
 from pixart_ft.errors import UserError
 from pixart_ft.files import explained, sha256, stamp, write_text
+from pixart_ft.model.projection import Projection
 from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 
@@ -83,6 +84,7 @@ def cache_captions(
     *,
     load_text_encoder: Callable[[], tuple[PreTrainedTokenizerBase, T5EncoderModel]],
     encoder_id: str,
+    projection: Projection | None = None,
     max_tokens: int = 300,
     batch_size: int = CAPTIONS_AT_ONCE,
     share: Share = ALONE,
@@ -90,13 +92,19 @@ def cache_captions(
 ) -> list[str]:
     """Encode the captions that the store misses, or a share of them; returns the key of each. "" is a caption too.
 
+    With a projection captions are kept as that gives them; a last key is that of "" as T5 gives it.
+
     load_text_encoder   gives tokenizer and encoder; called only if something is missing, and its result freed
     encoder_id          names tokenizer, encoder and dtype: see `component_id`
     """
     texts = [prepare_text(caption) for caption in captions]
     about = {"preparation": TEXT_PREPARATION, "encoder": encoder_id, "max_tokens": max_tokens}
-    keys = [_key(about, text) for text in texts]
+    through = about if projection is None else about | {"projection": projection.mark}
+    keys = [_key(through, text) for text in texts]
     text_of = dict(zip(keys, texts, strict=True))
+    if projection is not None:
+        keys.append(plain := _key(about, ""))
+        text_of[plain] = ""
     if missing := _share(store.missing(keys), share, cost=lambda key: len(text_of[key])):
         store.check_writable()
         tokenizer, text_encoder = load_text_encoder()
@@ -104,7 +112,10 @@ def cache_captions(
             warn_of_losses(tokenizer, texts, max_tokens)
         wanted = [text_of[key] for key in missing]
         found = encode_each(text_encoder, tokenizer, wanted, max_tokens=max_tokens, batch_size=batch_size)
-        pairs = ((missing[index], embedding) for index, embedding in found)
+        pairs = (
+            (key, embedding if projection is None or key == plain else projection.of(embedding))
+            for key, embedding in ((missing[index], embedding) for index, embedding in found)
+        )
         store.fill(tqdm(pairs, "captions encoded", len(missing), disable=None if progress else True))
         del tokenizer, text_encoder, found, pairs
         _free_memory()

@@ -34,6 +34,7 @@ from pixart_ft.errors import Mistakes
 from pixart_ft.evaluation.held_out import HeldOutSet
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
+from pixart_ft.model.projection import Projection
 from pixart_ft.model.vae import LatentScale
 from pixart_ft.training.stopping import AllFailed
 
@@ -207,7 +208,8 @@ class Encoded:
     train: CachedPictures | LivePictures
     learned: list[int]  # which of the pictures to train on these are
     held_out: list[HeldOutSet]  # one for each size
-    null_caption: Tensor
+    null_caption: Tensor  # as T5 gives it
+    null_text: Tensor  # what stands for a caption that is left out, as the network takes it
     prompts: list[Tensor]
     scale: LatentScale
     captions: dict[int, tuple[Sequence[int], Sequence[float]]]
@@ -272,18 +274,25 @@ def encode_once(
     texts = [row.caption for row in shown] + list(config.validation.prompts) + [""]
     texts += [caption for row in shown[:count] for caption in row.others]
 
+    projection = None
+    if data.project_captions:
+        projection = Projection.load(base)
+        projection.layer.to(device)
+
     def encode_captions(share: Share) -> list[str]:
         return cache_captions(
             store,
             texts,
             load_text_encoder=text_encoder,
             encoder_id=of_text,
+            projection=projection,
             max_tokens=config.data.max_tokens,
             share=share,
             progress=show,
         )
 
     text_keys = _divided(store, accelerator, encode_captions)
+    of_t5 = text_keys[null] if projection is None else text_keys.pop()
     if show:
         store.write_index()
     still = set(kept)
@@ -307,7 +316,8 @@ def encode_once(
             config.validation.timesteps,
             config.run.seed,
         ),
-        null_caption=store.get(text_keys[null]),
+        null_caption=store.get(of_t5),
+        null_text=store.get(text_keys[null]),
         prompts=[store.get(key) for key in text_keys[known:null]],
         scale=base.latent_scale,
         captions=several_captions([train.rows[number] for number in learned]),

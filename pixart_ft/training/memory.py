@@ -26,6 +26,7 @@ from pixart_ft.model import loading
 from pixart_ft.model.attention import Kernels, use_kernels
 from pixart_ft.model.base import Base
 from pixart_ft.model.network import network_output
+from pixart_ft.model.projection import projected_width, take_projected
 from pixart_ft.model.quantized import bytes_saved
 from pixart_ft.model.repeated import checkpoint_blocks
 from pixart_ft.model.weights import CHUNK
@@ -291,7 +292,9 @@ class _Network:
     def call(self, case: Case, rows: int) -> Tensor:
         """The output for a batch."""
         side = case.resolution // case.base.vae_factor
-        channels, width = (case.base.transformer.get(key, 4) for key in ("in_channels", "caption_channels"))
+        about = case.base.transformer
+        channels, width = (about.get(key, 4) for key in ("in_channels", "caption_channels"))
+        width = projected_width(case.base) if case.config.data.project_captions else width
         x = torch.empty(rows, channels, side, side)
         t, mask = (torch.ones(shape, dtype=torch.int64) for shape in ((rows,), (rows, case.tokens)))
         embeds = torch.empty(rows, case.tokens, width, dtype=text_dtype(case.config))
@@ -306,6 +309,8 @@ def _network(case: Case, blocks: int) -> Iterator[_Network]:
     shorter = replace(case.base, transformer={**case.base.transformer, "num_layers": blocks})
     module = loading.skeleton(shorter).requires_grad_(False)
     case.kind.prepare(module, seed=config.run.seed, interval=WHOLE, device=torch.device("meta"))
+    if config.data.project_captions:
+        take_projected(module)
     if every := int(config.model.gradient_checkpointing):
         checkpoint_blocks(module, every)
     if case.on_gpu:  # which is played by the processor

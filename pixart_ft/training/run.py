@@ -21,6 +21,7 @@ from pixart_ft.errors import UserError, attempted
 from pixart_ft.files import remove_folder, sha256, versions, write_text
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
+from pixart_ft.model.projection import take_projected
 from pixart_ft.model.text import TEXT_PREPARATION, prepare_text
 from pixart_ft.model.text_encoder import TextEncoder
 from pixart_ft.pictures.sheets import Sample
@@ -119,6 +120,8 @@ def _run(
     found = Changes([], [], [])
     if checkpoint is not None:
         found = check_continues(folder, checkpoint, about, start.learning_rate, accept_changes)
+    if config.data.project_captions:
+        take_projected(transformer)
     kind.prepare(transformer, seed=config.run.seed, interval=objective.interval, device=accelerator.device)
     if source is not None:
         kind.start_from(transformer, source, fingerprint)
@@ -177,7 +180,7 @@ def _run(
         data=TrainingSet(
             encoded.train,
             encoded.scale,
-            encoded.null_caption,
+            encoded.null_text,
             prior=sum(prior.values()),
             prior_weight=config.data.prior_weight,
             names=[learned.rows[number].name for number in encoded.learned],
@@ -264,7 +267,7 @@ def _sampler(
     if not encoded.prompts or not accelerator.is_main_process:
         return None if not encoded.prompts else list
     choice, vae = config.validation, loading.load_vae(base, dtype=torch.float32)
-    known = dict(zip(map(prepare_text, choice.prompts), encoded.prompts, strict=True)) | {"": encoded.null_caption}
+    known = dict(zip(map(prepare_text, choice.prompts), encoded.prompts, strict=True)) | {"": encoded.null_text}
     model = TextToImage(
         transformer=transformer,
         vae=loading.decoder_only(vae).to(accelerator.device),

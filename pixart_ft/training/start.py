@@ -18,6 +18,7 @@ from pixart_ft.evaluation.objective import Objective
 from pixart_ft.model import loading
 from pixart_ft.model.base import Base
 from pixart_ft.model.engine import check_engine
+from pixart_ft.model.projection import check_projection, projected_width
 from pixart_ft.model.quantized import check_quantization
 from pixart_ft.runs.folder import RunFolder
 from pixart_ft.sampling.settings import side_fault
@@ -120,11 +121,17 @@ class Start:
             *(self.train.table(batch, config.data.crop) if self.several_sizes else []),
             *(self.prior.table(batch, config.data.crop, "prior ") if self.several_sizes else []),
             *([f"shown as           one of {views} crops and mirror images of each"] if views > 1 else []),
+            *([f"captions           kept {self._projected()}"] if config.data.project_captions else []),
             f"steps per epoch    {places / draws:.4g}, of {batch} pictures each",
             f"length             {self.plan.steps:,} steps: {often}",
             *([f"trained at         {part} alone; there it is measured, and acts"] if part else []),
             *self.pictures.facts(),
         ]
+
+    def _projected(self) -> str:
+        """How captions are kept, in words."""
+        width, before = projected_width(self.base), self.base.transformer["caption_channels"]
+        return f"projected, {width:,} numbers a token in place of {before:,}"
 
 
 def dry_run(config: TrainConfig, resume: str | None = None) -> list[str]:
@@ -157,6 +164,8 @@ def look(
     kind = kind_of(config, base, objective)
     trained = kind.trained(loading.skeleton(base))
     check_trained(config.optim, trained)
+    if config.data.project_captions:
+        check_projection(base, trained)
     checkpoint = None if resume is None else RunFolder(config.run.folder).resolve_resume(resume)
     with accelerator.main_process_first() if accelerator else nullcontext():
         remember = accelerator is not None and accelerator.is_main_process

@@ -86,6 +86,7 @@ _UNSAID = {
 # and what may be turned while a run goes on, which is said aloud.
 _SAID = {
     "data.live",
+    "data.project_captions",
     "train.steps",
     "optim.learning_rate",
     "optim.warmup_steps",
