@@ -191,7 +191,7 @@ def reason_of(error: Exception) -> str | None:
     return None if number is None else _REASONS.get(number, os.strerror(number))
 
 
-def stamp(path: Path) -> list[object]:
+def stamp(path: Path) -> list[int]:
     """What changes when a file does, without reading it.
 
     Size and time of change are no proof: fine-tunes of one model have one size, and `cp -p`, rsync and unpacking set

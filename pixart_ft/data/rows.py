@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
@@ -14,7 +15,7 @@ from pixart_ft.config.sources import PictureSource
 from pixart_ft.config.text import visible
 from pixart_ft.data.pixels import Opened, departs, read_mask, read_picture
 from pixart_ft.errors import UserError
-from pixart_ft.files import explained, sha256
+from pixart_ft.files import explained, sha256, stamp
 
 CAPTION_COLUMNS = ("text", "caption")
 _ONE_SIDED = re.compile(  # what a mirror image makes wrong, in English
@@ -26,10 +27,16 @@ _ONE_SIDED = re.compile(  # what a mirror image makes wrong, in English
 UNREAD = "pictures that cannot be read (repair them or move them out)"
 
 
-class Place(Protocol):
-    """Where the bytes of a picture lie, a Path or what is like one; as text it is named in messages."""
+class Inside(Protocol):
+    """Where the bytes of a picture lie within something larger; as text it is named in messages."""
 
     def read_bytes(self) -> bytes: ...
+
+    def stamp(self) -> list[int] | None:
+        """See `files.stamp`; None where only reading tells."""
+
+
+Place = Path | Inside
 
 
 Said = dict[str, float]  # the captions of a picture and the share of the draws that each has; {}: it has none
@@ -81,6 +88,13 @@ class Row:
         if self.mask is None:
             return name
         return f"{name} shown by {'its alpha' if self.mask is self.where else sha256(_bytes(self.mask))}"
+
+    def stamps(self) -> list[list[int]] | None:
+        """What changes when its file does, or its mask's, without reading them. Raises OSError."""
+        places = [self.where, *([] if self.mask is None or self.mask is self.where else [self.mask])]
+        every = [stamp(place) if isinstance(place, Path) else place.stamp() for place in places]
+        found = [one for one in every if one is not None]
+        return found if len(found) == len(every) else None
 
     def shown(self) -> Image.Image | None:
         """Its mask, see `read_mask`. Raises UserError naming it."""

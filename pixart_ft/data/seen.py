@@ -1,9 +1,11 @@
 """Every picture read and decoded once before it is used: what names it, how large it is, whether it can be read."""
 
+import hashlib
 import json
 import os
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,13 +14,15 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from pixart_ft.data.pixels import Box, Size
+from pixart_ft.data.pixels import TRANSFORM, Box, Size
 from pixart_ft.data.rows import UNREAD, Row, listed
 from pixart_ft.errors import UserError
 from pixart_ft.files import write_text
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+_PLACES = "places.json"
+_UNSETTLED = 2 * 10**9  # ns since a file changed, more than the tick of any file system
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +46,16 @@ def look_at(
 ) -> list[Seen | str]:
     """What is found of each picture, or why it cannot be read.
 
-    memo      a JSON file of what was decoded before, by digest: such pictures are read and not decoded again
-    remember  add to it what is decoded now
+    memo      a JSON file of what was decoded before, by digest: such pictures are read and not decoded again. Those
+              whose files are as they were, by places.json beside it, are not even read
+    remember  add to both what is found now
     """
     known = _remembered(memo)
-    before = len(known)
+    places = _remembered_places(memo, known)
+    before = len(known), len(places)
 
-    def look(row: Row) -> Seen | str:
+    def look(number: int) -> Seen | str:
+        row, mark = rows[number], marks[number]
         try:
             content = row.content()
             digest = row.digest(content)
@@ -57,16 +64,39 @@ def look_at(
                 known[digest] = Seen(digest, opened.size, opened.notes, _shown(row, opened.size))
         except UserError as error:
             return str(error)
+        if mark is not None:
+            places[mark] = digest
         return known[digest]
 
-    found = list(tqdm(in_threads(look, rows), "pictures read", len(rows), delay=1, disable=None if progress else True))
-    if memo and remember and len(known) > before:
+    marks = [_mark(row) if memo else None for row in rows]
+    as_before = [known[places[mark]] if mark in places else None for mark in marks]
+    new = [number for number, one in enumerate(as_before) if one is None]
+    read = iter(tqdm(in_threads(look, new), "pictures read", len(new), delay=1, disable=None if progress else True))
+    found: list[Seen | str] = [next(read) if one is None else one for one in as_before]
+    if memo and remember and (len(known), len(places)) != before:
         with suppress(UserError):  # it is only a memory, and a full cache may be read-only
             entries = {
                 one.digest: [*one.size, *([one.shown] if one.shown else []), *one.notes] for one in known.values()
             }
             write_text(memo, json.dumps(entries))
+            write_text(memo.with_name(_PLACES), json.dumps(places))
     return found
+
+
+def _mark(row: Row) -> str | None:
+    """What changes when a picture's file or its mask's does, or how they are read, without reading them.
+
+    None for one that changed just now: what is written into it in the same tick of the clock would not show.
+    """
+    now = time.time_ns()
+    try:
+        stamps = row.stamps()
+    except OSError:  # told where it is read
+        return None
+    if stamps is None or any(now - changed < _UNSETTLED for _, _, changed, *_ in stamps):
+        return None
+    about = json.dumps([TRANSFORM, row.background, str(row.where), str(row.mask), stamps])
+    return hashlib.sha256(about.encode(errors="backslashreplace")).hexdigest()[:24]
 
 
 def _shown(row: Row, size: Size) -> Box | None:
@@ -101,6 +131,15 @@ def _remembered(memo: Path | None) -> dict[str, Seen]:
             case [int(width), int(height), *notes] if _are_text(notes):
                 found[digest] = Seen(digest, (width, height), tuple(notes))
     return found
+
+
+def _remembered_places(memo: Path | None, known: Mapping[str, Seen]) -> dict[str, str]:
+    try:
+        entries = json.loads(memo.with_name(_PLACES).read_text(encoding="utf-8")) if memo else {}
+    except (OSError, ValueError, RecursionError):
+        entries = {}
+    pairs = entries.items() if isinstance(entries, dict) else ()
+    return {mark: known[digest].digest for mark, digest in pairs if isinstance(digest, str) and digest in known}
 
 
 def _are_text(notes: Sequence[object]) -> bool:

@@ -11,6 +11,7 @@ from pixart_ft.config.text import is_text, text_of, visible
 from pixart_ft.data.pixels import picture_types, refused_types
 from pixart_ft.data.rows import CAPTION_COLUMNS, Account, Report, Row, named_columns, point_at_columns, said_by
 from pixart_ft.errors import UserError
+from pixart_ft.files import stamp
 
 _USUAL = ("txt", *CAPTION_COLUMNS)
 
@@ -32,6 +33,10 @@ class Member:
         if len(content) != self.size:
             raise UserError(f"{self}: the tar file was cut short while it is read")
         return content
+
+    def stamp(self) -> list[int]:
+        """That of the tar file, and the place in it."""
+        return [*stamp(self.tar), self.offset, self.size]
 
     def __str__(self) -> str:
         return f"{self.tar}: {self.name}"

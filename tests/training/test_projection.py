@@ -61,9 +61,9 @@ def test_a_run_on_projected_captions_is_the_run_without_to_rounding(
     assert np.abs(drawn(plain) - drawn(short)).max() < 4
     if kind:
         files = (next((run / "final").rglob("transformer/*.safetensors")) for run in (plain, short))
-        one, other = map(load_file, files)
-        assert one.keys() == other.keys() and any("caption_projection" in name for name in one)
-        assert all(torch.equal(one[name], other[name]) for name in one if "caption_projection" in name)
+        first, second = map(load_file, files)
+        assert first.keys() == second.keys() and any("caption_projection" in name for name in first)
+        assert all(torch.equal(first[name], second[name]) for name in first if "caption_projection" in name)
     places = (next((run / "final").rglob("null_caption.safetensors")).parent for run in (plain, short))
     nulls = [read_null_caption(place, 32) for place in places]
     assert torch.equal(*nulls)  # as T5 gives it: whoever draws with the result projects it
@@ -124,7 +124,7 @@ def test_what_would_make_it_wrong_is_refused(options: Options, trained: Options,
 def test_a_projection_that_half_precision_cannot_hold_is_named(tiny: Path) -> None:
     projection = Projection.load(Base.read(tiny))
     with torch.no_grad():
-        projection.layer.linear_2.bias += 1e5
+        projection.layer.get_parameter("linear_2.bias").add_(1e5)
     assert projection.of(torch.zeros(2, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
     with pytest.raises(UserError, match=r"NaN or infinite in torch\.float16; set model\.text_encoder_dtype"):
         projection.of(torch.zeros(2, 32, dtype=torch.float16))
