@@ -14,6 +14,7 @@ from pixart_ft.data.pixels import is_picture, picture_types, refused_types
 from pixart_ft.data.rows import (
     CAPTION_COLUMNS,
     Account,
+    File,
     Report,
     Row,
     Said,
@@ -95,8 +96,9 @@ def survey(folder: str | Path, asked: PictureSource = PLAIN) -> Account:
         elif said is None:  # reported
             continue
         elif said:
-            mask = files[name] if asked.mask == ALPHA else files.get(masks.get(name, ""))
-            rows.append(Row.of(files[name], said, name, asked.background, mask))
+            where = File(folder, name)
+            mask = where if asked.mask == ALPHA else File(folder, masks[name]) if masks.get(name) in files else None
+            rows.append(Row.of(where, said, name, asked.background, mask))
         else:
             remedy = f"a row in {metadata[0]}" if metadata else "a .txt beside it, or a row in metadata.jsonl"
             report.add(f"pictures without a caption (give each {remedy})", name)

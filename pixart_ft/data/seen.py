@@ -123,13 +123,15 @@ def _remembered(memo: Path | None) -> dict[str, Seen]:
         entries = json.loads(memo.read_text(encoding="utf-8")) if memo else {}
     except (OSError, ValueError, RecursionError):  # absent or damaged: it is only a memory
         entries = {}
-    found = {}
+    found, sizes = {}, dict[Size, Size]()  # one of a kind: of many pictures there are few sizes
     for digest, entry in entries.items() if isinstance(entries, dict) else ():
         match entry:
             case [int(width), int(height), [int(), int(), int(), int()] as box, *notes] if _are_text(notes):
-                found[digest] = Seen(digest, (width, height), tuple(notes), tuple(box))
+                size = sizes.setdefault((width, height), (width, height))
+                found[digest] = Seen(digest, size, tuple(notes), tuple(box))
             case [int(width), int(height), *notes] if _are_text(notes):
-                found[digest] = Seen(digest, (width, height), tuple(notes))
+                size = sizes.setdefault((width, height), (width, height))
+                found[digest] = Seen(digest, size, tuple(notes))
     return found
 
 

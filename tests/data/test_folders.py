@@ -14,7 +14,7 @@ from PIL import Image
 
 from pixart_ft.data.folders import read_folder
 from pixart_ft.data.pixels import load_picture
-from pixart_ft.data.rows import Row, split
+from pixart_ft.data.rows import File, Row, split
 from pixart_ft.errors import UserError
 
 
@@ -57,7 +57,7 @@ def test_jsonl_text_or_caption_in_subfolders_sorted_by_name(tmp_path: Path) -> N
         ("b.png", "Ein Bär"),
         ("sub/c.WEBP", "Cat"),
     ]
-    assert [row.where for row in rows] == [tmp_path / row.name for row in rows]
+    assert [row.where for row in rows] == [File(tmp_path, row.name) for row in rows]
 
 
 def test_csv_with_a_byte_order_mark_and_quoted_commas(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from PIL import ImageCms
 
-from pixart_ft.data.rows import Row
+from pixart_ft.data.rows import File, Row
 
 
 def path_of(row: Row) -> Path:
     """The file of a row from a folder."""
-    assert isinstance(row.where, Path)
-    return row.where
+    assert isinstance(row.where, Path | File)
+    return Path(str(row.where))
 
 
 def profile_of(primaries: dict[str, tuple[float, float, float]], gamma: float, space: bytes = b"RGB ") -> bytes:
