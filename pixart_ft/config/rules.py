@@ -43,6 +43,7 @@ UNUSED: tuple[Unused, ...] = (
     *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "full") for key in ("trainable", "whole")),
     *((f"adapter.{key}", "adapter.kind", lambda kind: kind == "peft") for key in ("peft_type", "options")),
     ("adapter.targets", "adapter.kind", lambda kind: kind != "full"),
+    ("data.mask", "data.folder", lambda folder: folder is not None),
     ("data.held_out_fraction", "data.held_out", lambda folder: folder is None),
     ("diffusion.num_steps", "diffusion.schedule", lambda schedule: schedule != "base"),
     ("diffusion.rescale", "diffusion.schedule", lambda schedule: schedule in ("linear", "su_linear")),

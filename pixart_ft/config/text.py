@@ -59,6 +59,12 @@ def visible(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def numbered(count: int | str, noun: str, plural: str = "") -> str:
+    """A count, or a number as it is written, with its noun: 1 picture, 2,000 pictures, 0.5 steps."""
+    number = count if isinstance(count, str) else f"{count:,}"
+    return f"{number} {noun if number == '1' else plural or noun + 's'}"
+
+
 def no_text(where: str, text: str) -> str:
     """The report of text at `where` that `is_text` denies."""
     shown = visible(text)[:60]

@@ -140,6 +140,9 @@ class Data(Section):
     sources: tuple[PictureSource, ...] = Field(
         (), description="more places, or in place of folder: folders, datasets, Parquet, tar files (docs/data.md)"
     )
+    mask: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="where data.folder is trained on: alpha = where opaque, or the column of grey pictures' names"
+    )
     held_out: Source | None = Field(None, description='folder only measured on, or "demo"')
     held_out_fraction: float = Field(0.0, ge=0, lt=1, description="share of data.folder set aside for it")
     prior: Source | None = Field(
@@ -185,10 +188,15 @@ class Data(Section):
     )
 
     def every_source(self) -> dict[str, PictureSource]:
-        """All sources by the keys that name them; folder, held_out and prior are short forms."""
+        """All sources by the keys that name them; folder (with mask), held_out and prior are short forms."""
         short: dict[str, Use] = {"folder": "train", "held_out": "held_out", "prior": "prior"}
         places = {key: getattr(self, key) for key in short}
-        found = {f"data.{key}": PictureSource(folder=p, use=short[key]) for key, p in places.items() if p is not None}
+        masks = {"folder": self.mask}
+        found = {
+            f"data.{key}": PictureSource(folder=place, use=short[key], mask=masks.get(key))
+            for key, place in places.items()
+            if place is not None
+        }
         return found | {f"data.sources[{number}]": source for number, source in enumerate(self.sources)}
 
 

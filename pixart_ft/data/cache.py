@@ -30,6 +30,7 @@ from pixart_ft.model.projection import Projection
 from pixart_ft.model.text import TEXT_PREPARATION, encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 
+WITHOUT_LATENTS = "pictures for which the VAE gives NaN or infinity (move them out, or mend it)"
 CAPTIONS_AT_ONCE = 16  # encoded in one call
 Share = tuple[int, int]  # (place, count): of what is missing, a process encodes its part among so many
 ALONE: Share = (0, 1)

@@ -1,5 +1,6 @@
 """Pictures and captions that are encoded when they are drawn: nothing of them is kept."""
 
+import warnings
 from collections.abc import Sequence
 from threading import Lock
 
@@ -8,10 +9,11 @@ from diffusers.models import AutoencoderKL
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from pixart_ft.data.cache import area_of, pictures_at_once, pixels_of
+from pixart_ft.data.cache import WITHOUT_LATENTS, area_of, pictures_at_once, pixels_of
 from pixart_ft.data.pixels import Fit
-from pixart_ft.data.rows import Row
+from pixart_ft.data.rows import Row, listed
 from pixart_ft.data.seen import in_threads
+from pixart_ft.errors import UserError
 from pixart_ft.model.text import encode_each, prepare_text, warn_of_losses
 from pixart_ft.model.vae import encode_moments
 
@@ -29,12 +31,14 @@ class LivePictures:
         text_encoder: T5EncoderModel,
         *,
         max_tokens: int,
+        strict: bool,
     ) -> None:
-        """`digests` are of the rows, and `fits` their views, of all as many."""
+        """`digests` are of the rows, and `fits` their views, of all as many; strict: one without latents is refused."""
         self._rows, self._digests, self._fits, self.views = rows, digests, fits, len(fits[0])
         others = (caption for row in rows for caption in row.others)
         self._texts = [prepare_text(caption) for caption in (*(row.caption for row in rows), *others)]
         self._vae, self._tokenizer, self._text_encoder, self._max_tokens = vae, tokenizer, text_encoder, max_tokens
+        self._strict, self._without = strict, set[str]()
         self._turn = Lock()  # a checkpoint's loss is looked at while the next batch is made
         warn_of_losses(tokenizer, self._texts, max_tokens)
 
@@ -42,14 +46,25 @@ class LivePictures:
         return len(self._rows)
 
     def latents(self, indices: Sequence[int], views: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """See `CachedPictures.latents`. Raises UserError as `pixels_of` does."""
+        """See `CachedPictures.latents`; those that are NaN or infinite are told of once, or refused.
+
+        Raises UserError for that, and as `pixels_of` does.
+        """
         chosen = self._chosen(indices, views or [0] * len(indices))
         digests = [self._digests[index] for index in indices]
         wanted = [(row, digest, fit) for (row, fit), digest in zip(chosen, digests, strict=True)]
         pixels = torch.stack(list(in_threads(lambda one: pixels_of(*one), wanted)))
         parts = pixels.split(pictures_at_once(chosen[0][1].size))
         with self._turn:
-            mean, std = torch.cat([encode_moments(self._vae, part) for part in parts]).unbind(1)
+            moments = torch.cat([encode_moments(self._vae, part) for part in parts])
+        names = (str(row.where) for (row, _), one in zip(chosen, moments, strict=True) if not one.isfinite().all())
+        if new := sorted(set(names) - self._without):
+            self._without.update(new)
+            named = listed(WITHOUT_LATENTS, new)
+            if self._strict:
+                raise UserError(f"some pictures cannot be used:\n{named}")
+            warnings.warn(f"the steps that show them are skipped:\n{named}", stacklevel=2)
+        mean, std = moments.unbind(1)
         return mean, std
 
     def areas(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:

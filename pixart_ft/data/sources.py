@@ -38,7 +38,7 @@ def survey_source(source: PictureSource, key: str) -> Account:
     account = _survey(source, key)
     if source.mask is None or not account.rows or any(row.mask is not None for row in account.rows):
         return account
-    kind = f"masks that {key}.mask asks for, and no picture has one"
+    kind = f"masks asked for, and no picture of {key} has one"
     return replace(account, rows=[], wrong=account.wrong | {kind: [source.mask]})
 
 

@@ -46,9 +46,10 @@ def survey_tars(tars: Sequence[Path], asked: PictureSource) -> Account:
     """The captioned pictures of tar files, in their order, and every picture and caption that cannot be used.
 
     Members that share a name up to its first dot are a picture and what is said of it: in a .txt, in fields of a
-    .json, or in what `asked.caption` names, either fields or the ends of names.
+    .json, or in what `asked.caption` names, either fields or the ends of names. Of these ends capitals do not matter.
     """
-    report = Report()
+    ends = {key: end.lower() for key in ("image", "mask") if (end := getattr(asked, key))}
+    asked, report = asked.model_copy(update=ends), Report()
     rows: list[Row] = []
     pictures = orphans = 0
     seen: dict[str, None] = {}
@@ -118,12 +119,13 @@ def _samples(tar: Path, report: Report) -> dict[str, dict[str, Member]]:
 def _cells(members: dict[str, Member], asked: PictureSource, report: Report) -> dict[str, object]:
     """What is said of a picture: the text of members by the ends of their names, and the fields of its .json."""
     cells: dict[str, object] = {}
+    columns = {column.lower(): column for column in asked.caption or _USUAL}
     for end, member in members.items():
-        if end not in ("json", *(asked.caption or _USUAL)):
+        if end not in ("json", *columns):
             continue
         try:
             text = text_of(member.read_bytes(), str(member))
-            cells |= json.loads(text) if end == "json" else {end: text}
+            cells |= json.loads(text) if end == "json" else {columns[end]: text}
         except UserError as error:
             report.add("captions that cannot be read", str(error))
         except (ValueError, TypeError, RecursionError) as error:  # no JSON, or not keys and values

@@ -51,8 +51,8 @@ def examine(config: PlanConfig | None, card: int | None, sheet: Path | None = No
     plot     where to draw the training's process as a PNG
     """
     if sheet is not None:
-        if config is None or not config.data.folder:
-            raise UserError("--sheet shows the pictures of a training; give --config, or --data.folder")
+        if config is None or not config.data.every_source():
+            raise UserError("--sheet shows the pictures of a training; give data.folder or data.sources")
         check_own([sheet], SHEET, "--sheet")
     if plot is not None:
         if config is None:

@@ -17,6 +17,7 @@ from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.buckets import Sized, view_count, whole_fit
 from pixart_ft.data.cache import (
     ALONE,
+    WITHOUT_LATENTS,
     CachedPictures,
     Share,
     cache_captions,
@@ -302,7 +303,13 @@ def encode_once(
     if data.live:
         learned = list(range(len(train.rows)))
         of_train = LivePictures(
-            train.rows, of_learned, train.views(data), vae(), *text_encoder(), max_tokens=data.max_tokens
+            train.rows,
+            of_learned,
+            train.views(data),
+            vae(),
+            *text_encoder(),
+            max_tokens=data.max_tokens,
+            strict=data.strict,
         )
     else:
         texts_of = text_keys[:count] + text_keys[null + 1 :]
@@ -366,8 +373,7 @@ def _with_latents(
     """
     lost = sorted({owners[number] for number in without_latents(store, keys)})
     if lost:
-        kind = "pictures for which the VAE gives NaN or infinity (move them out, or mend it)"
-        named = listed(kind, [str(rows[number].where) for number in lost])
+        named = listed(WITHOUT_LATENTS, [str(rows[number].where) for number in lost])
         anew = f"delete {store.folder} or give another --data.cache"
         named += f"\n  the cache keeps that: if the fault was a passing one, {anew}"
         if whole := [use for use, numbers in uses.items() if numbers and set(numbers) <= set(lost)]:

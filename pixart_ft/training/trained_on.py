@@ -7,7 +7,7 @@ same base.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from pixart_ft.training.objective import variance_stands_still
 # Settings that a resumed run may change. First those that only name what is compared by content,
 _BY_CONTENT = {
     "data.folder",
+    "data.mask",
     "data.held_out",
     "data.held_out_fraction",
     "data.prior",
@@ -114,15 +115,28 @@ _NOT_COMPARED = ("training ", "prior ", "data.prior_weight", "adapter.", "optim.
 
 @dataclass(frozen=True)
 class Part:
-    """One thing that a run is trained on: the digest of its content, and what to call it."""
+    """One thing that a run is trained on: the digest of its content, and what to call it.
+
+    pairs   of pictures or captions: the digest of both together, whatever their order
+    """
 
     digest: str
     words: str = ""
+    pairs: str = field(default="", compare=False)
 
     @classmethod
-    def of(cls, content: Iterable[object], words: str = "") -> "Part":
+    def of(cls, content: Iterable[object], words: str = "", pairs: str = "") -> "Part":
         """The part with this content, whose order counts."""
-        return cls(sha256(json.dumps([str(x) for x in content]).encode())[:32], words)
+        return cls(_digest(content), words, pairs)
+
+    def change(self, now: "Part") -> str | None:
+        """How it differs from what it is now, in words; None if it does not."""
+        if self.digest == now.digest:
+            return None
+        if self.words != now.words:
+            return f"{self.words} before, {now.words} now"
+        reordered = self.pairs and self.pairs == now.pairs
+        return "the same in another order, so steps show others" if reordered else "not the same as before"
 
 
 @dataclass(frozen=True)
@@ -173,9 +187,10 @@ def trained_on(
     schedule = sorted((key, value) for key, value in schedule_config.items() if value)  # what is off may be left out
     parts, each = {}, iter(digests)
     for name, part in (("training", train), ("prior", prior), ("held-out", held)):
-        count = str(len(part.rows))
-        parts[f"{name} pictures"] = Part.of(islice(each, len(part.rows)), count)
-        parts[f"{name} captions"] = Part.of(map(_said, part.rows), count)
+        pictures, captions = list(islice(each, len(part.rows))), [str(_said(row)) for row in part.rows]
+        words = str(len(part.rows)), _digest(sorted(zip(pictures, captions, strict=True)))
+        parts[f"{name} pictures"] = Part.of(pictures, *words)
+        parts[f"{name} captions"] = Part.of(captions, *words)
     parts["training order"] = Part.of([ORDER], ORDER)
     parts["size of the pictures"] = _sizes((train, prior, held))
     parts["VAE"] = Part.of([vae_id(config, base), base.latent_scale])
@@ -224,7 +239,7 @@ def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> 
         line = "what it was trained on is not recorded: an earlier version wrote this checkpoint"
         return Changes([], [line], ["everything"])
     # what an earlier version did not know of, it did as by default
-    was = {key: default(field) for key, field in keys(TrainConfig).items()} | dict(began.settings)
+    was = {key: default(about) for key, about in keys(TrainConfig).items()} | dict(began.settings)
     gone = dict.fromkeys(key for key in was if key.startswith("adapter.options."))  # unless they are there still
     settings = {**gone, **now.settings}
     differs = [key for key, value in settings.items() if was.get(key) != value]
@@ -238,10 +253,8 @@ def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> 
     without = {name: Part.of([], "0") for name in ("prior pictures", "prior captions")}
     known_then = {**without, "training order": Part("", "a shuffled table"), **began.parts}
     for name in (name for name in now.parts if name in known_then):
-        before, after = known_then[name], now.parts[name]
-        if before.digest != after.digest:
-            known = f"{before.words} before, {after.words} now"
-            refused[name] = f"{name}: {known if before.words != after.words else 'not the same as before'}"
+        if told := known_then[name].change(now.parts[name]):
+            refused[name] = f"{name}: {told}"
     rates = _rates(began, rate, step)
     if rates is not None:
         line = f"the learning rate was {rates[0]:.3g} and goes on at {rates[1]:.3g}"
@@ -292,6 +305,10 @@ def _rates(began: TrainedOn, rate: LearningRate, step: int) -> tuple[float, floa
     if before.at(step) == rate.at(step):
         return None
     return before.at(step - 1), rate.at(step)
+
+
+def _digest(content: Iterable[object]) -> str:
+    return sha256(json.dumps([str(x) for x in content]).encode())[:32]
 
 
 def _said(row: Row) -> object:

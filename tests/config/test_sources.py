@@ -30,13 +30,16 @@ def test_sources_are_read_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_the_short_forms_are_sources() -> None:
-    found = load_config({"data": {"folder": "a", "held_out": "b", "prior": "c", "sources": [{"folder": "d"}]}})
-    assert {key: (source.folder, source.use) for key, source in found.data.every_source().items()} == {
-        "data.folder": ("a", "train"),
-        "data.held_out": ("b", "held_out"),
-        "data.prior": ("c", "prior"),
-        "data.sources[0]": ("d", "train"),
+    data = {"folder": "a", "mask": "alpha", "held_out": "b", "prior": "c", "sources": [{"folder": "d"}]}
+    every = load_config({"data": data}).data.every_source().items()
+    assert {key: (source.folder, source.use, source.mask) for key, source in every} == {
+        "data.folder": ("a", "train", "alpha"),
+        "data.held_out": ("b", "held_out", None),
+        "data.prior": ("c", "prior", None),
+        "data.sources[0]": ("d", "train", None),
     }
+    with pytest.raises(UserError, match=r'data\.mask is "alpha", unused while data\.folder is null'):
+        load_config({"data": {"mask": "alpha", "sources": [{"folder": "d"}]}})
 
 
 def test_all_mistakes_of_the_sources_are_told_at_once() -> None:

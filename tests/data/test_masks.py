@@ -67,11 +67,18 @@ def as_tars(folder: Path) -> dict[str, Any]:
     return {"webdataset": str(folder), "mask": "where.png"}
 
 
+def as_tars_in_capitals(folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    red = {"PNG": painted("red"), "Where.PNG": png(LEFT), "Says": b"a"}
+    write_tar(folder / "a.tar", {"a": red, "b": {"png": painted("blue"), "json": b'{"Says": "b"}'}})
+    return {"webdataset": str(folder), "image": "Png", "mask": "WHERE.png", "caption": "Says"}
+
+
 def survey(asked: dict[str, Any]) -> Account:
     return survey_source(PictureSource(**asked), "data.sources[0]")
 
 
-@pytest.mark.parametrize("shape", [as_folder, as_alpha, as_parquet, as_tars])
+@pytest.mark.parametrize("shape", [as_folder, as_alpha, as_parquet, as_tars, as_tars_in_capitals])
 def test_masks_come_with_their_pictures(shape: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask is no picture; where there is none, all of the picture is trained on."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "of datasets")

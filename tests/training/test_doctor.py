@@ -71,9 +71,12 @@ def test_one_that_does_not_says_what_would(capsys: pytest.CaptureFixture[str], p
     assert any("--train.batch_size 1 --train.accumulation 128" in remedy for remedy in fitting)
 
 
+@pytest.mark.parametrize("key", ["folder", "sources"])
 def test_pictures_and_captions_are_reported_and_shown(
-    capsys: pytest.CaptureFixture[str], plan: list[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], plan: list[str], pictures: Path, tmp_path: Path, key: str
 ) -> None:
+    if key == "sources":
+        plan[plan.index("--data.folder") :] = ["--data.sources", f"[{{folder: {pictures}}}]", "--data.resolution=64"]
     found, _ = printed(capsys, [*plan, "--sheet", "sheets/mine.png"])
     assert found["picture sizes"] == "64 x 64" and re.match(r"\d+ to \d+, half of them up to", found["caption tokens"])
     assert found["first pairs"] == '000.png: "a red circle on grey"' and found["contact sheet"] == "sheets/mine.png"

@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -195,6 +196,24 @@ def test_a_live_picture_that_is_another_now_is_refused(options: Options) -> None
     Image.new("RGB", (64, 64)).save(path_of(start.learned.rows[0]))
     with pytest.raises(UserError, match="was changed since the run began"):
         pictures.latents([0])
+
+
+@pytest.mark.filterwarnings("ignore:  (sizes|pictures)")
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_live_picture_without_latents_is_named_once_or_refused(
+    strict: bool, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that shows it is skipped without a word on why."""
+    config = configured(options, data__live=True, data__strict=strict)
+    start = look(config, None)
+    pictures = encode_once(config, start.base, start.learned, start.held, accelerator_for(config)).train
+    monkeypatch.setattr(live_pictures, "encode_moments", lambda *_: torch.full((1, 2, 4, 8, 8), torch.nan))
+    told = f"the VAE gives NaN or infinity .*: 1\n    {path_of(start.learned.rows[0])}"
+    with pytest.raises(UserError, match=told) if strict else pytest.warns(UserWarning, match=told):
+        pictures.latents([0])
+    if not strict:
+        with warnings.catch_warnings(action="error"):
+            assert pictures.latents([0])[0].isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:  (sizes|pictures)")

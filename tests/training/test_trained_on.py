@@ -113,6 +113,14 @@ def swap_pictures(folder: Path) -> None:
     (folder / "x.png").rename(folder / "001.png")
 
 
+def rename_pictures(folder: Path) -> None:
+    """They are taken by name, so in another order."""
+    swap_pictures(folder)
+    table = folder / "metadata.jsonl"
+    text = table.read_text().replace("000.png", "x.png").replace("001.png", "000.png")
+    table.write_text(text.replace("x.png", "001.png"))
+
+
 def other_caption(folder: Path) -> None:
     path = folder / "metadata.jsonl"
     path.write_text(path.read_text().replace("red circle", "blue circle"))
@@ -121,6 +129,7 @@ def other_caption(folder: Path) -> None:
 CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a picture more": ("data.folder", add_picture, r"training pictures: 12 before, 13 now"),
     "other pictures": ("data.folder", swap_pictures, r"training pictures: not the same as before"),
+    "renamed": ("data.folder", rename_pictures, r"training pictures: the same in another order, so .*"),
     "other captions": ("data.folder", other_caption, r"training captions: not the same as before"),
     "a held-out picture more": ("data.held_out", add_picture, r"held-out pictures: 3 before, 4 now"),
     "held-out swapped": ("data.held_out", swap_pictures, r"held-out pictures: not the same as before"),
