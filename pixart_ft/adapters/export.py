@@ -28,6 +28,7 @@ from pixart_ft.adapters.files import Adapter, LoraSettings, PeftSettings
 from pixart_ft.adapters.full import save_model
 from pixart_ft.adapters.weights import read_weights, save_adapter, take
 from pixart_ft.config.export import ExportConfig
+from pixart_ft.config.text import numbered
 from pixart_ft.diffusion.intervals import WHOLE, shown
 from pixart_ft.diffusion.names import StockPrediction
 from pixart_ft.diffusion.schedules import NoiseSchedule, shown_config
@@ -162,7 +163,7 @@ def _write_factors(source: _Source, settings: PeftSettings) -> list[str]:
 def _write_file(out: Path, name: str, tensors: Mapping[str, Tensor], header: dict[str, str]) -> str:
     copies = {key: value.contiguous().clone() for key, value in tensors.items()}
     write_folder(out, lambda aside: save_file(copies, str(aside / name), metadata=header))
-    return f"file: {out / name}, {len(copies)} tensors"
+    return f"file: {out / name}, {numbered(len(copies), 'tensor')}"
 
 
 def _about_the_process(source: _Source) -> list[str]:
@@ -208,8 +209,8 @@ def _nearest(source: _Source, rank: int) -> tuple[dict[str, Update], list[str]]:
         raise UserError(f"run: {source.trained.name} changed no weight that a LoRA can change; choose merged")
     share = (missed / (whole - outside)) ** 0.5
     facts = [
-        f"nearest LoRA of rank {rank} to the change of {len(updates)} layers: {share:.2%} of the change is lost (root "
-        "of the sum of squares); a higher --rank loses less, --to merged nothing"
+        f"nearest LoRA of rank {rank} to the change of {numbered(len(updates), 'layer')}: {share:.2%} of the "
+        "change is lost (root of the sum of squares); a higher --rank loses less, --to merged nothing"
     ]
     if left_out:
         facts.append(

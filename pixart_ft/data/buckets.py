@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Self
 
+from pixart_ft.config.text import numbered
 from pixart_ft.config.train import Crop, Data, SmallBuckets
 from pixart_ft.data.pixels import Fit, Size, cropped, enlarged
 from pixart_ft.data.rows import Row
@@ -182,7 +183,9 @@ class Sized:
             of_size.setdefault(size, []).append((row, own))
         for size, shown in of_size.items():
             own_sizes = list({id(row): own for row, own in shown}.values())  # a picture may be shown several times
-            told = [f"{len(own_sizes):,} pictures, {len(shown) / together:.3g} steps an epoch"]
+            told = [
+                f"{numbered(len(own_sizes), 'picture')}, {numbered(f'{len(shown) / together:.3g}', 'step')} an epoch"
+            ]
             cuts = [lost for own in own_sizes if (lost := cropped(own, size))]
             if cuts and crop == "none":
                 told.append(f"{len(cuts):,} squeezed, up to {1 / (1 - max(cuts)):.3g} times")

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from pixart_ft.config.text import numbered
 from pixart_ft.evaluation.plots import bound_plot, calibration_plot, loss_plot, quality_plot
 from pixart_ft.evaluation.tables import WHOLE
 from pixart_ft.evaluation.words import LIKENESS, chance, models_in, number, overview, process_title, verdict
@@ -238,9 +239,10 @@ def _sheet(sheet: Image.Image, what: str) -> str:
 def _recipe(found: Mapping[str, Any]) -> list[str]:
     recipe = {**found["recipe"], **{f"version of {k}": v for k, v in found["recipe"]["versions"].items()}}
     recipe.pop("versions")
+    spent = numbered(f"{found['seconds']:.0f}", "second")
     return [
         "<h2>How it was made</h2>",
-        f"<p>By <code>pixart-ft evaluate</code> in {found['seconds']:.0f} seconds. The same numbers, with all steps, "
+        f"<p>By <code>pixart-ft evaluate</code> in {spent}. The same numbers, with all steps, "
         "are in <code>report.json</code> beside this page.</p>",
         "<details><summary>every setting</summary>",
         _table(["setting", "value"], [[key, str(value)] for key, value in recipe.items()]),

@@ -11,6 +11,7 @@ from types import FunctionType, SimpleNamespace
 from diffusers.utils import is_bs4_available, is_ftfy_available
 from transformers import PreTrainedTokenizerBase
 
+from pixart_ft.config.text import numbered
 from pixart_ft.model.text import prepare_text, token_ids, unknown_letters
 
 _LOOKED_AT = 2000  # captions; what many share, these show
@@ -29,7 +30,7 @@ def account_of(tokenizer: PreTrainedTokenizerBase, caption: str, max_tokens: int
     }
     if len(whole) > len(ids):
         cut = tokenizer.decode(whole[len(ids) - 1 : -1])
-        found["cut"] = f'{len(whole) - len(ids)} tokens are not seen: "{cut}"'
+        found["cut"] = f'{numbered(len(whole) - len(ids), "token")} not seen: "{cut}"'
     if tokenizer.unk_token_id in ids:
         letters = unknown_letters(tokenizer, seen)
         found["unknown"] = f"{letters}: one {tokenizer.unk_token} for each or several of them"

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from PIL import Image, ImageDraw, ImageFont
 
+from pixart_ft.config.text import numbered
 from pixart_ft.files import write_file
 from pixart_ft.pictures.lettering import dejavu_sans, fitting, font_of
 from pixart_ft.pictures.recipes import chunks
@@ -183,7 +184,7 @@ def loss_curve(records: Sequence[Mapping[str, object]], path: str | Path, *, tit
     if held:
         x, lowest, _ = min(held, key=lambda point: point[1])
         steps = next(record["step"] for record in records if record[axis] == x)
-        where = "before the first step" if steps == 0 else f"after {steps} steps"
+        where = "before the first step" if steps == 0 else f"after {numbered(str(steps), 'step')}"
         label = f"lowest held out: {lowest:.4g} {where}"
         axes.plot([x], [lowest], "*", color="tab:red", markersize=16, zorder=4, label=label)
         shown = [*(m - e for _, m, e in held), *(m + e for _, m, e in held), *smooth]

@@ -12,7 +12,7 @@ from PIL import Image
 from pixart_ft.adapters.adopting import like_base, taken_in
 from pixart_ft.adapters.files import Adapter, ForeignPlace
 from pixart_ft.config.generate import GenerateConfig
-from pixart_ft.config.text import read_text
+from pixart_ft.config.text import numbered, read_text
 from pixart_ft.config.train import HUB_BASE, MOST_PICTURES
 from pixart_ft.errors import UserError
 from pixart_ft.files import probe, write_text
@@ -86,9 +86,10 @@ def dry_run(config: GenerateConfig, found: Sequence[Adapter | ForeignPlace]) -> 
     device = device_of(config.device)
     dtype = str(dtype_of(config.dtype, device)).removeprefix("torch.")
     if config.compare:
-        drawn = f"{len(prompts)} sheets of {len(cells)} pictures"
+        drawn = f"{numbered(len(prompts), 'sheet')} of {numbered(len(cells), 'picture')}"
     else:
-        drawn = f"{len(prompts) * config.images_per_prompt:,}, of {settings.steps} {settings.sampler} steps each"
+        steps = numbered(str(settings.steps), f"{settings.sampler} step")
+        drawn = f"{len(prompts) * config.images_per_prompt:,}, of {steps} each"
     return [
         f"device             {device}, weights {dtype}",
         f"model              {base.name}" + "".join(f", with the adapter {adapter.name}" for adapter in adapters),
@@ -158,7 +159,8 @@ def _cost(settings: Settings, calls: int | None, on_average: float | None) -> st
     if calls is None:
         spent = "" if on_average is None else f", about {on_average:.0f} network calls{both}"
         return f"each picture: {settings.sampler} to tolerance {settings.options['tolerance']}{spent}"
-    return f"each batch: {settings.steps} {settings.sampler} steps, {calls} network calls{both}"
+    steps = numbered(str(settings.steps), f"{settings.sampler} step")
+    return f"each batch: {steps}, {numbered(calls, 'network call')}{both}"
 
 
 def _base(config: GenerateConfig, adapters: Sequence[Adapter]) -> Base:
@@ -184,7 +186,7 @@ def prompts_of(given: Sequence[str], file: Path | None, each: int) -> list[str]:
         prompts += [line.strip() for line in lines if line.strip()]
     if (count := len(prompts) * each) > MOST_PICTURES:
         raise UserError(
-            f"{len(prompts):,} prompts with images_per_prompt {each:,} are {count:,} pictures; "
+            f"{numbered(len(prompts), 'prompt')} with images_per_prompt {each:,}: {count:,} pictures; "
             f"one command draws at most {MOST_PICTURES:,}"
         )
     if not prompts:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.samplers import EVERY_SAMPLER
+from pixart_ft.config.text import numbered
 from pixart_ft.errors import UserError
 from pixart_ft.pictures.own import not_there_yet
 from pixart_ft.pictures.sheets import grid, save_png
@@ -68,7 +69,7 @@ def run_comparison(config: GenerateConfig, model: TextToImage, prompts: Sequence
                 [[pictures[name, steps] for steps in config.compare_steps] for name in config.compare_samplers],
                 title=prompt,
                 row_labels=[EVERY_SAMPLER[name].title for name in config.compare_samplers],
-                column_labels=[f"{steps} steps" for steps in config.compare_steps],
+                column_labels=[numbered(str(steps), "step") for steps in config.compare_steps],
                 captions=[
                     [captions[name, steps] for steps in config.compare_steps] for name in config.compare_samplers
                 ],

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pixart_ft.config import yaml_text
 from pixart_ft.config.push import PushConfig
-from pixart_ft.config.text import read_text
+from pixart_ft.config.text import numbered, read_text
 from pixart_ft.config.train import Weights
 from pixart_ft.errors import UserError
 from pixart_ft.files import read_object
@@ -72,7 +72,7 @@ def push(config: PushConfig) -> str:
         commit = _send(api, config, parcel)
         kept = "" if parcel.tag is None else _tag(api, config.repo, parcel.tag, commit)
     address = f"{api.endpoint}/{config.repo}"
-    print(f"pushed {len(parcel.files)} files to {address}{kept}")
+    print(f"pushed {numbered(len(parcel.files), 'file')} to {address}{kept}")
     return address
 
 

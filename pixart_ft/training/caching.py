@@ -1,5 +1,6 @@
 """`pixart-ft cache`: what T5 and the VAE are needed for, made ahead of a training by all processes; or read through."""
 
+from pixart_ft.config.text import numbered
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.cache import CachedPictures
 from pixart_ft.data.rows import listed
@@ -46,9 +47,10 @@ def cache(config: TrainConfig) -> list[str]:
         return []
     latents, texts = (sizes.mean() for sizes in encoded.train.sizes())
     store = TensorStore(config.data.cache)
+    held = numbered(len(store), "encoding")
     return [
         *start.pictures.facts(),
-        f"cache              {store.folder}: {len(store):,} encodings, {len(store) - before:,} of them made now",
+        f"cache              {store.folder}: {held}, {len(store) - before:,} of them made now",
         f"on average         {latents:,.0f} bytes a view of a picture, {texts:,.0f} a caption",
     ]
 
@@ -66,4 +68,4 @@ def verify(config: TrainConfig) -> list[str]:
         found = {kind: [str(path) for path in damaged if path.exists() == there] for kind, there in kinds.items()}
         named = "\n".join(listed(kind, paths) for kind, paths in found.items() if paths)
         raise UserError(f"data.cache: {store.folder} was not whole:\n{named}")
-    return [f"cache              {store.folder}: {len(store):,} encodings, all as they were written"]
+    return [f"cache              {store.folder}: {numbered(len(store), 'encoding')}, all as they were written"]

@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from torch import nn
 
 from pixart_ft.config.optimizers import check_installed
+from pixart_ft.config.text import numbered
 from pixart_ft.config.train import PlanConfig, TrainConfig
 from pixart_ft.diffusion.weighting import timestep_probabilities
 from pixart_ft.errors import Mistakes, UserError
@@ -118,8 +119,9 @@ def _machine(places: list[Path]) -> dict[str, str]:
         name = torch.cuda.get_device_name(number)
         found[f"GPU {number}"] = f"{name}, {_gib(total)}, {_gib(free)} of it free"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    power = f"{numbered(cores or 1, 'core')}, {numbered(torch.get_num_threads(), 'thread')}"
     return found | {
-        "processor": f"{cores} cores, {torch.get_num_threads()} threads, {_gib(memory_of_machine())} of memory",
+        "processor": f"{power}, {_gib(memory_of_machine())} of memory",
         "precision": f"train.mixed_precision auto is {'bf16' if bf16 else 'float32: no instructions for bfloat16'}",
         "bitsandbytes": _tried("bitsandbytes", _bitsandbytes_fault),
         "xformers": _tried("xformers", lambda device: xformers_fault(device, torch.float32)),

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from pixart_ft.config.sources import Use
+from pixart_ft.config.text import numbered
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.buckets import Sized, view_count, whole_fit
 from pixart_ft.data.cache import (
@@ -92,8 +93,9 @@ class Pictures:
         lines, uses = [], self.uses
         for key, account in self.accounts.items():
             told = ", ".join(f"{count:,} {use}" for use, count in uses[key].items() if count)
-            orphans = f"; {account.orphans:,} captions or text files without a picture" if account.orphans else ""
-            lines.append(f"{'in ' + key:<18} {account.pictures:,} pictures: {told}{orphans}")
+            lacking = numbered(account.orphans, "caption or text file", "captions or text files")
+            orphans = f"; {lacking} without a picture" if account.orphans else ""
+            lines.append(f"{'in ' + key:<18} {numbered(account.pictures, 'picture')}: {told}{orphans}")
         pictures = distinct(self.train)
         if any(row.mask is not None for row in pictures):
             masked = sum(self.seen[row].shown is not None for row in pictures)
@@ -104,7 +106,9 @@ class Pictures:
         if texts > len(pictures):
             per = texts / len(pictures)
             cost = f"{per:.3g} times the work of T5 and its place in data.cache"
-            lines.append(f"{'captions':<18} {texts:,} of {len(pictures):,} pictures, one in each draw: {cost}")
+            lines.append(
+                f"{'captions':<18} {texts:,} of {numbered(len(pictures), 'picture')}, one in each draw: {cost}"
+            )
         return lines
 
 

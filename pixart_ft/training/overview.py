@@ -14,7 +14,7 @@ from typing import Self
 from PIL import Image, ImageEnhance, ImageOps
 from transformers import PreTrainedTokenizerBase
 
-from pixart_ft.config.text import visible
+from pixart_ft.config.text import numbered, visible
 from pixart_ft.data.pixels import Fit, Size, cropped, cut, enlarged
 from pixart_ft.data.rows import Row, listed
 from pixart_ft.data.seen import Seen, in_threads
@@ -177,7 +177,7 @@ class Overview:
         captions = [pair.row.caption for pair in shown]
         return grid(
             [cells[start : start + _COLUMNS] for start in range(0, len(cells), _COLUMNS)],
-            title=f"{len(shown)} of {len(self.pairs):,} pictures as the VAE sees them"
+            title=f"{len(shown)} of {numbered(len(self.pairs), 'picture')} as the VAE sees them"
             + (f", {len(worst):,} of all marked" if worst else ""),
             captions=[captions[start : start + _COLUMNS] for start in range(0, len(captions), _COLUMNS)],
             caption_lines=3,

@@ -10,6 +10,7 @@ from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.hub import Hub
 from pixart_ft.config.push import PushConfig
 from pixart_ft.config.reading import load
+from pixart_ft.config.text import numbered
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.pixels import Fit
 from pixart_ft.data.rows import Row
@@ -148,7 +149,7 @@ def summary(progress: Progress, held_out: Comparison, titles: Mapping[str, str],
 
     where: the part of the process that it is measured at, if not all.
     """
-    lines = [f"{progress.step} steps, {progress.samples} pictures seen"]
+    lines = [f"{numbered(str(progress.step), 'step')}, {numbered(str(progress.samples), 'picture')} seen"]
     if held_out.change and held_out.since:
         lines.append(f"  compared with step {held_out.since}, where the comparison began anew")
     if held_out.change and where:

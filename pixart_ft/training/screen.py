@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from pixart_ft.config.text import numbered
+
 
 class Screen:
     """Shows pictures seen of all, their rate, the time left and the loss, on the standard error."""
@@ -40,7 +42,7 @@ class Screen:
             self._bar.set_postfix_str(f"loss {loss:.4f}")
         elif self.show:
             left = tqdm.format_interval((self.pictures - self.seen) / rate)
-            where = f"training: {self.seen:,} of {self.pictures:,} pictures"
+            where = f"training: {self.seen:,} of {numbered(self.pictures, 'picture')}"
             print(f"{where}, {rate:.3g} a second, {left} left, loss {loss:.4f}", file=sys.stderr, flush=True)
 
     def end(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from pixart_ft.config.text import numbered
 from pixart_ft.config.train import Data, TrainConfig
 from pixart_ft.data.buckets import Shapes, Sized, counted, settled, square, table, view_count, whole_fit
 from pixart_ft.data.rows import Row, distinct, listed
@@ -103,7 +104,9 @@ class Start:
         draws = batch / 2 if self.prior.rows else batch  # of the pictures, in a step
         epochs = self.plan.steps * draws / places
         often = (
-            f"each picture {epochs:.4g} times" if places == pictures else f"{epochs:.4g} epochs of {places:,} places"
+            f"each picture {numbered(f'{epochs:.4g}', 'time')}"
+            if places == pictures
+            else f"{numbered(f'{epochs:.4g}', 'epoch')} of {places:,} places"
         )
         turn = "step" if self.several_sizes else "draw"
         others = len(distinct(self.prior.rows))
@@ -122,8 +125,8 @@ class Start:
             *(self.prior.table(batch, config.data.crop, "prior ") if self.several_sizes else []),
             *([f"shown as           one of {views} crops and mirror images of each"] if views > 1 else []),
             *([f"captions           kept {self._projected()}"] if config.data.project_captions else []),
-            f"steps per epoch    {places / draws:.4g}, of {batch} pictures each",
-            f"length             {self.plan.steps:,} steps: {often}",
+            f"steps per epoch    {places / draws:.4g}, of {numbered(batch, 'picture')} each",
+            f"length             {numbered(self.plan.steps, 'step')}: {often}",
             *([f"trained at         {part} alone; there it is measured, and acts"] if part else []),
             *self.pictures.facts(),
         ]
@@ -301,7 +304,9 @@ def _dealt(config: TrainConfig, shapes: Shapes, rows: list[Row], pictures: Pictu
             "drop": "left out of the training",
             "merge_nearest": "brought to the nearest other size, and cropped to it",
         }
-        items = [f"{width} x {height}: {count} pictures" for (width, height), count in sorted(small.items())]
+        items = [
+            f"{width} x {height}: {numbered(count, 'picture')}" for (width, height), count in sorted(small.items())
+        ]
         told = f"sizes of fewer pictures than the {together} that a step shows ({policy}), {what[policy]}"
         warnings.warn(listed(told, items), stacklevel=2)
     return Sized.by(final, rows, own, left_out), final

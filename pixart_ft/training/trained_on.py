@@ -18,6 +18,7 @@ from torch import nn
 from pixart_ft.adapters.targets import named
 from pixart_ft.config.hub import Hub
 from pixart_ft.config.reading import default, flat, keys
+from pixart_ft.config.text import numbered
 from pixart_ft.config.train import TrainConfig
 from pixart_ft.data.buckets import Sized
 from pixart_ft.data.pixels import TRANSFORM
@@ -207,7 +208,7 @@ def _sizes(parts: Sequence[Sized]) -> Part:
     if len(sizes) == 1 and len(set(*sizes)) == 1:
         ((side, _),) = sizes
         return Part.of([side, TRANSFORM], f"{side} pixels")
-    return Part.of([*map(list, (found.items() for found in counts)), TRANSFORM], f"{len(sizes)} sizes")
+    return Part.of([*map(list, (found.items() for found in counts)), TRANSFORM], numbered(len(sizes), "size"))
 
 
 @dataclass(frozen=True)
@@ -232,14 +233,14 @@ def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> 
     """
     if rate.steps < step:
         raise UserError(
-            f"--resume: train.steps is {rate.steps}, and this run has done {step} steps already; give more steps, or "
-            "an earlier checkpoint"
+            f"--resume: train.steps is {rate.steps}, and this run has done {numbered(step, 'step')} already; give more "
+            "steps, or an earlier checkpoint"
         )
     if not began.settings:
         line = "what it was trained on is not recorded: an earlier version wrote this checkpoint"
         return Changes([], [line], ["everything"])
     # what an earlier version did not know of, it did as by default
-    was = {key: default(about) for key, about in keys(TrainConfig).items()} | dict(began.settings)
+    was = {key: default(known) for key, known in keys(TrainConfig).items()} | dict(began.settings)
     gone = dict.fromkeys(key for key in was if key.startswith("adapter.options."))  # unless they are there still
     settings = {**gone, **now.settings}
     differs = [key for key, value in settings.items() if was.get(key) != value]

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from pixart_ft.config.text import numbered
 from pixart_ft.errors import UserError, attempted
 from pixart_ft.evaluation.held_out import HeldOutSet, evaluating
 from pixart_ft.evaluation.objective import Objective
@@ -312,7 +313,9 @@ class Trainer:
         if not met.taken:
             self._tell_of_skipped(met)
         if self._bad_steps >= self.plan.give_up_after:
-            raise self._diverged(f"the loss or the gradient was not finite for {self._bad_steps} steps in a row")
+            raise self._diverged(
+                f"the loss or the gradient was not finite for {numbered(self._bad_steps, 'step')} in a row"
+            )
 
     def _into_window(self, met: StepNumbers) -> None:
         """The losses as they are: a prior's weight is for the gradient."""
@@ -449,7 +452,7 @@ class Trainer:
         progress = load_nested(folder / "progress.safetensors")
         if progress["global_batch"] != self.global_batch:
             raise UserError(
-                f"{folder} was written with {progress['global_batch']} pictures per step, this run has "
+                f"{folder} was written with {numbered(progress['global_batch'], 'picture')} per step, this run has "
                 f"{self.global_batch}: keep train.batch_size x train.accumulation x processes the same to resume"
             )
         Moving(self.trained, self.ema, self.optimizer).load(folder)

@@ -12,7 +12,7 @@ from PIL import Image
 from pixart_ft import cli
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.reading import load
-from pixart_ft.config.text import read_text
+from pixart_ft.config.text import numbered, read_text
 from pixart_ft.data.cache import component_id
 from pixart_ft.data.folders import read_folder
 from pixart_ft.errors import UserError
@@ -148,3 +148,8 @@ def test_what_is_printed_fits_any_terminal(monkeypatch: pytest.MonkeyPatch, tmp_
     (tmp_path / "resolved.yaml").write_text(resolved, encoding=encoding)
     assert load(GenerateConfig, tmp_path / "resolved.yaml").prompts == tuple(prompts)
     assert ("日本" in resolved) == (encoding == "utf-8")
+
+
+def test_a_count_has_the_noun_of_one_or_of_many() -> None:
+    assert [numbered(count, "picture") for count in (0, 1, 2000)] == ["0 pictures", "1 picture", "2,000 pictures"]
+    assert [numbered(count, "box", "boxes") for count in ("0.5", "1", 2)] == ["0.5 boxes", "1 box", "2 boxes"]

@@ -128,7 +128,7 @@ def test_training_goes_on_with_the_rest_where_it_may(
     told = "\n".join(str(warning.message) for warning in caught)
     assert all(name in told for name in names)
     line = "in data.folder     16 pictures: 5 trained on, 2 measured, 1 held out beyond validation.pictures, 8 left out"
-    assert f"{line}; 1 captions or text files without a picture\n" in capsys.readouterr().out
+    assert f"{line}; 1 caption or text file without a picture\n" in capsys.readouterr().out
 
 
 def test_nothing_is_said_of_a_folder_without_fault(pictures: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_caption_is_accounted_for_to_the_last_token(tokenizer: PreTrainedToken
     cut = account_of(tokenizer, caption, 6)
     seen = cut["tokens"].removeprefix("6 of at most 6: ").split(" ")
     assert seen == [*tokenizer.convert_ids_to_tokens(whole[:5]), tokenizer.eos_token]
-    assert cut["cut"] == f'{len(whole) - 6} tokens are not seen: "{tokenizer.decode(whole[5:-1])}"'
+    assert cut["cut"] == f'{len(whole) - 6} tokens not seen: "{tokenizer.decode(whole[5:-1])}"'
 
 
 def test_a_plain_caption_and_the_empty_one_have_little_to_tell(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -103,7 +103,7 @@ def test_held_out_pictures_are_measured_at_their_sizes_and_a_run_resumes_bit_for
 
 @pytest.mark.parametrize(("policy", "kept"), [("repeat", 18), ("drop", 15), ("merge_nearest", 18)])
 def test_small_buckets_are_told_of_and_the_account_adds_up(options: Options, policy: str, kept: int) -> None:
-    with pytest.warns(UserWarning, match=r"(?s)fewer pictures than the 4 .*32 x 128: 1 pictures.*48 x 80: 2 pictures"):
+    with pytest.warns(UserWarning, match=r"(?s)fewer pictures than the 4 .*32 x 128: 1 picture\n.*48 x 80: 2 pictures"):
         start = look(configured(options, data__small_buckets=policy), None)
     wanted = {size: count for size, count in SIZES.items() if policy == "repeat" or count >= 4}
     if policy == "merge_nearest":
