@@ -24,6 +24,7 @@ from pixart_ft.sampling.command import run_generation
 from pixart_ft.sampling.settings import Settings
 from pixart_ft.sampling.text_to_image import TextToImage
 from tests.helpers.adapters import make_adapter
+from tests.helpers.pictures import path_of
 
 PROMPTS = ("a red circle on grey", "Ein Käfer, über/unter ..\\" + " lang" * 30)
 
@@ -79,7 +80,7 @@ def test_captions_beside_the_pictures_make_a_folder_to_train_on(
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     asked = config(tiny, tmp_path / "out", prompts=(), prompts_file=tmp_path / "prompts.txt", captions=True)
     paths = run_generation(asked)
-    assert [(row.where, row.caption) for row in read_folder(tmp_path / "out")] == [
+    assert [(path_of(row), row.caption) for row in read_folder(tmp_path / "out")] == [
         (path, PROMPTS[number // 2]) for number, path in enumerate(paths)
     ]
     paths[0].with_suffix(".txt").write_text("a circle")

@@ -65,7 +65,7 @@ def test_a_sheet_for_each_prompt_with_labels_and_cost(
     for prompt, path, sheet in zip(PROMPTS, paths, sheets, strict=True):
         assert f"{prompt}: {path}\n" in printed
         assert sheet["row_labels"] == ["iDDPM", "EDM (Heun)", "Annealed Langevin"]
-        assert sheet["column_labels"] == ["1 steps", "3 steps"]
+        assert sheet["column_labels"] == ["1 step", "3 steps"]
         for row, name in enumerate(ROWS):
             for column, steps in enumerate(COLUMNS):
                 shown = sheet["rows"][row][column]
