@@ -21,7 +21,7 @@ from typing import Any, get_args
 from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.export import ConvertConfig, ExportConfig
 from pixart_ft.config.generate import GenerateConfig
-from pixart_ft.config.key_types import expected, is_empty, is_pair
+from pixart_ft.config.key_types import expected, holds_numbers, is_empty, item_of
 from pixart_ft.config.push import PushConfig
 from pixart_ft.config.reading import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
 from pixart_ft.config.text import is_text, no_text, visible
@@ -290,9 +290,9 @@ def _run(arguments: list[str]) -> None:
         rest = [part for word in named for part in (f"--{command.argument}", word)] + rest[len(named) :]
     kinds = {name: (field.annotation, *get_args(field.annotation)) for name, field in keys(command.config).items()}
     flags = [name for name, kind in kinds.items() if bool in kind]
-    pairs = [name for name, field in keys(command.config).items() if is_pair(field)]
+    lists = {name: holds_numbers(field) for name, field in keys(command.config).items() if item_of(field)}
     known, switches = [*keys(command.config), *command.options], [*command.switches, *SWITCHES]
-    given, problems = split_options(rest, known, flags, switches, pairs)
+    given, problems = split_options(rest, known, flags, switches, lists)
     if "help" in given:
         print(help_text(command))
         return
@@ -306,14 +306,14 @@ def split_options(
     known: Iterable[str],
     flags: Iterable[str] = (),
     switches: Iterable[str] = SWITCHES,
-    pairs: Iterable[str] = (),
+    lists: Mapping[str, bool] | None = None,
 ) -> tuple[dict[str, list[str]], list[str]]:
     """The values given to each known option, in order, and what could not be understood. Dashes become _.
 
-    flags: options that mean true where no value follows; switches take none; pairs take two numbers, or one list of
-    them. Only those of `REPEATABLE` may be given twice.
+    flags: options that mean true where no value follows; switches take none; lists, if of numbers (true), take all
+    numbers that follow. Only those of `REPEATABLE` may be given twice.
     """
-    flags, switches, pairs = set(flags), set(switches), set(pairs)
+    flags, switches, lists = set(flags), set(switches), lists or {}
     known = [*known, *switches]
     given: dict[str, list[str]] = {}
     problems = []
@@ -322,7 +322,8 @@ def split_options(
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            quoted = f"; in quotes if it belongs to --{name}" if name else ""
+            several = " (several as '[a, b]')" if name in lists else ""
+            quoted = f"; in quotes if it belongs to --{name}{several}" if name else ""
             problems.append(f"{word}: not an option; options begin with --{quoted}")
             continue
         name, equals, value = word[2:].partition("=")
@@ -330,8 +331,8 @@ def split_options(
         is_switch, has_value = name in switches, bool(words) and not words[0].startswith("--")
         if not equals and not is_switch and has_value:
             value = words.pop(0)
-            if name in pairs and words and _is_number(value) and _is_number(words[0]):
-                value = f"[{value}, {words.pop(0)}]"
+            while lists.get(name) and words and _is_number(value.rpartition(", ")[2]) and _is_number(words[0]):
+                value += f", {words.pop(0)}"
         if not is_text(value):
             problems.append(no_text(f"--{name}", value))
             value = visible(value)
@@ -446,7 +447,7 @@ def help_text(command: Command) -> str:
 
 def _plain_warning(message: Warning | str, *place: object, **line: object) -> str:
     """A warning as a user reads it: without the place in the package that gave it."""
-    return f"warning: {message}\n"
+    return f"warning: {str(message).lstrip()}\n"
 
 
 def _plain(value: Any) -> str:

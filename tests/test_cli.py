@@ -127,6 +127,26 @@ def test_words_that_need_quotes_are_told_so(capsys: pytest.CaptureFixture[str]) 
     assert one == "configuration: apple: not an option; options begin with --; in quotes if it belongs to --prompt"
 
 
+@pytest.mark.parametrize("typed", ["256 512", "256,512", "256, 512", "[256, 512]", "=256,512"])
+def test_lists_of_numbers_need_no_brackets(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    option = f"--data.resolution{typed}" if typed.startswith("=") else "--data.resolution"
+    words = [] if typed.startswith("=") else [typed] if ", " in typed else typed.split()
+    config = understood(monkeypatch, "train", "--config=quickstart", option, *words, "--optim.decay", "linear")
+    assert config.data.resolution == (256, 512) and config.optim.decay == "linear"
+    between = understood(monkeypatch, "train", "--config=quickstart", "--diffusion.timestep_range", "0", "6e2")
+    assert between.diffusion.timestep_range == (0, 600)
+
+
+def test_lists_that_are_no_numbers_are_told_how_to_write_several(capsys: pytest.CaptureFixture[str]) -> None:
+    (one,) = problems(capsys, "train", "--config=quickstart", "--logging.trackers", "tensorboard", "wandb")
+    assert one.endswith(
+        "wandb: not an option; options begin with --; in quotes if it belongs to --logging.trackers "
+        "(several as '[a, b]')"
+    )
+    (one,) = problems(capsys, "train", "--config=quickstart", "--data.resolution", "256", "51", "512")
+    assert "data.resolution[1] is 51; expected [integer >= 16" in one
+
+
 def test_the_version_and_the_libraries(capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--version", "-V"):
         assert cli.main([flag]) == 0

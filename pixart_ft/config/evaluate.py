@@ -14,11 +14,13 @@ from pixart_ft.config.train import (
     LARGEST_SIDE,
     MOST_PICTURES,
     SEEDS,
+    T5_QUANTIZATION,
     Aspect,
     Batch,
     Folder,
     Guidance,
     Precision,
+    Quantization,
     SamplerSteps,
     Seed,
     Source,
@@ -118,6 +120,7 @@ class EvaluateConfig(Config):
     seed: Seed = Field(0, description="of noise and pictures, the same for all models")
     batch_size: Batch = Field(16, description="pictures at once; does not change the numbers")
     dtype: Precision = Field("auto", description="weights; auto = bfloat16 on a GPU, float32 on a CPU")
+    text_encoder_quantization: Quantization = Field("none", description=T5_QUANTIZATION)
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto = the best there is")
     out: Folder = Field(Path("evaluation"), description="folder for report.html and report.json")
 

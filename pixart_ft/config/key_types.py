@@ -13,7 +13,7 @@ from pixart_ft.config import yaml_text
 def expected(field: FieldInfo) -> str:
     """What a key accepts, in words: `integer >= 1`, `ddim | ddpm`, `[text, ...]`, `path or null`."""
     words = _type_words(field.annotation)
-    if is_pair(field):
+    if _is_pair(field):
         return "two numbers LOW HIGH" + (", or null" if words.endswith(" or null") else "")
     bounds = _bound_words(field.metadata)
     if not bounds:
@@ -39,6 +39,8 @@ def parse_override(text: object, field: FieldInfo) -> Any:
         return None
     if item_of(field) in _TEXTS:
         return _parse_texts(text)
+    if holds_numbers(field) and "," in text and not text.lstrip().startswith("["):
+        return yaml_text.parse(f"[{text}]")
     words = _type_words(field.annotation).removesuffix(" or null")
     return text if words in _TEXTS else yaml_text.parse(text)
 
@@ -64,13 +66,18 @@ def item_of(field: FieldInfo) -> str | None:
     return next((_type_words(get_args(part)[0]) for part in parts if get_origin(part) is tuple), None)
 
 
+def holds_numbers(field: FieldInfo) -> bool:
+    """Whether a key is a list of numbers."""
+    return (item_of(field) or "").startswith((_WORDS[int], _WORDS[float]))
+
+
 def inside(field: FieldInfo) -> Mapping[str, FieldInfo]:
     """The keys of each item, where a key is a list of mappings."""
     items = get_args(field.annotation) if get_origin(field.annotation) is tuple else ()
     return getattr(items[0], "model_fields", {}) if items else {}
 
 
-def is_pair(field: FieldInfo) -> bool:
+def _is_pair(field: FieldInfo) -> bool:
     """Whether the key is a list of exactly two."""
     bounds = [getattr(bound, name, None) for bound in field.metadata for name in ("min_length", "max_length")]
     return [bound for bound in bounds if bound is not None] == [2, 2]

@@ -31,6 +31,7 @@ _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet
 _TABLE_TYPES = (".json", ".csv", ".tsv", ".ndjson")
 _PACKED_TYPES = frozenset({".tar", ".tgz", ".gz", ".zip", ".rar", ".7z", ".parquet", ".arrow"})
 _NEARLY_TXT = frozenset({".txt", ".caption", ".captions", ".cap", ".text"})
+ENDINGS = {"parquet": ".parquet", "webdataset": ".tar"}  # of the files of a kind of source
 _REST = "\0"  # the cells of a row that no column has; a name that no column can have
 
 PLAIN = PictureSource(folder=".")  # what a source asks for that asks for nothing
@@ -46,8 +47,10 @@ def picture_folder(name: str, part: str) -> Path:
 def check_folder(folder: Path, key: str = "data.folder") -> None:
     """Raise UserError unless there is such a folder."""
     if folder.is_file():
-        packed = folder.suffix.lower() in _PACKED_TYPES
-        remedy = "unpack it, or give it in data.sources" if packed else f"give the folder: {folder.parent}"
+        end = folder.suffix.lower()
+        remedy = "unpack it" if end in _PACKED_TYPES else f"give the folder: {folder.parent}"
+        if kind := next((kind for kind, usual in ENDINGS.items() if usual == end), None):
+            remedy = f"give it in data.sources: [{{{kind}: {folder}}}]"
         raise UserError(f"the picture folder {folder} is a file ({key}); {remedy}")
     if not folder.is_dir():
         raise UserError(f"the picture folder {folder} does not exist or is not a folder ({key})")
@@ -170,7 +173,10 @@ def _point_at_near_misses(folder: Path, files: dict[str, Path], pictures: Sequen
             there = f"   (or give its folder: {path.parent})" if "/" in name and path.name in _METADATA else ""
             report.add("files that are not read (captions? name them metadata.jsonl, right here)", name + there)
         elif end in _PACKED_TYPES:
-            report.add("archives and tables that are not read (unpack them into files)", name)
+            kind = (
+                "archives and tables that are not read (unpack them into files, or give .tar, .parquet in data.sources)"
+            )
+            report.add(kind, name)
 
 
 Captions = dict[str, Said | None]  # by picture; None: what is wrong with it is reported
@@ -216,11 +222,17 @@ def _from_metadata(
             report.add(f"rows of {path.name} that repeat a picture", f"{where}: {name}")
             said = None
         elif said is None:
-            columns_of_text = asked.caption or CAPTION_COLUMNS
-            wrong = next(row[column] for column in columns_of_text if texts_in(row.get(column), asked) is None)
+            wrong = next(
+                (column, row[column])
+                for column in asked.caption or CAPTION_COLUMNS
+                if texts_in(row.get(column), asked) is None
+            )
+            remedy = "write one, in quotation marks"
+            if isinstance(wrong[1], list) and not asked.caption:
+                remedy = f"write one; or give the folder in data.sources, with caption: {wrong[0]}"
             report.add(
-                f"captions of {path.name} that are no text (write one, in quotation marks)",
-                f"{where}: {name}: {visible(str(wrong))[:60]}",
+                f"captions of {path.name} that are no text ({remedy})",
+                f"{where}: {name}: {visible(str(wrong[1]))[:60]}",
             )
         captions[name] = said
         mask = row.get(asked.mask_column) if asked.mask_column else None

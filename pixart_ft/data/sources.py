@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pixart_ft.config.sources import PictureSource
-from pixart_ft.data.folders import check_folder, picture_folder, survey
+from pixart_ft.data.folders import ENDINGS, check_folder, picture_folder, survey
 from pixart_ft.data.rows import Account
 from pixart_ft.errors import UserError
 
@@ -25,7 +25,7 @@ def check_source(source: PictureSource, key: str) -> None:
         check_folder(folder, key)
     elif source.dataset and source.dataset.startswith((".", "/")) and not Path(source.dataset).is_dir():
         raise UserError(f"{key}: the folder {source.dataset} does not exist")
-    elif source.kind in _ENDINGS:
+    elif source.kind in ENDINGS:
         _files(source, key)
 
 
@@ -53,14 +53,11 @@ def _survey(source: PictureSource, key: str) -> Account:
     return (survey_parquet if source.parquet else survey_tars)(_files(source, key), source)
 
 
-_ENDINGS = {"parquet": ".parquet", "webdataset": ".tar"}
-
-
 def _files(source: PictureSource, key: str) -> list[Path]:
     """The files that the patterns of a source name, each once, those of a pattern by name."""
     found: dict[Path, None] = {}
     for pattern in getattr(source, source.kind):
-        inside = str(Path(pattern) / f"*{_ENDINGS[source.kind]}") if Path(pattern).is_dir() else pattern
+        inside = str(Path(pattern) / f"*{ENDINGS[source.kind]}") if Path(pattern).is_dir() else pattern
         files = [Path(pattern)] if Path(pattern).is_file() else [Path(name) for name in sorted(glob.glob(inside))]
         if not files:
             braces = "; write * for the numbers in place of braces" if "{" in pattern else ""

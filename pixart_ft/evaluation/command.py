@@ -87,6 +87,7 @@ def evaluate(
             dtype=dtype,
             device=device,
             prompts=[*(row.caption for row in contest.rows), *contest.prompts],
+            text_encoder_quantization=config.text_encoder_quantization,
         )
         plans = planned(model, one.ways, jobs, config.out / "pictures" / folder_name(one.label))
         if rank == 0:

@@ -19,6 +19,7 @@ from pixart_ft.evaluation.tables import BASE
 from pixart_ft.files import probe
 from pixart_ft.model.base import Base
 from pixart_ft.model.place import DEMO_FOLDER
+from pixart_ft.model.quantized import check_quantization
 from pixart_ft.sampling.command import device_of, prompts_of
 from pixart_ft.sampling.settings import Settings
 from pixart_ft.sampling.text_to_image import abilities_of
@@ -105,6 +106,8 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[tu
             verified(training)
     with mistakes.noted():
         device_of(config.device)
+    with mistakes.noted():
+        check_quantization("text_encoder_quantization", config.text_encoder_quantization)
     with mistakes.noted():
         probe(config.out, "out")
     mistakes.raise_if_any()

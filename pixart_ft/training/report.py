@@ -126,6 +126,7 @@ def compare_with_base(run: Path, config: TrainConfig, held_out: Sequence[tuple[R
             "guidance": chosen.guidance,
             "seed": config.run.seed,
             "dtype": "float32" if config.train.mixed_precision == "no" else "auto",
+            "text_encoder_quantization": config.model.text_encoder_quantization,
             "device": device,
             "out": str(out),
         }

@@ -204,8 +204,13 @@ def test_a_quotation_mark_that_is_not_closed_is_found_where_it_is_opened(tmp_pat
         ("a.TXT", "a", r"rename them\): 1\n    a.TXT -> a.txt"),
         ("a.png.txt", "a", r"rename them\): 1\n    a.png.txt -> a.txt"),
         ("a.caption", "a", r"rename them\): 1\n    a.caption -> a.txt"),
-        ("00000.tar", "", r"unpack them into files\): 1\n    00000.tar"),
-        ("train.parquet", "", r"unpack them into files\): 1\n    train.parquet"),
+        ("00000.tar", "", r"unpack them into files, or give .*\): 1\n    00000.tar"),
+        ("train.parquet", "", r"unpack them into files, or give .*\): 1\n    train.parquet"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": ["a", "b"]}',
+            r"no text \(write one; or give the folder in data\.sources, with caption: text\): 1",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:  text files without a picture")
@@ -217,7 +222,15 @@ def test_a_near_miss_is_pointed_at(tmp_path: Path, name: str, content: str, hint
         read_folder(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("x.parquet", "unpack it"), ("metadata.jsonl", "give the folder: ")])
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("x.parquet", r"give it in data\.sources: \[\{parquet: .*x\.parquet\}\]"),
+        ("x.tar", r"give it in data\.sources: \[\{webdataset: .*x\.tar\}\]"),
+        ("x.zip", "unpack it"),
+        ("metadata.jsonl", "give the folder: "),
+    ],
+)
 def test_a_file_in_the_place_of_a_folder_is_called_one(tmp_path: Path, name: str, hint: str) -> None:
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=rf"{name} is a file \(data.folder\); {hint}"):

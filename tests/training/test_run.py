@@ -1,6 +1,7 @@
 """Whole training runs on the tiny pipeline. Oracles: bit equality after a resume, equality to rounding between ways of
 cutting the same global batch, and what must not change."""
 
+import importlib.util
 import json
 import os
 import re
@@ -686,6 +687,21 @@ def test_a_run_may_end_with_the_report_of_its_evaluation(options: Options, tmp_p
     _, held = split(read_folder(str(config.data.folder)), config.data.held_out_fraction, config.run.seed)
     assert found["data"]["pictures"] == [row.name for row in held][: config.validation.pictures]
     assert (found["recipe"]["samplers"], found["recipe"]["steps"]) == (["iddpm"], [3])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_the_report_holds_t5_in_the_few_bits_of_the_training(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no more of it fits, else the report would fail when the training is done."""
+    held, plain = list[str](), loading.load_text_encoder
+
+    def watched(*given: Any, quantization: str = "none", **more: Any) -> Any:
+        held.append(quantization)
+        return plain(*given, quantization=quantization, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loading, "load_text_encoder", watched)
+    few = {"validation.prompts": [], "validation.steps": 2, "validation.pictures": 2, "train.steps": 1}
+    train(options | few | {"validation.report": True, "model.text_encoder_quantization": "nf4"})
+    assert len(held) > 1 and set(held) == {"nf4"}
 
 
 def test_the_report_of_an_earlier_end_does_not_stand_for_a_later_one(options: Options) -> None:
