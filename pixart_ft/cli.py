@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,18 +22,17 @@ from pixart_ft.config.evaluate import EvaluateConfig
 from pixart_ft.config.export import ConvertConfig, ExportConfig
 from pixart_ft.config.generate import GenerateConfig
 from pixart_ft.config.key_types import expected, holds_numbers, is_empty, item_of
+from pixart_ft.config.options import REPEATABLE, SWITCHES, is_number, split_options
 from pixart_ft.config.push import PushConfig
-from pixart_ft.config.reading import Config, add_unknown, default, keys, load, shipped_configs, to_yaml
-from pixart_ft.config.text import is_text, no_text, visible
+from pixart_ft.config.reading import Config, default, keys, load, shipped_configs, to_yaml
+from pixart_ft.config.text import visible
 from pixart_ft.config.train import PlanConfig, TrainConfig
 from pixart_ft.diffusion.names import unknown_word
 from pixart_ft.errors import UserError
 from pixart_ft.files import reason_of, versions
 
 WIDTH = 110
-SWITCHES = {"help": "this text"}
 DRY_RUN = {"dry_run": "check all but the weights, print what would run and its configuration as YAML, write nothing"}
-REPEATABLE = {"prompt", "lora", "lora_scale", "runs"}
 MAY_BE_EMPTY = {"prompt", "caption"}  # of the commands' own options, those for which an empty text means something
 
 
@@ -301,69 +300,9 @@ def _run(arguments: list[str]) -> None:
     command.run(config, {option: given[option][-1] for option in own if option in given})
 
 
-def split_options(
-    arguments: Iterable[str],
-    known: Iterable[str],
-    flags: Iterable[str] = (),
-    switches: Iterable[str] = SWITCHES,
-    lists: Mapping[str, bool] | None = None,
-) -> tuple[dict[str, list[str]], list[str]]:
-    """The values given to each known option, in order, and what could not be understood. Dashes become _.
-
-    flags: options that mean true where no value follows; switches take none; lists, if of numbers (true), take all
-    numbers that follow. Only those of `REPEATABLE` may be given twice.
-    """
-    flags, switches, lists = set(flags), set(switches), lists or {}
-    known = [*known, *switches]
-    given: dict[str, list[str]] = {}
-    problems = []
-    words = ["--help" if word == "-h" else word for word in arguments]
-    name = ""
-    while words:
-        word = words.pop(0)
-        if not word.startswith("--"):
-            several = " (several as '[a, b]')" if name in lists else ""
-            quoted = f"; in quotes if it belongs to --{name}{several}" if name else ""
-            problems.append(f"{word}: not an option; options begin with --{quoted}")
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        is_switch, has_value = name in switches, bool(words) and not words[0].startswith("--")
-        if not equals and not is_switch and has_value:
-            value = words.pop(0)
-            while lists.get(name) and words and _is_number(value.rpartition(", ")[2]) and _is_number(words[0]):
-                value += f", {words.pop(0)}"
-        if not is_text(value):
-            problems.append(no_text(f"--{name}", value))
-            value = visible(value)
-        if name not in known:
-            add_unknown(problems, name, known)
-        elif is_switch and equals:
-            problems.append(f"{word}: takes no value")
-        elif name in flags and not (equals or has_value):
-            given.setdefault(name, []).append("true")
-        elif not (is_switch or equals or has_value):
-            problems.append(f"{word}: needs a value")
-        else:
-            given.setdefault(name, []).append(value)
-    for name, values in given.items():
-        if len(values) > 1 and name not in REPEATABLE and name not in switches:
-            shown = " and ".join(dict.fromkeys(json.dumps(visible(value)) for value in values))
-            problems.append(f"--{name}: given {len(values)} times ({shown}); give it once")
-    return given, problems
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
 def _positive(word: str, option: str, what: str) -> float:
     """The number that was given to an option. Raises UserError unless it is one above 0."""
-    if not _is_number(word) or not 0 < float(word) < float("inf"):
+    if not is_number(word) or not 0 < float(word) < float("inf"):
         raise UserError(f"{option} is {json.dumps(visible(word))}; expected {what}, a number above 0")
     return float(word)
 

@@ -20,8 +20,8 @@ HOUSE = {
     "": "errors files randomness",
     "diffusion": "names intervals respacing schedules process sigmas weighting objectives solvers flow readings "
     "likelihood",
-    "config": "text yaml_text key_types reading samplers optimizers hub sources rules train generate evaluate export "
-    "push",
+    "config": "text yaml_text key_types reading options samplers optimizers hub sources rules train generate "
+    "evaluate export push",
     "pictures": "lettering recipes own sheets process_plot",
     "schedulers": "stored base discrete sigma sde stock",
     "runs": "manifest lock log folder metadata hub results",
