@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
 # ruff: noqa: E402
-from bench_step import counter, least_flops
+from step_arithmetic import counter, least_flops
 
 ROWS, SIDE, TEXT, RANK = 2, 8, 6, 3
 
