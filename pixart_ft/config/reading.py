@@ -227,12 +227,12 @@ def _wrap_single_values(values: dict[str, Any], fields: Mapping[str, FieldInfo])
     for key, field in fields.items():
         section, _, name = key.rpartition(".")
         target = values.get(section) if section else values
-        if item_of(field) and isinstance(target, dict) and _is_single(target.get(name)):
+        if item_of(field) and isinstance(target, dict) and _is_single(target.get(name), mapping=bool(inside(field))):
             target[name] = [target[name]]
 
 
-def _is_single(value: Any) -> bool:
-    return isinstance(value, str | int | float) and value != ""
+def _is_single(value: Any, *, mapping: bool) -> bool:
+    return isinstance(value, str | int | float | dict if mapping else str | int | float) and value not in ("", {})
 
 
 def _whole(value: Any, key: str, problems: list[str]) -> Any:

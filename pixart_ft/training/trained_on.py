@@ -213,11 +213,15 @@ def _sizes(parts: Sequence[Sized]) -> Part:
 
 @dataclass(frozen=True)
 class Changes:
-    """What a continuation changes: `said` is allowed, `refused` has to be accepted; `names` are those of `refused`."""
+    """What a continuation changes: `said` is allowed, `refused` has to be accepted; `names` are those of `refused`.
+
+    behind   settings that may be why something in `refused` is compared by its content and is another
+    """
 
     said: Sequence[str]
     refused: Sequence[str]
     names: Sequence[str]
+    behind: Sequence[str] = ()
 
     @property
     def begins_anew(self) -> bool:
@@ -264,7 +268,7 @@ def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> 
             refused["optim.learning_rate"] = f"{line}: train.steps stretches the {rate.decay} decay"
         else:
             said.append(line)
-    return Changes(said, list(refused.values()), list(refused))
+    return Changes(said, list(refused.values()), list(refused), [lines[key] for key in differs if key in _BY_CONTENT])
 
 
 def check_continues(
@@ -278,6 +282,7 @@ def check_continues(
         raise UserError(
             f"--resume continues {folder.path} from step {step}, and these are not as they were:\n"
             + "".join(f"  - {line}\n" for line in found.refused)
+            + "".join(f"    ({line})\n" for line in found.behind)
             + f"put them back (--config {folder.config_file}), go on all the same with --accept-changes{anew}, or "
             "start another run from these weights (--init-from)"
         )

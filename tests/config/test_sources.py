@@ -26,7 +26,8 @@ def test_sources_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     assert config.data.sources[0].folder == str(Path.home() / "a") and config.data.sources[2].caption == ("txt",)
     (tmp_path / "b.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "b.yaml") == config
-    assert load_config({}, {"data.sources": "[{folder: x}]"}).data.every_source().keys() == {"data.sources[0]"}
+    for typed in ("[{folder: x}]", "{folder: x}"):
+        assert load_config({}, {"data.sources": typed}).data.every_source().keys() == {"data.sources[0]"}
 
 
 def test_the_short_forms_are_sources() -> None:

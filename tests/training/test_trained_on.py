@@ -159,7 +159,7 @@ def test_another_content_is_refused_by_its_name_and_touches_nothing(options: Opt
         UserError, match=rf"from step {STEPS}, and these are not as they were:\n(  - .*\n)*  - {message}\n"
     ) as found:
         train(options, resume="auto")
-    assert "--accept-changes" in str(found.value)
+    assert "--accept-changes" in str(found.value) and f"    ({key} was '" in str(found.value)
     after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
     assert {path: content for path, content in before.items() if path.name != ".lock"} == after
 
