@@ -110,6 +110,7 @@ _NEVER = {
     *(f"adapter.{key}" for key in ("kind", "rank", "targets", "dora", "init", "trainable", "peft_type")),
     *("optim.optimizer", "optim.groups", "optim.stochastic_rounding"),
 }
+_READABLE = 200  # letters of a change; sources have more keys than anybody reads
 # What the held-out loss and the samples do not depend on, but by way of the training.
 _NOT_COMPARED = ("training ", "prior ", "data.prior_weight", "adapter.", "optim.", "train.ema_")
 
@@ -137,7 +138,7 @@ class Part:
         if self.words != now.words:
             return f"{self.words} before, {now.words} now"
         reordered = self.pairs and self.pairs == now.pairs
-        return "the same in another order, so steps show others" if reordered else "not the same as before"
+        return "the same in another order" if reordered else "not the same as before"
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,10 @@ def changes(began: TrainedOn, now: TrainedOn, rate: LearningRate, step: int) -> 
             refused["optim.learning_rate"] = f"{line}: train.steps stretches the {rate.decay} decay"
         else:
             said.append(line)
-    return Changes(said, list(refused.values()), list(refused), [lines[key] for key in differs if key in _BY_CONTENT])
+    behind = [
+        lines[key] if len(lines[key]) < _READABLE else f"{key} is another" for key in differs if key in _BY_CONTENT
+    ]
+    return Changes(said, list(refused.values()), list(refused), behind)
 
 
 def check_continues(

@@ -129,7 +129,7 @@ def other_caption(folder: Path) -> None:
 CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a picture more": ("data.folder", add_picture, r"training pictures: 12 before, 13 now"),
     "other pictures": ("data.folder", swap_pictures, r"training pictures: not the same as before"),
-    "renamed": ("data.folder", rename_pictures, r"training pictures: the same in another order, so .*"),
+    "renamed": ("data.folder", rename_pictures, r"training pictures: the same in another order"),
     "other captions": ("data.folder", other_caption, r"training captions: not the same as before"),
     "a held-out picture more": ("data.held_out", add_picture, r"held-out pictures: 3 before, 4 now"),
     "held-out swapped": ("data.held_out", swap_pictures, r"held-out pictures: not the same as before"),
