@@ -9,7 +9,11 @@ class UserError(ValueError):
     """A mistake the user can mend: the message says what is wrong, the value, the remedy and the config key or path.
 
     The command line prints the message alone and exits with code 2.
+
+    each   the single mistakes, where the message reports several
     """
+
+    each: Sequence[str] = ()
 
 
 def insist(faults: Sequence[str], *, strict: bool) -> None:
@@ -47,11 +51,14 @@ class Mistakes:
         try:
             yield
         except UserError as error:
-            self.add(str(error))
+            for mistake in error.each or [str(error)]:
+                self.add(mistake)
 
     def raise_if_any(self) -> None:
         """Raise one UserError with all that was noted."""
         if len(self._found) == 1:
             raise UserError(self._found[0])
         if self._found:
-            raise UserError("\n  - ".join([f"{len(self._found)} problems", *self._found]))
+            error = UserError("\n  - ".join([f"{len(self._found)} problems", *self._found]))
+            error.each = tuple(self._found)
+            raise error

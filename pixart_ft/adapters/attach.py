@@ -175,6 +175,8 @@ def _reasons_of_peft(peft_type: str) -> Iterator[None]:
         yield
     except (NotImplementedError, ValueError, TypeError, RuntimeError, AttributeError, KeyError, re.error) as error:
         reason = str(error).strip() or type(error).__name__
+        if isinstance(error, KeyError):  # whose text is the key alone
+            reason = f"it looks for {reason}, which is not here; adapter.options may give what it would find by that"
         raise UserError(f"adapter.peft_type {peft_type}: peft cannot make it here: {reason}") from error
 
 

@@ -145,10 +145,9 @@ class EvaluateConfig(Config):
             lambda seed, count: seed + count > SEEDS,
             "seed {} with images_per_prompt {} passes the largest seed, 2**64 - 1; lower one",
         ),
-        (
-            ("metrics",),
-            lambda metrics: len(set(metrics)) < len(metrics),
-            "metrics {} names one twice; name each once",
+        *(
+            ((key,), lambda given: len(set(given)) < len(given), f"{key} {{}} names one twice; name each once")
+            for key in ("metrics", "samplers", "steps", "respacings")
         ),
     )
 

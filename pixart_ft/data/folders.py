@@ -56,6 +56,12 @@ def check_folder(folder: Path, key: str = "data.folder") -> None:
         raise UserError(f"the picture folder {folder} does not exist or is not a folder ({key})")
 
 
+def share_pictures(one: Path, other: Path) -> bool:
+    """Whether a picture may lie in both folders: they are read with all below them."""
+    one, other = one.resolve(), other.resolve()
+    return one.is_relative_to(other) or other.is_relative_to(one)
+
+
 def read_folder(folder: str | Path) -> list[Row]:
     """The captioned pictures below a folder, see `survey`. Raises one UserError with all that is wrong."""
     return survey(folder).usable()

@@ -104,6 +104,8 @@ def look(config: EvaluateConfig, entries: Sequence[Entry], held_out: Sequence[tu
             chosen = _or_demo(config.train_data, base, "train_data", "the folder of pictures that was trained on")
             training = survey(picture_folder(chosen, "train")).usable(strict=False)
             verified(training)
+    if {*config.metrics} == {"calibration"} and contestants and all(one.base.variance == "none" for one in contestants):
+        mistakes.add("metrics: calibration is of a learned variance, and these models have none; take another metric")
     with mistakes.noted():
         device_of(config.device)
     with mistakes.noted():

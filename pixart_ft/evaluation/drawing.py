@@ -80,7 +80,7 @@ def draw(
     for settings, recipes in zip(ways, plans, strict=True):
         paths = list(recipes)
         todo = {path: job for path, job in zip(paths[part], jobs[part], strict=True) if not path.exists()}
-        with model.progress_bar(len(todo), settings) as bar:
+        with model.progress_bar(len(todo), settings, show=bool(todo)) as bar:
             pictures = model.draw(list(todo.values()), settings, batch_size=batch_size, progress=bar.update)
             for path, picture in zip(todo, pictures, strict=True):
                 save_png(picture, path, recipes[path])

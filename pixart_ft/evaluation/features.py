@@ -98,7 +98,7 @@ class Extractor:
         Raises UserError for an extractor without a text half, and where there is no text.
         """
         if self.tokenizer is None:
-            raise UserError(f"{self.name} reads no captions; for those take one of CLIP's kind")
+            raise UserError(f"features: {self.name} reads no captions; for those take one of CLIP's kind")
         if not captions:
             raise UserError(f"{self.name}: there is no caption to take features of")
         longest = self.network.config.text_config.max_position_embeddings

@@ -301,7 +301,7 @@ def _room(card: int | None) -> tuple[int, str]:
         whole, own = memory_of_machine(), _own_memory()
         return whole - own, f"{_gib(whole)}, of which the libraries have {_gib(own)}"
     whole = torch.cuda.mem_get_info()[1] if card is None else card
-    return whole - CUDA_ITSELF, f"the GPU's {_gib(whole)}, of which CUDA itself takes about {_gib(CUDA_ITSELF)}"
+    return max(0, whole - CUDA_ITSELF), f"the GPU's {_gib(whole)}, of which CUDA itself takes about {_gib(CUDA_ITSELF)}"
 
 
 def _own_memory() -> int:

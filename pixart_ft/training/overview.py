@@ -146,6 +146,7 @@ class Overview:
         cropped = [f"{_name(p.row)}: {_size(p.size)}, {p.lost:.0%} lost" for p in self._cropped]
         return [
             *self.facts(),
+            *(["captions by tokens"] if self._counted else []),
             *_histogram([pair.tokens or 0 for pair in self._counted], self.max_tokens),
             *(listed(f"captions of more than {self.max_tokens} tokens, cut", cut).splitlines() if cut else []),
             *(listed("pictures enlarged and so blurred", small).splitlines() if small else []),

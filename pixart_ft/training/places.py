@@ -9,6 +9,7 @@ from pixart_ft.adapters.files import Adapter
 from pixart_ft.config.optimizers import check_installed
 from pixart_ft.config.sources import PictureSource
 from pixart_ft.config.train import Tracker, TrainConfig
+from pixart_ft.data.folders import share_pictures
 from pixart_ft.data.sources import check_source, folder_of
 from pixart_ft.errors import Mistakes, UserError
 from pixart_ft.model.place import resolve_base
@@ -92,8 +93,8 @@ def _check_apart(config: TrainConfig, mistakes: Mistakes) -> None:
             )
     held_out_last = sorted(folders.items(), key=lambda item: sources[item[0]].use == "held_out")
     for (key, one), (other_key, other) in combinations(held_out_last, 2):
-        a, b, uses = one.resolve(), other.resolve(), {sources[key].use, sources[other_key].use}
-        if len(uses) > 1 and (a.is_relative_to(b) or b.is_relative_to(a)):
+        uses = {sources[key].use, sources[other_key].use}
+        if len(uses) > 1 and share_pictures(one, other):
             why = ", so what is measured would be trained on" if "held_out" in uses else ""
             remedy = "or use data.held_out_fraction" if why else f"or leave {other_key} out"
             mistakes.add(f"{other_key}: {other} and {key} {one} share pictures{why}; keep them apart, {remedy}")

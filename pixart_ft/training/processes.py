@@ -91,6 +91,21 @@ def _hidden(variable: str) -> Iterator[None]:
             os.environ[variable] = value
 
 
+@contextmanager
+def _explained_meeting(asked: int) -> Iterator[None]:
+    """What keeps several processes from meeting, such as an address that nobody gave or that another run has."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if asked == 1:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"the environment speaks of {asked} processes (WORLD_SIZE), which cannot meet: {reason}; start them with "
+            f"{TORCHRUN}, or unset it"
+        ) from error
+
+
 def join(environment: Mapping[str, str], *, mixed_precision: str) -> Accelerator:
     """The accelerator of this process, once it has met all others; mixed_precision as accelerate takes it.
 
@@ -99,7 +114,7 @@ def join(environment: Mapping[str, str], *, mixed_precision: str) -> Accelerator
     asked = asked_for(environment)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     AcceleratorState._reset_state()  # a program may train twice, in another precision
-    with _hidden(_USE_SHARDS):
+    with _hidden(_USE_SHARDS), _explained_meeting(asked):
         accelerator = Accelerator(
             # without a GPU accelerate takes each process for a run of its own, unless told to stay on the processor
             cpu=asked > 1 and (device is None or device.type == "mps"),

@@ -103,10 +103,11 @@ class Start:
         where += ", the network in shards" if processes > 1 and shards_asked_for(os.environ) else ""
         draws = batch / 2 if self.prior.rows else batch  # of the pictures, in a step
         epochs = self.plan.steps * draws / places
+        times = f"{epochs:,.0f}" if epochs >= 1000 else f"{epochs:.4g}"
         often = (
-            f"each picture {numbered(f'{epochs:.4g}', 'time')}"
+            f"each picture {numbered(times, 'time')}"
             if places == pictures
-            else f"{numbered(f'{epochs:.4g}', 'epoch')} of {places:,} places"
+            else f"{numbered(times, 'epoch')} of {places:,} places"
         )
         turn = "step" if self.several_sizes else "draw"
         others = len(distinct(self.prior.rows))

@@ -77,3 +77,9 @@ def test_what_changes_the_base_is_refused(tiny: Path, monkeypatch: pytest.Monkey
     transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
     with pytest.raises(UserError, match=r"peft_type LORA: with these options it changes the base itself \(transformer"):
         attach(transformer, PeftSettings("LORA", ("to_q",), {"r": 4, "init_lora_weights": "pissa"}), seed=0)
+
+
+def test_what_peft_looks_for_in_vain_is_named(tiny: Path) -> None:
+    transformer = load_transformer(Base.read(tiny), dtype=torch.float32)
+    with pytest.raises(UserError, match="peft_type IA3: peft cannot make it here: it looks for 'model_type', which is"):
+        attach(transformer, PeftSettings("IA3", DEFAULT_TARGETS, {}), seed=0)

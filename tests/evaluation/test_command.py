@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,6 +229,14 @@ def test_several_processes_take_no_device(tiny: Path, pictures: Path) -> None:
         ({"data": "one"}, "one picture in one"),
         ({"data": "empty"}, "folders without a picture"),
         ({"device": "cuda:77"}, "device"),
+        ({"data": "nowhere"}, "is not a folder (data)"),
+        ({"data": "one", "out": "one/found"}, "out: one/found lies inside data one"),
+        (
+            {"data": "one", "train_data": "one", "metrics": "bpd,memorisation"},
+            "train_data: one and data one share pictures",
+        ),
+        ({"metrics": "bpd,samples", "samplers": "ddim,ddim"}, 'samplers ["ddim", "ddim"] names one twice'),
+        ({"runs": ["fixed"], "model": "fixed", "metrics": "calibration"}, "is of a learned variance, and these models"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -238,12 +247,31 @@ def test_what_cannot_be_compared_is_refused(
     (tmp_path / "one").mkdir()
     shutil.copy(pictures / "000.png", tmp_path / "one")
     (tmp_path / "one" / "000.txt").write_text("a circle")
+    if "fixed" in changes.values():
+        build_tiny_pipeline(tmp_path / "fixed", out_channels=4)
     shutil.copytree(tiny, tmp_path / "small")
     vae = tmp_path / "small" / "vae" / "config.json"
     vae.write_text(vae.read_text().replace("0.13025", "0.5"))
     with pytest.raises(UserError, match=re.escape(message)):
         run_evaluation(config(**{"model": str(tiny), "data": str(pictures), "out": str(tmp_path / "out"), **changes}))
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "one" / "found").exists()
+
+
+def test_a_run_trained_on_the_pictures_that_measure_it_is_told_of(
+    tiny: Path, adapter: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Not where it only measured them, and of an adapter at two strengths each is a row."""
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run / "final" / "adapter")
+    (run / "checkpoints").mkdir()
+    asked = config(model=str(tiny), runs=[str(run)], lora=[str(run)], lora_scale=[0.5], data=str(pictures))
+    (run / "config.yaml").write_text(f"data: {{folder: elsewhere, held_out: {pictures}}}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [one.name for one in check_evaluation(asked)] == [f"{run} x 0.5", str(run)]
+    (run / "config.yaml").write_text(f"data: {{folder: {pictures}}}")
+    with pytest.warns(UserWarning, match=f"data: {run} was trained on data.folder {pictures}, which shares pictures"):
+        check_evaluation(asked)
 
 
 def test_a_network_that_gives_no_numbers_is_named(scrambled: Path, pictures: Path, tmp_path: Path) -> None:
@@ -291,6 +319,7 @@ def test_pictures_are_drawn_once_and_shown_side_by_side(
     files[0][0].unlink()
     capsys.readouterr()
     run_evaluation(two)
+    assert capsys.readouterr().err.count("generating: 100%") == 1  # no bar where nothing is to be drawn
     after = {file: file.stat().st_mtime_ns for some in files for file in some}
     assert [file for file in before if before[file] != after[file]] == [files[0][0]]
     assert len(re.findall('src="data:image/jpeg', (tmp_path / "report.html").read_text())) == 2

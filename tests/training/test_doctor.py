@@ -56,6 +56,7 @@ def test_a_training_that_fits(capsys: pytest.CaptureFixture[str], plan: list[str
     found, _ = printed(capsys, [*plan, "--prompt", "red circle"])
     assert "64 x 64 pixels" in found["base"] and found["its output"] == "epsilon, a learned variance"
     assert found["pictures"].endswith("64 x 64 pixels") and found["length"].startswith("1,000 steps")
+    assert "captions by tokens" in found
     assert all("GiB" in found[stage] for stage in ("captions by T5", "pictures by VAE", "training", "sample grid"))
     assert any(name.startswith("it fits") for name in found)
     assert not Path("runs").exists() and not Path(".cache").exists()
@@ -147,6 +148,8 @@ def test_pictures_may_come_later_and_every_mistake_is_told(capsys: pytest.Captur
     Path("runs/old/config.yaml").write_text("")
     found, err = printed(capsys, wrong, code=2)
     assert "nowhere" in err and "runs/old" in err and "training" in found
+    _, err = printed(capsys, ["doctor", "--model.base=./nobase", "--data.folder=nowhere"], code=2)
+    assert err.startswith("error: 2 problems\n") and err.count("\n  - ") == 2 and err.count("./nobase") == 1
     for card in ("none", "0", "-3"):
         assert cli.main(["doctor", "--card", card]) == 2
         assert "--card is" in capsys.readouterr().err

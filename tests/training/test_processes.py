@@ -24,7 +24,15 @@ from torch.distributed.tensor import DTensor
 from pixart_ft.cli import main
 from pixart_ft.errors import UserError
 from pixart_ft.training.nested import load_nested, tensors_of
-from pixart_ft.training.processes import ENDED, EXIT_ENDED, Together, asked_for, join, shards_asked_for
+from pixart_ft.training.processes import (
+    ENDED,
+    EXIT_ENDED,
+    Together,
+    _explained_meeting,
+    asked_for,
+    join,
+    shards_asked_for,
+)
 from pixart_ft.training.sharding import gathered
 from pixart_ft.training.stopping import AllStopped
 from pixart_ft.training.trainer import Trainer
@@ -82,6 +90,15 @@ def test_number_of_processes_that_a_launcher_promised(environment: dict[str, str
 def test_launch_that_is_refused(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=re.compile(message, re.DOTALL)):
         asked_for(environment)
+
+
+def test_processes_that_cannot_meet_are_told_why() -> None:
+    no_address = ValueError("`MASTER_ADDR` env was not set\nand more")
+    told = r"of 2 processes \(WORLD_SIZE\), which cannot meet: `MASTER_ADDR` env was not"
+    with pytest.raises(UserError, match=told), _explained_meeting(2):
+        raise no_address
+    with pytest.raises(ValueError, match="and more"), _explained_meeting(1):
+        raise no_address
 
 
 def test_shards_that_are_asked_for() -> None:
