@@ -19,7 +19,7 @@ body { color: #222; background: #fff }
 h1, h2, h3 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; padding-bottom: .3rem }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 table { display: block; overflow-x: auto }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600; background: #f6f6f6 }
 img { max-width: 100%; height: auto } .note { color: #555; font-size: .9rem } li { margin: .3rem 0 }
 td.yes { font-weight: 600 } code { background: #f3f3f3; padding: 0 .2rem } details { margin: 1rem 0 }
@@ -57,12 +57,12 @@ def page(found: Mapping[str, Any], sheets: Mapping[str, Image.Image], near: Mapp
 def _introduction(found: Mapping[str, Any]) -> list[str]:
     pictures, models = found["data"]["pictures"], found["models"]
     return [
-        f"<p>{models_in(found)} of the PixArt-Sigma kind, which draw pictures from text, are compared here on "
-        f"{len(pictures)} captioned pictures that none of them was trained on (<code>{_text(found['data']['origin'])}"
-        "</code>). The first is the base; each other one is what a fine-tuning made of it. All of them meet the same "
-        "pictures with the same random noise, so that what differs is the models alone. A number after ± is a standard "
-        "error over pictures; <i>p</i> is the chance of so large a difference if there were none, after Holm's "
-        "correction where several models are compared. Differences in bold have <i>p</i> below 0.05.</p>",
+        f"<p>{models_in(found)} of the PixArt-Sigma kind, which draws pictures from text, compared on {len(pictures)} "
+        f"captioned pictures that are to be new to all of them (<code>{_text(found['data']['origin'])}</code>). The "
+        "first is the base; each other one is what a fine-tuning made of it. All of them meet the same pictures with "
+        "the same random noise, so that what differs is the models alone. A number after ± is a standard error over "
+        "pictures; <i>p</i> is the chance of so large a difference if there were none, after Holm's correction where "
+        "several models are compared. Differences in bold have <i>p</i> below 0.05.</p>",
         "<h2>In short</h2>",
         _table(*overview(found)),
         _list([*(verdict(one) for one in found["verdicts"]), *found["notes"]]),
@@ -186,10 +186,12 @@ def _pictures(samples: Mapping[str, Any], sheets: Mapping[str, Image.Image]) -> 
     if not samples:
         return []
     prompts = "the captions of the held-out pictures" if samples["are_captions"] else "the prompts that were given"
+    first, last = samples["seeds"][0], samples["seeds"][-1]
+    seeds = f"Seed {first}" if first == last else f"Seeds {first} to {last}"
     parts = [
         "<h2>Pictures</h2>",
-        f"<p>Every model drew {prompts} from the same random noise, one column each. Seeds "
-        f"{samples['seeds'][0]} to {samples['seeds'][-1]}; all {len(samples['prompts']):,} prompts are in the folder "
+        f"<p>Every model drew {prompts} from the same random noise, one column each. {seeds}; all "
+        f"{len(samples['prompts']):,} prompts are in the folder "
         "<code>pictures</code> beside this page, each picture with its recipe.</p>",
     ]
     for name, sheet in sheets.items():
@@ -217,7 +219,7 @@ def _likeness(likeness: Mapping[str, Any], near: Mapping[str, Image.Image]) -> l
     if len(ways) > 1:
         parts.append("<h3>Quality and cost</h3>")
         shown = [m for m in ("fd", "kid", "cmmd", "clip_score") if m in next(iter(ways.values()))["metrics"]]
-        parts += [_image(quality_plot(m, ways), f"{LIKENESS[m][0]} by network calls") for m in shown]
+        parts += [_image(quality_plot(m, LIKENESS[m][0], ways), f"{LIKENESS[m][0]} by network calls") for m in shown]
     for model, sheet in near.items():
         chance = next(iter(ways.values()))["neighbours"][model]["chance"]
         parts += [

@@ -21,6 +21,7 @@ def loss_plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
     left.set(title="squared error of the noise", yscale="log")
     right.set(title=f"the same over that of {rows[0]['model']}")
     left.legend(frameon=False, fontsize="small")
+    _plain_numbers([left])
     return _png(figure)
 
 
@@ -45,11 +46,12 @@ def calibration_plot(tables: Mapping[str, Any], titles: Mapping[str, str]) -> by
             axes.errorbar(_sigma(row), means, errors, color=colour, label=row["model"], **_POINTS)
         axes.set(title=titles[name], yscale="log")
     panels[0].legend(frameon=False, fontsize="small")
+    _plain_numbers(panels)
     return _png(figure)
 
 
-def quality_plot(metric: str, ways: Mapping[str, Any]) -> bytes:
-    """A metric by the network calls of a picture: a line for each model and sampler."""
+def quality_plot(metric: str, title: str, ways: Mapping[str, Any]) -> bytes:
+    """A metric, which `title` names, by the network calls of a picture: a line for each model and sampler."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), dpi=130, layout="constrained")
@@ -68,7 +70,10 @@ def quality_plot(metric: str, ways: Mapping[str, Any]) -> bytes:
                 x, y, error = zip(*sorted(points), strict=True)
                 label = f"{model}, {sampler}"
                 axes.errorbar(x, y, error, color=colour, label=label, **_POINTS | {"fmt": f"o{style}"})
-    axes.set(xscale="log", xlabel="network calls for a picture", title=metric)
+    axes.set(xscale="log", xlabel="network calls for a picture", title=title)
+    calls = sorted({way["calls"] for way in ways.values() if way["calls"]})
+    axes.set_xticks(calls, map(str, calls))
+    axes.minorticks_off()
     axes.grid(True, which="major", alpha=0.25)
     axes.legend(frameon=False, fontsize="small")
     return _png(figure)
@@ -91,6 +96,15 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
         axes.set(xscale="log", xlabel=NOISE if panels < 3 else "sigma")
         axes.grid(True, which="major", alpha=0.25)
     return figure, found
+
+
+def _plain_numbers(panels: Sequence[Any]) -> None:
+    """Those at a logarithmic y axis of less than a decade as 1.2, not as a power of ten."""
+    for axes in panels:
+        low, high = axes.get_ylim()
+        if axes.get_yscale() == "log" and high < 10 * low:
+            for of_axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                of_axis(lambda value, place: f"{value:g}")
 
 
 def _colours(rows: Sequence[object]) -> list[str]:

@@ -27,7 +27,7 @@ from pixart_ft.diffusion.likelihood import OdeLikelihood
 from pixart_ft.diffusion.names import Variance
 from pixart_ft.diffusion.readings import Readings, Steps
 from pixart_ft.errors import UserError
-from pixart_ft.evaluation import command, drawing
+from pixart_ft.evaluation import command, drawing, plots
 from pixart_ft.evaluation.command import run_evaluation
 from pixart_ft.evaluation.contestants import look
 from pixart_ft.evaluation.held_out import HeldOutSet
@@ -103,6 +103,18 @@ def test_the_page_needs_no_other_file(found: tuple[dict[str, Any], Path]) -> Non
     assert len(sources) == 3 and set(sources) == {"data:image/png;base64,"}
     for words in ("In short", "latents", "mine", "scrambled", "95 % interval", "every setting"):
         assert words in page
+
+
+def test_an_axis_of_less_than_a_decade_has_plain_numbers() -> None:
+    figure, (narrow, wide) = plots._figure(2)
+    for axes, highest in ((narrow, 1.4), (wide, 140)):
+        axes.plot([1, 10], [1.1, highest])
+        axes.set(yscale="log")
+    plots._plain_numbers([narrow, wide])
+    figure.draw_without_rendering()
+    labels, of_wide = ({tick.label1.get_text() for tick in axes.yaxis.get_major_ticks()} for axes in (narrow, wide))
+    labels |= {tick.label1.get_text() for tick in narrow.yaxis.get_minor_ticks()}
+    assert "1.2" in labels and not any("10^" in label for label in labels) and any("10^" in one for one in of_wide)
 
 
 def test_another_variance_half_changes_the_bound_and_the_calibration_alone(found: tuple[dict[str, Any], Path]) -> None:
@@ -322,7 +334,8 @@ def test_pictures_are_drawn_once_and_shown_side_by_side(
     assert capsys.readouterr().err.count("generating: 100%") == 1  # no bar where nothing is to be drawn
     after = {file: file.stat().st_mtime_ns for some in files for file in some}
     assert [file for file in before if before[file] != after[file]] == [files[0][0]]
-    assert len(re.findall('src="data:image/jpeg', (tmp_path / "report.html").read_text())) == 2
+    page = (tmp_path / "report.html").read_text()
+    assert len(re.findall('src="data:image/jpeg', page)) == 2 and "Seeds 7 to 8; all 2 prompts" in page
     monkeypatch.setattr(command, "_held_out", lambda *_: pytest.fail("measured before it is refused"))
     with pytest.raises(UserError, match="was made by another recipe: guidance"):
         run_evaluation(two.model_copy(update={"guidance": 2.0}))

@@ -109,8 +109,9 @@ def test_what_cannot_be_had_is_said_before_anything_is_drawn(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     build_picture_folder(tmp_path / "few", 3)
+    build_picture_folder(tmp_path / "learned", 12)
     with pytest.raises(UserError) as error:
-        run_evaluation(config(tiny, pictures, clip, tmp_path / "out", **changes))
+        run_evaluation(config(tiny, pictures, clip, tmp_path / "out", **{"train_data": "learned", **changes}))
     for message in messages:
         assert re.search(re.escape(message), str(error.value)), message
     assert not (tmp_path / "out").exists()
