@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from itertools import groupby, islice
 from pathlib import Path
@@ -43,6 +44,8 @@ class CachedPictures:
     latent_keys   of each item as many, its views, one after the other
     text_keys     those beyond the items are further captions
     """
+
+    lost: AbstractSet[int] = frozenset()  # those found to have no latents: here they were left out before
 
     def __init__(
         self, store: TensorStore, latent_keys: Sequence[str], text_keys: Sequence[str], views: int = 1

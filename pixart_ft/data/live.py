@@ -33,12 +33,15 @@ class LivePictures:
         max_tokens: int,
         strict: bool,
     ) -> None:
-        """`digests` are of the rows, and `fits` their views, of all as many; strict: one without latents is refused."""
+        """`digests` are of the rows, and `fits` their views, of all as many; strict: one without latents is refused.
+
+        lost   those found to have none so far
+        """
         self._rows, self._digests, self._fits, self.views = rows, digests, fits, len(fits[0])
         others = (caption for row in rows for caption in row.others)
         self._texts = [prepare_text(caption) for caption in (*(row.caption for row in rows), *others)]
         self._vae, self._tokenizer, self._text_encoder, self._max_tokens = vae, tokenizer, text_encoder, max_tokens
-        self._strict, self._without = strict, set[str]()
+        self.lost, self._strict = set[int](), strict
         self._turn = Lock()  # a checkpoint's loss is looked at while the next batch is made
         warn_of_losses(tokenizer, self._texts, max_tokens)
 
@@ -46,9 +49,9 @@ class LivePictures:
         return len(self._rows)
 
     def latents(self, indices: Sequence[int], views: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-        """See `CachedPictures.latents`; those that are NaN or infinite are told of once, or refused.
+        """See `CachedPictures.latents`; a picture for which the VAE gives NaN or infinity is told of and then `lost`.
 
-        Raises UserError for that, and as `pixels_of` does.
+        Raises UserError where that is refused, and as `pixels_of` does.
         """
         chosen = self._chosen(indices, views or [0] * len(indices))
         digests = [self._digests[index] for index in indices]
@@ -57,13 +60,15 @@ class LivePictures:
         parts = pixels.split(pictures_at_once(chosen[0][1].size))
         with self._turn:
             moments = torch.cat([encode_moments(self._vae, part) for part in parts])
-        names = (str(row.where) for (row, _), one in zip(chosen, moments, strict=True) if not one.isfinite().all())
-        if new := sorted(set(names) - self._without):
-            self._without.update(new)
-            named = listed(WITHOUT_LATENTS, new)
+        whole = [bool(one.isfinite().all()) for one in moments]
+        if new := {index for index, good in zip(indices, whole, strict=True) if not good} - self.lost:
+            before = {self._rows[index].where for index in self.lost}
+            self.lost |= new
+            named = listed(WITHOUT_LATENTS, sorted({str(self._rows[index].where) for index in new}))
             if self._strict:
-                raise UserError(f"some pictures cannot be used:\n{named}")
-            warnings.warn(f"the steps that show them are skipped:\n{named}", stacklevel=2)
+                raise UserError(f"some pictures cannot be used:\n{named}\n  --data.strict false leaves them out")
+            if not {self._rows[index].where for index in new} <= before:
+                warnings.warn(f"left out, and others shown in their place:\n{named}", stacklevel=2)
         mean, std = moments.unbind(1)
         return mean, std
 

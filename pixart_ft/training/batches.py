@@ -25,6 +25,7 @@ from pixart_ft.diffusion.weighting import (
     stratified_timesteps,
     uniform_timesteps,
 )
+from pixart_ft.errors import UserError
 from pixart_ft.model.text import drop_captions, pad_text
 from pixart_ft.model.vae import LatentScale
 from pixart_ft.randomness import normal, uniform
@@ -75,7 +76,25 @@ class TrainingSet:
     masked: bool = False
 
     def row(self, seed: int, draw: int) -> int:
-        """The number of the picture that a draw shows."""
+        """The number of the picture that a draw shows: of one that has no latents, the next of its size that has.
+
+        Raises UserError where none of that size has.
+        """
+        row = self._drawn(seed, draw)
+        if row not in self.pictures.lost:
+            return row
+        count = len(self.pictures) - self.prior
+        counts = [*(self.buckets or (count,)), *(self.prior_buckets or (self.prior,))]
+        end, size = next(pair for pair in zip(accumulate(counts), counts, strict=True) if row < pair[0])
+        found = next(
+            (one for one in (*range(row, end), *range(end - size, row)) if one not in self.pictures.lost), None
+        )
+        if found is None:
+            raise UserError(f"the VAE gives NaN or infinity for every picture of the size of {self._called(row)}")
+        return found
+
+    def _drawn(self, seed: int, draw: int) -> int:
+        """The same whether it has latents or not."""
         count = len(self.pictures) - self.prior
         own = Order(self.buckets or (count,), self.together)
         if not self.prior:
@@ -90,7 +109,9 @@ class TrainingSet:
 
     def name_of(self, seed: int, draw: int) -> str:
         """The name of that picture."""
-        row = self.row(seed, draw)
+        return self._called(self.row(seed, draw))
+
+    def _called(self, row: int) -> str:
         return self.names[row] if self.names else f"picture {row}"
 
     def text(self, seed: int, draw: int, row: int) -> int:
@@ -148,11 +169,14 @@ def draw_batch(
     within are the t to draw from, None for all `num_steps`; law (len(within),) is theirs under importance sampling,
     which thereby depends on the losses before this step too.
     """
-    rows = [data.row(laws.seed, draw) for draw in draws]
-    views = [0] * len(rows)
+    views = [0] * len(draws)
     if data.pictures.views > 1:
         views = (uniform(laws.seed, draws, "view") * data.pictures.views).int().tolist()
-    mean, std = data.pictures.latents(rows, views)
+    while True:  # at most once more for each picture that turns out to have no latents
+        rows = [data.row(laws.seed, draw) for draw in draws]
+        mean, std = data.pictures.latents(rows, views)
+        if data.pictures.lost.isdisjoint(rows):
+            break
     shape = tuple(mean.shape[1:])
     t, weight = _timesteps(draws, laws, global_batch, num_steps, within or range(num_steps), law)
     dropped = uniform(laws.seed, draws, "caption dropout") < laws.caption_dropout

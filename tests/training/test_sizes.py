@@ -200,20 +200,38 @@ def test_a_live_picture_that_is_another_now_is_refused(options: Options) -> None
 
 @pytest.mark.filterwarnings("ignore:  (sizes|pictures)")
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_live_picture_without_latents_is_named_once_or_refused(
+def test_a_live_picture_without_latents_is_left_out_once_it_is_drawn_or_refused(
     strict: bool, options: Options, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step that shows it is skipped without a word on why."""
-    config = configured(options, data__live=True, data__strict=strict)
+    """Named once; and what a draw shows in its place does not depend on what was drawn before."""
+    config, plain = configured(options, data__live=True, data__strict=strict), live_pictures.encode_moments
     start = look(config, None)
-    pictures = encode_once(config, start.base, start.learned, start.held, accelerator_for(config)).train
-    monkeypatch.setattr(live_pictures, "encode_moments", lambda *_: torch.full((1, 2, 4, 8, 8), torch.nan))
-    told = f"the VAE gives NaN or infinity .*: 1\n    {path_of(start.learned.rows[0])}"
+
+    def some(vae: Any, pixels: Tensor) -> Tensor:
+        found = plain(vae, pixels)
+        found[pixels[:, 0].mean((1, 2)) > 0.2] = torch.nan
+        return found
+
+    def begun() -> TrainingSet:
+        encoded = encode_once(config, start.base, start.learned, start.held, accelerator_for(config))
+        sizes = tuple(start.train.counts.values())
+        return TrainingSet(encoded.train, encoded.scale, encoded.null_caption, buckets=sizes, together=4)
+
+    def step(data: TrainingSet, number: int) -> Tensor:
+        draws = range(4 * number, 4 * number + 4)
+        return draw_batch(data, draws, start.laws, global_batch=4, num_steps=1000).x0
+
+    monkeypatch.setattr(live_pictures, "encode_moments", some)
+    told = r"the VAE gives NaN or infinity .*: \d+\n    .*png"
     with pytest.raises(UserError, match=told) if strict else pytest.warns(UserWarning, match=told):
-        pictures.latents([0])
+        batches = [step(data := begun(), 0), *(step(data, number) for number in range(1, 12))]
     if not strict:
+        assert data.pictures.lost and all(x0.isfinite().all() for x0 in batches)
         with warnings.catch_warnings(action="error"):
-            assert pictures.latents([0])[0].isnan().all()
+            again = [step(data, number) for number in range(12)]
+        with pytest.warns(UserWarning, match=told):
+            resumed = [step(later, number) for later in [begun()] for number in range(8, 12)]
+        assert all(map(torch.equal, again, batches)) and all(map(torch.equal, resumed, batches[8:]))
 
 
 @pytest.mark.filterwarnings("ignore:  (sizes|pictures)")
@@ -257,6 +275,22 @@ def test_a_step_that_does_not_fit_the_base_is_refused(options: Options) -> None:
         configured(options, data__aspect="square", data__small_buckets="drop")
     with pytest.raises(UserError, match="drop leaves no picture"):
         look(configured(options, data__small_buckets="drop", train__batch_size=32), None)
+
+
+def test_a_picture_without_latents_gives_way_to_one_of_its_own_size_and_use(tmp_path: Path) -> None:
+    store = TensorStore(tmp_path)
+    store.add({f"latent{i}": torch.zeros(2, 4, 2, 2) for i in range(10)} | {"text": torch.zeros(1, 3)})
+    pictures = CachedPictures(store, [f"latent{i}" for i in range(10)], ["text"] * 10)
+    sizes: dict[str, Any] = {"prior": 5, "buckets": (3, 2), "prior_buckets": (2, 3), "together": 4}
+    data = TrainingSet(pictures, LatentScale(1.0), torch.zeros(1, 3), names=list("abcdefghij"), **sizes)
+    before = [data.row(0, draw) for draw in range(80)]
+    assert set(before) == set(range(10))
+    pictures.lost = {2, 3, 5, 8, 9}
+    instead = {2: 0, 3: 4, 5: 6, 8: 7, 9: 7}
+    assert [data.row(0, draw) for draw in range(80)] == [instead.get(row, row) for row in before]
+    pictures.lost = {5, 6}
+    with pytest.raises(UserError, match=r"for every picture of the size of [fg]"):
+        [data.row(0, draw) for draw in range(80)]
 
 
 def test_a_prior_has_every_second_step_where_there_are_several_sizes(tmp_path: Path) -> None:
