@@ -1,4 +1,4 @@
-"""How all processes of a run end together, and the request to stop from outside: SIGTERM or Ctrl-C."""
+"""How all processes of a run end together, and the request to stop from outside: SIGTERM, Ctrl-C, a closed terminal."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from pixart_ft.errors import UserError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 class AllStopped(KeyboardInterrupt):
@@ -26,21 +26,25 @@ class StopRequest:
 
     @contextmanager
     def caught(self) -> Iterator[None]:
-        """Within, signals only ask. In another thread than the main one there are none to catch, by Python's rules."""
+        """Within, signals only ask; those that are ignored, as under nohup, still are.
+
+        In another thread than the main one there are none to catch, by Python's rules.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         # None: a handler that was not set from Python, and cannot be set again from there
         before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
+        heard = [number for number in _SIGNALS if before[number] != signal.SIG_IGN]
 
         def ask(number: int, frame: object) -> None:
             self.asked = True
             signal.signal(number, before[signal.Signals(number)])
 
         try:
-            for number in _SIGNALS:
+            for number in heard:
                 signal.signal(number, ask)
             yield
         finally:
-            for number in _SIGNALS:
+            for number in heard:
                 signal.signal(number, before[number])

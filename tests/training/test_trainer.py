@@ -265,9 +265,28 @@ def test_the_bar_stands_between_what_is_drawn_at_both_ends(
     assert (nothing, end) == ("", "") and bar.startswith("\rtraining:   0%") and bar.endswith("\n")
 
 
-def test_a_request_to_stop_before_the_first_step_is_heeded_after_the_state_is_saved(tmp_path: Path) -> None:
+def test_what_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As `nohup` has it, under which a closed terminal ends nothing."""
+
     def draw(network: Toy) -> list[Sample]:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        return [SAMPLE]
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2)
+        trainer.run()
+        assert trainer.step == 2 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    except KeyboardInterrupt:
+        pytest.fail("stopped by what was ignored")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_request_to_stop_before_the_first_step_is_heeded_after_the_state_is_saved(tmp_path: Path, asked: int) -> None:
+    def draw(network: Toy) -> list[Sample]:
+        os.kill(os.getpid(), asked)
         return [SAMPLE]
 
     trainer = toy_trainer(tmp_path / "run", tmp_path / "data", draw, steps=2)
