@@ -33,7 +33,12 @@ def _difference(key: str, there: object, now: object) -> str:
 
 
 def check_own(sheets: Sequence[Path], mark: str, option: str = "--out") -> None:
-    """Raise UserError naming the files that are there and are no sheets of ours, whose recipes have the key `mark`."""
+    """Raise UserError naming the files that are there and are no sheets of ours, whose recipes have the key `mark`.
+
+    And those whose names say that they are no PNG.
+    """
+    if others := [path for path in sheets if path.suffix.lower() != ".png"]:
+        raise UserError(f"{option}: {others[0]} will be a PNG; give a name that ends in .png")
     _refuse([f"{path} is there and is no sheet by pixart_ft" for path in sheets if not _is_own(path, mark)], option)
 
 

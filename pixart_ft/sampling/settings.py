@@ -283,7 +283,7 @@ def _variance_faults(settings: Settings, state: VarianceState, adapter: str | No
         return []
     if state == "none":
         return ["sampler iddpm steps by a learned variance, and this network has no variance channels; use ddpm"]
-    by = f"the adapter {adapter}" if adapter else "this model"
+    by = adapter or "this model"
     if state != "stale":
         return [f"variance {variance} is not how {by} was trained (diffusion.variance); leave variance out"]
     return [

@@ -203,7 +203,7 @@ def test_all_that_is_wrong_is_named_at_once() -> None:
 
 def test_a_stale_variance_is_named_after_its_adapter_and_may_be_replaced() -> None:
     (line,) = faults(Settings(sampler="iddpm"), STALE, "runs/mine")
-    assert line.startswith("sampler iddpm steps by a learned variance, and the adapter runs/mine was trained by")
+    assert line.startswith("sampler iddpm steps by a learned variance, and runs/mine was trained by")
     assert "and this model was trained by" in faults(Settings(sampler="iddpm"), STALE)[0]
     for model in (STALE, BARE):
         for variance in ("beta_tilde", "beta"):

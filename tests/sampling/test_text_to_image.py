@@ -201,7 +201,7 @@ def test_the_learned_variance_wants_a_network_whose_variance_was_trained(
     assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[2], drawn[3])
     assert not torch.equal(drawn[0], drawn[2])
     stale = TextToImage.load(tiny, lora=make_adapter(tiny, tmp_path / "stale", variance="stale"))
-    with pytest.raises(UserError, match=r"the adapter .*stale was trained by .* stale; .* or set variance beta_tilde"):
+    with pytest.raises(UserError, match=r"and .*stale was trained by .* stale; .* or set variance beta_tilde"):
         stale.generate(PROMPTS[0], settings=learned)
     assert torch.equal(
         sampled(stale, PROMPTS[0], sampler="iddpm", steps=3, options=fixed),

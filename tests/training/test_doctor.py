@@ -136,6 +136,8 @@ def test_the_process_is_drawn_where_asked(capsys: pytest.CaptureFixture[str], pl
     Image.new("RGB", (2, 2)).save(stranger)
     assert cli.main([*plan, "--plot", str(stranger)]) == 2
     assert f"{stranger} is there and is no sheet by pixart_ft" in capsys.readouterr().err
+    assert cli.main([*plan, "--plot", str(file.with_suffix(".gif"))]) == 2
+    assert f"--plot: {file.with_suffix('.gif')} will be a PNG; give a name that ends in .png" in capsys.readouterr().err
     assert cli.main(["doctor", "--plot", str(file)]) == 2
     assert "--plot draws the process of a training: give its --config" in capsys.readouterr().err
 
