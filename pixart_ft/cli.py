@@ -15,6 +15,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -259,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # else Python fails once more at exit
         return 2
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        with suppress(OSError):  # the terminal may have been closed
+            print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning, threading.excepthook = before, hook

@@ -114,6 +114,12 @@ def test_prompts_may_be_given_one_by_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (config.lora, config.lora_scale, config.seed) == ((Path("run"),), (-0.5,), 3)
 
 
+def test_numbers_may_be_given_one_by_one_and_several_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = ["--prompt", "a", *(word for name in "abcd" for word in ("--lora", name))]
+    scales = ["--lora-scale", "0.5", "1", "--lora-scale=2", "--lora-scale", "[3]"]
+    assert understood(monkeypatch, "generate", *runs, *scales).lora_scale == (0.5, 1, 2, 3)
+
+
 def test_prompts_of_the_sample_grid_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", "quickstart", "--prompt", "a cat", "--prompt", "[b]"]
     config = understood(monkeypatch, "train", *arguments)

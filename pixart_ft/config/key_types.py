@@ -32,7 +32,8 @@ def parse_override(text: object, field: FieldInfo) -> Any:
     """The value that a text means where this key is asked for. Raises ValueError for what cannot be read."""
     optional = NoneType in get_args(field.annotation)
     if isinstance(text, list) and item_of(field) not in _TEXTS:  # of an option that was given several times
-        return [yaml_text.parse(item) if isinstance(item, str) else item for item in text]
+        each = [parse_override(item, field) for item in text]
+        return [part for one in each for part in (one if isinstance(one, list) and holds_numbers(field) else [one])]
     if not isinstance(text, str) or is_empty(text):
         return text
     if optional and text == "null":

@@ -60,17 +60,20 @@ class LivePictures:
         parts = pixels.split(pictures_at_once(chosen[0][1].size))
         with self._turn:
             moments = torch.cat([encode_moments(self._vae, part) for part in parts])
-        whole = [bool(one.isfinite().all()) for one in moments]
-        if new := {index for index, good in zip(indices, whole, strict=True) if not good} - self.lost:
-            before = {self._rows[index].where for index in self.lost}
-            self.lost |= new
-            named = listed(WITHOUT_LATENTS, sorted({str(self._rows[index].where) for index in new}))
-            if self._strict:
-                raise UserError(f"some pictures cannot be used:\n{named}\n  --data.strict false leaves them out")
-            if not {self._rows[index].where for index in new} <= before:
-                warnings.warn(f"left out, and others shown in their place:\n{named}", stacklevel=2)
+            self._leave_out({index for index, one in zip(indices, moments, strict=True) if not one.isfinite().all()})
         mean, std = moments.unbind(1)
         return mean, std
+
+    def _leave_out(self, found: set[int]) -> None:
+        """Tell of those of them that are new, or refuse them."""
+        new, before = found - self.lost, {self._rows[index].where for index in self.lost}
+        self.lost |= new
+        places = {self._rows[index].where for index in new}  # one may stand at several
+        named = listed(WITHOUT_LATENTS, sorted(map(str, places)))
+        if new and self._strict:
+            raise UserError(f"some pictures cannot be used:\n{named}\n  --data.strict false leaves them out")
+        if places - before:
+            warnings.warn(f"left out, and others shown in their place:\n{named}", stacklevel=3)
 
     def areas(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """See `CachedPictures.areas`."""

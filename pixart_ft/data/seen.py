@@ -22,7 +22,7 @@ from pixart_ft.files import write_text
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 _PLACES = "places.json"
-_UNSETTLED = 2 * 10**9  # ns since a file changed, more than the tick of any file system
+_UNSETTLED = 2 * 10**9  # ns since a file changed, the longest tick of a file system
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +93,10 @@ def _mark(row: Row) -> str | None:
         stamps = row.stamps()
     except OSError:  # told where it is read
         return None
-    if stamps is None or any(now - changed < _UNSETTLED for _, _, changed, *_ in stamps):
+    if stamps is None or any(now - max(times) < _UNSETTLED for _, *times, _ in (one[:4] for one in stamps)):
         return None
     about = json.dumps([TRANSFORM, row.background, str(row.where), str(row.mask), stamps])
-    return hashlib.sha256(about.encode(errors="backslashreplace")).hexdigest()[:24]
+    return hashlib.sha256(about.encode()).hexdigest()[:24]
 
 
 def _shown(row: Row, size: Size) -> Box | None:

@@ -34,7 +34,7 @@ class Cell:
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     def stamp(self) -> None:
-        """The library may have its rows from anywhere."""
+        """None: the library may have its rows from anywhere."""
 
     def __str__(self) -> str:
         return f"{self.table.name} row {self.number}"

@@ -21,7 +21,7 @@ from pixart_ft.runs.results import Model, at_step, what_of
 class Entry:
     """What is compared with the base: adapters on it, together, or a whole model.
 
-    name   as it was given
+    name   as it was given, and the strength where that is not 1
     model  a whole model, by its place; None: adapters
     base   the one that it was trained on; None: it does not say
     """
@@ -85,8 +85,9 @@ def check_evaluation(config: EvaluateConfig) -> list[Entry]:
 
 def _warn_of_seen(held_out: Path, name: str) -> None:
     """Warn where a run that is here was trained on pictures of that folder."""
-    run, _ = at_step(Path(name)) or (Path(name), 0)
-    if not RunFolder(run).is_run:
+    place, _ = at_step(Path(name).expanduser()) or (Path(name).expanduser(), 0)
+    run = next((folder for folder in (place, *place.parents) if RunFolder(folder).is_run), None)
+    if run is None:
         return
     with suppress(UserError):  # of another version of the configuration
         config = load(TrainConfig, RunFolder(run).config_file)

@@ -90,7 +90,10 @@ class TrainingSet:
             (one for one in (*range(row, end), *range(end - size, row)) if one not in self.pictures.lost), None
         )
         if found is None:
-            raise UserError(f"the VAE gives NaN or infinity for every picture of the size of {self._called(row)}")
+            raise UserError(
+                f"the VAE gives NaN or infinity for every picture of the size of {self._called(row)}; train on a base "
+                "(model.base) whose VAE is whole"
+            )
         return found
 
     def _drawn(self, seed: int, draw: int) -> int:

@@ -339,6 +339,7 @@ def _changes(case: Case, stage: str) -> list[dict[str, Any]]:
     ways: dict[str, list[tuple[bool, dict[str, Any]]]] = {
         _CAPTIONS: [
             (True, {"model.text_encoder_dtype": "bfloat16"}),
+            (config.model.text_encoder_quantization == "none", {"model.text_encoder_quantization": "int8"}),
             (config.model.text_encoder_quantization != "nf4", {"model.text_encoder_quantization": "nf4"}),
         ],
         _PICTURES: [(True, {"data.resolution": (case.resolution // 2 // 16 * 16,)})],

@@ -99,10 +99,10 @@ def _explained_meeting(asked: int) -> Iterator[None]:
     except (ValueError, RuntimeError) as error:
         if asked == 1:
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the environment speaks of {asked} processes (WORLD_SIZE), which cannot meet: {reason}; start them with "
-            f"{TORCHRUN}, or unset it"
+            f"the environment speaks of {asked} processes (WORLD_SIZE), which cannot begin together: {reason}; start "
+            f"them with {TORCHRUN}, or unset it"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tqdm import tqdm
 
@@ -43,7 +43,8 @@ class Screen:
         elif self.show:
             left = tqdm.format_interval((self.pictures - self.seen) / rate)
             where = f"training: {self.seen:,} of {numbered(self.pictures, 'picture')}"
-            print(f"{where}, {rate:.3g} a second, {left} left, loss {loss:.4f}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # whoever read it may be gone, and the state is still to be saved
+                print(f"{where}, {rate:.3g} a second, {left} left, loss {loss:.4f}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """What is written from here on begins a line of its own."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pixart_ft.errors import UserError
 
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+_HANGUP = getattr(signal, "SIGHUP", None)
 
 
 class AllStopped(KeyboardInterrupt):
@@ -19,7 +20,10 @@ class AllFailed(UserError):
 
 
 class StopRequest:
-    """`asked` becomes true at the first signal inside `caught`; a second one acts at once, as it did before."""
+    """`asked` becomes true at the first signal inside `caught`; a second one acts at once, as it did before.
+
+    Not that of a closed terminal, which comes twice.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -39,7 +43,8 @@ class StopRequest:
 
         def ask(number: int, frame: object) -> None:
             self.asked = True
-            signal.signal(number, before[signal.Signals(number)])
+            if number != _HANGUP:  # a terminal that closes says it twice
+                signal.signal(number, before[signal.Signals(number)])
 
         try:
             for number in heard:

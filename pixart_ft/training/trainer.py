@@ -158,7 +158,7 @@ class Trainer:
     # The loop
 
     def run(self) -> None:
-        """Train to the last step and leave the result; SIGTERM or Ctrl-C saves a checkpoint first of all and then
+        """Train to the last step and leave the result; a `StopRequest` saves a checkpoint first of all and then
         raises KeyboardInterrupt. Before the first step that is one of step 0, with what was measured by then.
 
         Raises UserError where the training diverged, the disk is full or the data are gone: the last checkpoints are

@@ -94,7 +94,7 @@ def test_launch_that_is_refused(environment: dict[str, str], message: str) -> No
 
 def test_processes_that_cannot_meet_are_told_why() -> None:
     no_address = ValueError("`MASTER_ADDR` env was not set\nand more")
-    told = r"of 2 processes \(WORLD_SIZE\), which cannot meet: `MASTER_ADDR` env was not"
+    told = r"of 2 processes \(WORLD_SIZE\), which cannot begin together: `MASTER_ADDR` env was not"
     with pytest.raises(UserError, match=told), _explained_meeting(2):
         raise no_address
     with pytest.raises(ValueError, match="and more"), _explained_meeting(1):

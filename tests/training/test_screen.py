@@ -1,6 +1,8 @@
 """What people see of a running training. Oracle: the numbers told, and that a file has whole lines."""
 
+import os
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -35,6 +37,21 @@ def test_a_terminal_has_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert end == "the end" and bar.startswith("\rtraining:  25%")
     last = bar.rpartition("\r")[2]
     assert "400/400" in last and "pictures/s" in last and "loss 0.1250" in last
+
+
+def test_a_reader_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pipe to `tee`, say, which a closed terminal ends too: the state is still to be saved."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    screen = Screen(400, 0, show=True)
+    with os.fdopen(writing, "w", closefd=False) as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        with screen.running():
+            screen.tell(0.25, 12.5)
+        monkeypatch.undo()
+        with suppress(BrokenPipeError):
+            pipe.close()
+    os.close(writing)
 
 
 def test_other_processes_show_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
