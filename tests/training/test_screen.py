@@ -48,6 +48,8 @@ def test_a_reader_that_is_gone_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(sys, "stderr", pipe)
         with screen.running():
             screen.tell(0.25, 12.5)
+        with pytest.raises(BrokenPipeError):  # as what was told has met
+            print("more", file=pipe, flush=True)
         monkeypatch.undo()
         with suppress(BrokenPipeError):
             pipe.close()
